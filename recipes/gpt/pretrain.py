@@ -1,0 +1,537 @@
+"""Pre-train a GPT with a byte-level BPE tokenizer from scratch: causal language modelling.
+
+Papers: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Karpathy 2025 (nanochat, the default: RoPE, QK-norm,
+squared ReLU, soft-capped logits), Jordan et al. 2024 (Muon). With no arguments it trains on the embedded prose on two CPU
+cores in minutes; recipes/gpt/README.md has the measured results and what differs from the papers.
+
+    accelerate launch recipes/gpt/pretrain.py
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/gpt/pretrain.py \
+        --config recipes/gpt/configs/gpt2_124m.yaml
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/gpt/pretrain.py \
+        --config recipes/gpt/configs/llama_1b.yaml
+"""
+
+# Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import checkpoints, dry_run, launch, run_folder, schedules, tokenization
+from shared.batches import micro_batches, to_device
+from shared.command_line import (
+    RunControl,
+    RunStopped,
+    TooManyNonFiniteUpdates,
+    UsageError,
+    check_run_control,
+    exit_codes,
+    expect,
+    parse,
+    to_yaml,
+)
+from shared.documents import open_corpora
+from shared.export import export_model
+from shared.figures import loss_curve
+from shared.flops import peak_flops, training_flops
+from shared.hub import HubPusher, check_push
+from shared.model_card import write_model_card
+from shared.optimizers import MuonWithAdamW, set_learning_rates
+from shared.packing import IGNORED, PackedRows, fill_row, pack_corpus
+from shared.pretrained import load_pretrained
+from shared.profiling import trace_updates
+from shared.randomness import derive_seed
+from shared.run_log import RunLog
+from shared.sample_order import samples_of_update
+from shared.stopping import StopSignals
+from shared.streaming import StreamedUpdates, open_streams
+from shared.text_generation import continue_prompt
+from shared.throughput import Throughput
+from shared.token_cache import default_cache_dir
+
+USAGE = """from transformers import pipeline
+
+print(pipeline("text-generation", "path/of/this/folder")("The President of the United States"))"""
+PROMPTS = ("The President of the United States", "It was a truth", "In the year")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunControl):
+    """Fields of the method; RunControl has those that every recipe shares."""
+
+    output_dir: str = "outputs/gpt"
+    """The run folder; on several nodes it must be one that all of them see."""
+    eval_every: int = 250
+    """Updates between two evaluations; 0 = only at the end."""
+
+    data: str = "sample"
+    """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas."""
+    data_weights: str = ""
+    """Share of the training rows from each of several data, such as 0.7,0.3. "" = equal shares."""
+    data_config: str = ""
+    """Configuration of a Hub data set. "" = its only one."""
+    data_split: str = "train"
+    """Split of a Hub data set."""
+    eval_data: str = ""
+    """Data to evaluate on, in the same forms. "" = hold out eval_fraction of the documents."""
+    eval_split: str = "validation"
+    """Split of eval_data if it is a Hub data set."""
+    eval_fraction: float = 0.05
+    """Share of the documents held out where eval_data is not given; chosen by their content."""
+    streaming: bool = False
+    """Read the data as it arrives instead of tokenising it once; see the README on order and resuming."""
+    text_column: str = ""
+    """Column of the text. "" = the only column that holds text, or the one called text."""
+    tokenizer: str = ""
+    """Folder or Hub id of a tokenizer. "" = the one of `init`, else a byte-level BPE trained on the data."""
+    vocab_size: int = 2048
+    """Tokens of a tokenizer trained here; the model's vocabulary is this, padded to a multiple of 64."""
+    seq_length: int = 256
+    """Tokens of a row."""
+
+    architecture: Literal["nanochat", "gpt2", "llama"] = "nanochat"
+    """Which block: nanochat (Karpathy 2025), gpt2 (Radford et al. 2019) or llama (Touvron et al. 2023)."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    intermediate_size: int = 0
+    """Width inside the MLP. 0 = 4 x hidden_size."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    num_heads: int = 2
+    """Attention heads."""
+    num_kv_heads: int = 0
+    """Key and value heads of nanochat and llama. 0 = num_heads."""
+    dropout: float = 0.0
+    """Dropout probability: everywhere in gpt2, of attention weights in the others. 0 = none."""
+    attention: Literal["sdpa", "flex_attention", "flash_attention_2"] = "sdpa"
+    """Attention kernel; on GPUs flex_attention or flash_attention_2 skip what other documents hold."""
+    init: str = "scratch"
+    """scratch, or a run folder or Hub id whose weights to start from (continued pre-training)."""
+
+    global_batch_size: int = 6
+    """Rows of one update, over all processes and micro-batches."""
+    per_device_batch_size: int = 0
+    """Rows of one micro-batch on one process. 0 = the process's whole share of the global batch."""
+    max_steps: int = 1000
+    """Optimizer updates."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all."""
+    learning_rate: float = 4e-3
+    """Peak rate of AdamW."""
+    muon_learning_rate: float = 0.02
+    """Peak rate of Muon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (adamw: of embeddings too, as Radford et al. do). 0 = none."""
+    max_grad_norm: float = 1.0
+    """Norm to which the update's gradient is clipped. 0 = no clipping."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """wsd = warm up, hold, fall linearly to 0 over decay_fraction; cosine = warm up, fall to a tenth."""
+    warmup_steps: int = 20
+    """Updates over which the rate rises. 0 = none."""
+    decay_fraction: float = 0.6
+    """Share of the updates over which wsd falls."""
+
+
+def check_config(cfg: Config) -> None:
+    """Raise `UsageError` for what can be told wrong from the fields alone."""
+    check_run_control(cfg)
+    for field in ("num_layers", "num_heads", "global_batch_size", "max_steps"):
+        expect(getattr(cfg, field) >= 1, field, getattr(cfg, field), "at least 1")
+    expect(cfg.seq_length >= 2, "seq_length", cfg.seq_length, "at least 2, a token to see and one to predict")
+    expect(cfg.vocab_size > 256, "vocab_size", cfg.vocab_size, "more than the 256 bytes and the end token")
+    expect(cfg.hidden_size % (2 * cfg.num_heads) == 0, "hidden_size", cfg.hidden_size, "a multiple of 2 x num_heads")
+    divides = cfg.num_heads % (cfg.num_kv_heads or cfg.num_heads) == 0
+    expect(divides, "num_kv_heads", cfg.num_kv_heads, "a divisor of num_heads, or 0")
+    expect(0 <= cfg.eval_fraction < 1, "eval_fraction", cfg.eval_fraction, "a share in [0, 1)")
+    expect(0 <= cfg.dropout < 1, "dropout", cfg.dropout, "a probability in [0, 1)")
+    expect(0 < cfg.decay_fraction <= 1, "decay_fraction", cfg.decay_fraction, "a share in (0, 1]")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[PackedRows]]:
+    """The tokenizer, what to train on (packed rows, or streams), and packed rows to evaluate on."""
+    open_training = open_streams if cfg.streaming else open_corpora
+    texts = open_training(cfg.data, config=cfg.data_config, split=cfg.data_split, text_column=cfg.text_column)
+    eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
+    eval_options = {"config": cfg.data_config, "split": cfg.eval_split, "text_column": cfg.text_column}
+    eval_texts = open_corpora(eval_data, **eval_options) if eval_data else []
+    fraction = 0.0 if eval_texts else cfg.eval_fraction
+    cache_dir = Path(cfg.cache_dir) if cfg.cache_dir else default_cache_dir()
+    options = {"seq_length": cfg.seq_length, "cache_dir": cache_dir, "num_processes": launch.usable_cores()}
+    with launch.node_main_first(accelerator):
+        name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
+        if not name:
+            name = tokenization.find_or_train(cache_dir, texts, cfg.vocab_size, cfg.seq_length)
+        tokenizer = tokenization.load_tokenizer(name)
+        if cfg.streaming:
+            eval_texts = eval_texts or [stream.held_out(fraction) for stream in texts]
+            train = [stream.leaving_out(fraction) for stream in texts]
+            evals = []
+        else:
+            packed = [pack_corpus(source, tokenizer, eval_fraction=fraction, **options) for source in texts]
+            train, evals = [splits["train"] for splits in packed], [splits["eval"] for splits in packed]
+        if eval_texts:
+            evals = [pack_corpus(source, tokenizer, eval_fraction=0.0, **options)["train"] for source in eval_texts]
+    return tokenizer, train, evals
+
+
+class Updates(torch.utils.data.Dataset):
+    """Item `step` is what update `step` sees on this process: its micro-batches of int64 arrays (B, T).
+
+    It depends on the seed and `step` alone, so a resumed run needs nothing else.
+    """
+
+    def __init__(self, sources: list[PackedRows], micro_batch_size: int, order: dict[str, Any]) -> None:
+        self.sources, self.micro_batch_size, self.order = sources, micro_batch_size, order
+
+    def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[Any]]:
+        samples = samples_of_update(step, [len(rows) for rows in self.sources], **self.order)
+        rows = [self.sources[source].read(row) for source, _, row in samples]
+        return micro_batches(rows, self.micro_batch_size), []
+
+
+def open_updates(
+    cfg: Config,
+    accelerator: Any,
+    tokenizer: Any,
+    train: list[Any],
+    micro_batch_size: int,
+    step: int,
+    streams: list[Any],
+) -> Any:
+    """Iterate over updates from `step` on: each the micro-batches of this process, and where its streams are after it."""
+    weights = [float(part) for part in cfg.data_weights.split(",")] if cfg.data_weights else [1.0] * len(train)
+    expect(len(weights) == len(train), "data_weights", cfg.data_weights, "one number for each of data")
+    processes = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+    order = {"weights": weights, "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **processes}
+    if cfg.streaming:
+        dataset = StreamedUpdates(train, tokenizer, cfg.seq_length, micro_batch_size, order, step, streams)
+        options = {"num_workers": min(1, cfg.num_workers)}
+    else:
+        dataset = Updates(train, micro_batch_size, order)
+        options = {"num_workers": cfg.num_workers, "sampler": range(step, cfg.max_steps)}
+    return iter(DataLoader(dataset, batch_size=None, pin_memory=accelerator.device.type == "cuda", **options))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def build_model(cfg: Config, tokenizer: Any) -> Any:
+    """A model from `init`, or a new one of the chosen architecture, in float32."""
+    if cfg.init != "scratch":
+        return load_model(cfg, tokenizer)
+    sizes = {
+        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,  # tensor cores want multiples
+        "hidden_size": cfg.hidden_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "max_position_embeddings": cfg.seq_length,
+        "bos_token_id": tokenization.special_ids(tokenizer)[0],
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+        "attn_implementation": cfg.attention,
+    }
+    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    return {"nanochat": build_nanochat, "gpt2": build_gpt2, "llama": build_llama}[cfg.architecture](cfg, sizes)
+
+
+def build_nanochat(cfg: Config, sizes: dict[str, Any]) -> Any:
+    """Karpathy 2025: RoPE, QK-norm, squared ReLU, norms without weights, logits capped at 15, untied head."""
+    from transformers import NanoChatConfig, NanoChatForCausalLM
+
+    config = NanoChatConfig(
+        **sizes,
+        intermediate_size=cfg.intermediate_size or 4 * cfg.hidden_size,
+        num_key_value_heads=cfg.num_kv_heads or cfg.num_heads,
+        attention_dropout=cfg.dropout,
+    )
+    return NanoChatForCausalLM(config)
+
+
+def build_gpt2(cfg: Config, sizes: dict[str, Any]) -> Any:
+    """Radford et al. 2019: learned positions, GELU, pre-norm, tied head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
+    return GPT2LMHeadModel(GPT2Config(**sizes, n_inner=cfg.intermediate_size or 4 * cfg.hidden_size, **dropouts))
+
+
+def build_llama(cfg: Config, sizes: dict[str, Any]) -> Any:
+    """Touvron et al. 2023: RoPE, RMSNorm, SwiGLU, untied head; shared keys and values as in Ainslie et al. 2023."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **sizes,
+        intermediate_size=cfg.intermediate_size or 4 * cfg.hidden_size,
+        num_key_value_heads=cfg.num_kv_heads or cfg.num_heads,
+        attention_dropout=cfg.dropout,
+    )
+    return LlamaForCausalLM(config)
+
+
+def load_model(cfg: Config, tokenizer: Any) -> Any:
+    """The model of `init`; raises `UsageError` if the tokenizer or the rows do not fit it."""
+    from transformers import AutoModelForCausalLM
+
+    model = load_pretrained(AutoModelForCausalLM, cfg.init, attn_implementation=cfg.attention)
+    known, longest = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
+    name = cfg.tokenizer or cfg.init
+    expect(len(tokenizer) <= known, "tokenizer", name, f"at most the {known} tokens of init, not {len(tokenizer)}")
+    expect(cfg.seq_length <= longest, "seq_length", cfg.seq_length, f"at most {longest}, the longest row of init")
+    return model
+
+
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """Muon for hidden matrices and AdamW for embeddings, head, norms and biases; or AdamW for all."""
+    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    is_table.add(id(model.get_output_embeddings().weight))
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    tables = [parameter for parameter in model.parameters() if id(parameter) in is_table]
+    hidden = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in is_table]
+    if cfg.optimizer == "adamw":
+        # Decay on all but biases and gains (Radford et al. 2018, section 4.1); rates and betas of Brown et al. 2020, B.
+        groups = [
+            {"params": hidden + tables, "weight_decay": cfg.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        kept = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(kept, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
+    matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
+    rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
+    return MuonWithAdamW([matrices, rest])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective
+
+
+def causal_lm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of all targets: (B, T, V), (B, T) -> scalar in nats; label -100 is no target."""
+    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (B, T, V). Positions restart at each document: with neither mask nor cache, none attends to another."""
+    return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size: int) -> dict[str, float]:
+    """Loss a token in nats, perplexity, and bits a byte of text, over every document of `sources` once."""
+    model.eval()
+    nll, num_targets = 0.0, 0
+    for rows in sources:
+        for first in range(0, len(rows), batch_size * accelerator.num_processes):
+            mine = range(first + accelerator.process_index * batch_size, len(rows))[:batch_size]
+            # A process that has no row left takes an empty one: all must run equally often.
+            samples = [rows.read(row) for row in mine] or [fill_row([], rows.seq_length, rows.pad_token_id)]
+            batch = to_device(micro_batches(samples, batch_size)[0], accelerator.device)
+            nll += causal_lm_loss_sum(forward(model, batch), batch["labels"]).item()
+            num_targets += int((batch["labels"] != IGNORED).sum())
+    model.train()
+    nll, num_targets = np.sum(launch.gather_objects(accelerator, (nll, num_targets)), axis=0)
+    bits_per_byte = nll / math.log(2) / sum(rows.cache.num_bytes for rows in sources)
+    loss = float(nll / num_targets)
+    return {"eval/loss": loss, "eval/perplexity": math.exp(loss), "eval/bits_per_byte": float(bits_per_byte)}
+
+
+def write_samples(accelerator: Any, model: Any, tokenizer: Any, cfg: Config, step: int) -> str:
+    """A continuation of each of `PROMPTS`, also in samples/; every process takes part, since weights may be sharded."""
+    bare = accelerator.unwrap_model(model)
+    options = {"max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95}
+    seeds = [derive_seed(cfg.seed, "sample", index) for index in range(len(PROMPTS))]
+    texts = [continue_prompt(bare, tokenizer, *pair, **options) for pair in zip(PROMPTS, seeds, strict=True)]
+    samples = "\n\n".join(texts)
+    if accelerator.is_main_process:
+        folder = Path(cfg.output_dir, "samples")
+        folder.mkdir(exist_ok=True)
+        (folder / f"step_{step:08d}.txt").write_text(samples + "\n", encoding="utf-8")
+    return samples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
+    """One optimizer update: its mean loss a target (nats) over all processes and micro-batches, and its gradient norm.
+
+    A gradient that is not finite changes nothing, on all processes alike; DeepSpeed, which steps inside the backward
+    pass, finds that by itself.
+    """
+    num_targets = accelerator.reduce(sum((batch["labels"] != IGNORED).sum() for batch in batches), "sum")
+    # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets
+    nll = torch.zeros((), device=accelerator.device)
+    for micro_step, batch in enumerate(batches):
+        torch.manual_seed(derive_seed(cfg.seed, "dropout", step, micro_step, accelerator.process_index))
+        with accelerator.accumulate(model):
+            micro_nll = causal_lm_loss_sum(forward(model, batch), batch["labels"])
+            accelerator.backward(micro_nll * scale)
+        nll += micro_nll.detach()
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return accelerator.reduce(nll, "sum") / num_targets, grad_norm
+
+
+def main(cfg: Config) -> None:
+    """Train, evaluate, save, and leave a model that `from_pretrained` loads."""
+    check_config(cfg)
+    run_dir = Path(cfg.output_dir)
+    run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
+    launch.follow_launcher()
+    stop = StopSignals()
+    accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
+    micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
+    launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
+    if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
+        raise UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
+    hub_id = check_push(cfg.push_to_hub, private=cfg.hub_private) if cfg.push_to_hub else ""
+
+    tokenizer, train, eval_sources = open_data(cfg, accelerator)
+    model = build_model(cfg, tokenizer)
+    row = {"input_ids": torch.zeros(1, cfg.seq_length, dtype=torch.int64), "use_cache": False}
+    flops_per_row = training_flops(model, row)
+    accelerator.print(dry_run.table(describe(cfg, accelerator, model, train, flops_per_row)))
+    if cfg.dry_run:
+        report_costs(cfg, accelerator, model, tokenizer, train, micro_batch_size)
+        return
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if cfg.compile:
+        model.compile()
+    num_parameters = model.num_parameters()
+    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+
+    launch.check_shared_folder(accelerator, run_dir)
+    checkpoint = checkpoints.find_checkpoint(accelerator, run_dir, cfg.resume)
+    step, state = checkpoints.load_checkpoint(accelerator, checkpoint) if checkpoint else (0, {})
+    skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
+    updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
+    record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
+    if accelerator.is_main_process:
+        run_folder.write_run_record(run_dir, to_yaml(cfg), Path(__file__), record)
+    log = RunLog(accelerator, run_dir, step, cfg.max_steps)
+    pusher = HubPusher(hub_id, private=cfg.hub_private) if hub_id and accelerator.is_main_process else None
+    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
+    peak = peak_flops(accelerator.device, launch.compute_dtype(accelerator)) * accelerator.num_processes
+    throughput = Throughput(flops_per_sample=flops_per_row, peak_flops_total=peak)
+    started = time.perf_counter() - state.get("seconds", 0.0)
+    model.train()
+    while step < cfg.max_steps:
+        with throughput.waiting_for_data():
+            batches, streams = next(updates)
+        factor = learning_rate_factor(cfg, step)
+        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+        batches = [to_device(batch, accelerator.device) for batch in batches]
+        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
+        step += 1
+        throughput.add(samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
+        skipped = skipped + (not math.isfinite(grad_norm))
+        bad_in_a_row = 0 if math.isfinite(grad_norm) else bad_in_a_row + 1
+
+        is_last = step == cfg.max_steps or bad_in_a_row == cfg.max_bad_updates
+        is_stopping = launch.on_any_process(accelerator, stop.received)
+        metrics = {}
+        if is_last or step % cfg.log_every == 0:
+            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped, **throughput.read("tokens")}
+        with throughput.pause():
+            if step == cfg.max_steps or is_due(step, cfg.eval_every):
+                metrics |= evaluate(accelerator, model, eval_sources, micro_batch_size)
+                write_samples(accelerator, model, tokenizer, cfg, step)
+            log.write(step, metrics)
+            if is_last or is_stopping or is_due(step, cfg.save_every):
+                state = {"seconds": time.perf_counter() - started, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
+                state["streams"] = launch.gather_objects(accelerator, streams)
+                checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
+            if hub_id and is_due(step, cfg.push_every):
+                export_model(accelerator, model, tokenizer, run_dir)
+                if pusher:
+                    pusher.push(run_dir, f"step {step}", f"step-{step}")
+        if profiler:
+            profiler.step()
+        if bad_in_a_row == cfg.max_bad_updates:
+            raise TooManyNonFiniteUpdates(
+                f"{bad_in_a_row} updates in a row had a non-finite gradient, up to step {step}"
+            )
+        if is_stopping and step < cfg.max_steps:
+            raise RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
+
+    export_model(accelerator, model, tokenizer, run_dir)
+    samples = write_samples(accelerator, model, tokenizer, cfg, step)
+    if accelerator.is_main_process:
+        facts = {"parameters": num_parameters, "steps": step, "training_seconds": state["seconds"]}
+        facts["training_flops"] = flops_per_row * cfg.global_batch_size * step
+        record = run_folder.update_run_record(run_dir, facts)
+        loss_curve(log.read(), run_dir / "figures" / "loss.png")
+        write_model_card(run_dir, run_dir.name, "text-generation", USAGE, record, log.last_evaluation(), samples)
+        push_problem = ""
+        if pusher:
+            pusher.push(run_dir, f"step {step}, final", "")
+            push_problem = pusher.close(timeout_seconds=600)
+        log.say(summary(run_dir, log.last_evaluation(), samples, push_problem))
+    log.close()
+    accelerator.end_training()
+
+
+def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any], flops_per_row: float) -> dict[str, str]:
+    """The numbers that follow from the configuration, for the table at the start."""
+    rows = 0 if cfg.streaming else sum(len(source) for source in train)
+    return {
+        "parameters": f"{model.num_parameters():,}",
+        "FLOPs a token": dry_run.human_count(flops_per_row / cfg.seq_length),
+        "tokens an update": f"{cfg.global_batch_size * cfg.seq_length:,} ({cfg.global_batch_size} rows)",
+        "accumulation": f"{accelerator.gradient_accumulation_steps} micro-batches a process",
+        "updates an epoch": f"{rows / cfg.global_batch_size:,.0f} ({rows:,} rows)" if rows else "unknown (streaming)",
+        "engine": f"{accelerator.distributed_type.value}, {accelerator.num_processes} processes, {accelerator.device}",
+        "precision": accelerator.mixed_precision,
+        "hardware": run_folder.hardware(),
+    }
+
+
+def summary(run_dir: Path, evaluation: dict[str, float], samples: str, push_problem: str) -> str:
+    """What was made and how to load it."""
+    metrics = "  ".join(f"{key} {value:.4f}" for key, value in evaluation.items())
+    load = f"python recipes/gpt/generate.py --model {run_dir}"
+    return f"\n{samples}\n\n{metrics}\nmodel, card, curve and metrics: {run_dir}/\ngenerate: {load}\n{push_problem}"
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 = never, happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def learning_rate_factor(cfg: Config, step: int) -> float:
+    """Share of the peak rate at `step`."""
+    if cfg.schedule == "wsd":
+        return schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
+    return schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.1)  # Brown et al. 2020, B
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main(parse(Config))

@@ -1,0 +1,219 @@
+"""Start-up: one `Accelerator` that is what the launcher asked for, or one clear message.
+
+What accelerate gets wrong on CPUs is mended here: `accelerate launch` leaves one thread a process, a multi-GPU
+configuration without GPUs starts processes that each believe they are alone, and DeepSpeed wants NCCL.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shared.command_line import UsageError
+
+
+def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, deterministic: bool) -> Any:
+    """Make the `Accelerator` and check that processes, engine and precision are what the launcher asked for.
+
+    Gradient accumulation is set later, by `set_accumulation`, once the number of processes is known.
+
+    Raises:
+        UsageError: what came up differs from what was asked for.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+
+    on_cpu = not _has_accelerator()
+    uses_deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if on_cpu:
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, usable_cores() // local_processes))
+        if uses_deepspeed:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        elif world_size > 1:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+    process_group = InitProcessGroupKwargs(
+        backend="gloo" if on_cpu and uses_deepspeed else None, timeout=datetime.timedelta(minutes=timeout_minutes)
+    )
+    accelerator = Accelerator(
+        # Without this, each epoch's end would force a short, unaccumulated update.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        kwargs_handlers=[process_group],
+        log_with=[name.strip() for name in report_to.split(",") if name.strip()] or None,
+        project_config=ProjectConfiguration(logging_dir=logging_dir),
+    )
+    _check_launch(accelerator, world_size)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return accelerator
+
+
+def set_accumulation(accelerator: Any, global_batch_size: int, per_device_batch_size: int) -> int:
+    """Derive gradient accumulation from the global batch, so that hardware never changes the mathematics.
+
+    Args:
+        accelerator: before `prepare`.
+        global_batch_size: samples of one update, over all processes and micro-batches.
+        per_device_batch_size: samples of one micro-batch on one process; 0 = the process's whole share.
+
+    Returns:
+        Samples of one micro-batch on one process.
+
+    Raises:
+        UsageError: the batch does not divide.
+    """
+    processes = accelerator.num_processes
+    if global_batch_size % processes:
+        raise UsageError(f"global_batch_size: {global_batch_size}: expected a multiple of the {processes} processes")
+    share = global_batch_size // processes
+    micro_batch_size = per_device_batch_size or share
+    if share % micro_batch_size:
+        raise UsageError(
+            f"global_batch_size: {global_batch_size}: expected a multiple of per_device_batch_size x processes = "
+            f"{micro_batch_size} x {processes} = {micro_batch_size * processes}"
+        )
+    accelerator.gradient_accumulation_steps = share // micro_batch_size
+    return micro_batch_size
+
+
+def set_deepspeed_values(accelerator: Any, micro_batch_size: int, max_grad_norm: float) -> None:
+    """Give DeepSpeed the recipe's batch, accumulation and clipping; "auto" would become others. No-op elsewhere.
+
+    Raises:
+        UsageError: the accelerate config fixes a value that the recipe owns.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    values = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+    }
+    for key, value in values.items():
+        fixed = plugin.deepspeed_config.get(key, "auto")
+        if key != "train_micro_batch_size_per_gpu" and fixed not in (
+            "auto",
+            value,
+            1 if "accumulation" in key else value,
+        ):
+            raise UsageError(f"accelerate config: {key}: {fixed!r}: expected auto, the recipe sets it to {value}")
+        plugin.deepspeed_config[key] = value
+    plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+
+
+@contextlib.contextmanager
+def node_main_first(accelerator: Any) -> Iterator[bool]:
+    """Run the block on one process of each node first, however long it takes, then on the others.
+
+    For what each node builds or finds on its own disk. Waiting goes through a group with a time-out of a week,
+    since the training group's would end the run while a large corpus is tokenised.
+
+    Yields:
+        Whether this process is the one that goes first.
+    """
+    first = accelerator.is_local_main_process
+    if accelerator.num_processes == 1:
+        yield first
+        return
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    if not first:
+        dist.barrier(group)
+    yield first
+    if first:
+        dist.barrier(group)
+
+
+def on_any_process(accelerator: Any, flag: bool) -> bool:
+    """Whether `flag` is true on at least one process. Every process calls this."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor([int(flag)], device=accelerator.device), "sum").item())
+
+
+def compute_dtype(accelerator: Any) -> torch.dtype:
+    """The type in which matrix products are computed."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def gather_objects(accelerator: Any, value: Any) -> list[Any]:
+    """`value` of every process, in the order of their ranks."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_shared_folder(accelerator: Any, folder: Path) -> None:
+    """Refuse an output folder that cannot be written, or that not all nodes see.
+
+    Raises:
+        UsageError: naming the folder.
+    """
+    probe = folder / ".probe"
+    problem = ""
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+        except OSError as error:
+            problem = f"expected a folder that can be written, got {error.strerror}"
+    problem = gather_objects(accelerator, problem)[0]
+    seen = gather_objects(accelerator, probe.exists()) if not problem else []
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not problem:
+        probe.unlink()
+    if problem or not all(seen):
+        raise UsageError(f"output_dir: {str(folder)!r}: {problem or 'expected a folder that every node sees'}")
+
+
+def follow_launcher() -> None:
+    """Ask Linux for a SIGTERM when the launcher dies; otherwise training goes on as an orphan that nobody can stop.
+
+    With one process `accelerate launch` does not pass SIGTERM on (accelerate#929).
+    """
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available() and not _asked("ACCELERATE_USE_CPU")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+def _check_launch(accelerator: Any, world_size: int) -> None:
+    if world_size != accelerator.num_processes:
+        raise UsageError(
+            f"accelerate config: the launcher started {world_size} processes, but {accelerator.num_processes} found "
+            "each other"
+        )
+    engine = accelerator.distributed_type.value
+    for variable, name, wanted in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "DEEPSPEED"),
+        ("ACCELERATE_USE_FSDP", "FSDP", "FSDP"),
+    ):
+        if _asked(variable) and engine != wanted:
+            raise UsageError(f"accelerate config: {name} was asked for, but {engine} came up: it needs GPUs here")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != accelerator.mixed_precision:
+        raise UsageError(f"accelerate config: precision {precision} was asked for, got {accelerator.mixed_precision}")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,87 @@
+"""The run folder's README.md: a model card written from the run's own measurements."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+
+def write_model_card(
+    run_dir: Path,
+    title: str,
+    pipeline_tag: str,
+    usage: str,
+    record: dict[str, Any],
+    metrics: dict[str, float],
+    samples: str,
+) -> None:
+    """Write the card with its metadata block, so that the Hub shows task, library and results.
+
+    Args:
+        run_dir: the run folder; config.yaml and figures/loss.png are there already.
+        title: heading and model name.
+        pipeline_tag: the Hub's task name, such as text-generation.
+        usage: Python that loads the model.
+        record: contents of run.json.
+        metrics: the last evaluation, metric key to value.
+        samples: what the model made, as plain text.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        model_name=title,
+        tags=["pretraining"],
+        eval_results=[
+            EvalResult(
+                task_type=pipeline_tag,
+                dataset_type="held-out documents",
+                dataset_name=str(record["data"]),
+                metric_type=key.removeprefix("eval/"),
+                metric_value=round(value, 6),
+            )
+            for key, value in metrics.items()
+        ],
+    )
+    rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in metrics.items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    commit = f", commit `{record['git_commit'][:12]}`" if record["git_commit"] else ""
+    text = f"""---
+{data.to_yaml()}
+---
+# {title}
+
+Pre-trained from `{record["init"]}` on `{html.escape(str(record["data"]))}` with `{record["command"][0]}`{commit}:
+{record["parameters"]:,} parameters, {record["steps"]:,} updates, {record["training_seconds"]:,.0f} s of training,
+{record["training_flops"]:.3g} floating-point operations on {record["hardware"]}.
+
+```python
+{usage}
+```
+
+## Results
+
+Measured on documents that were held out of training, each counted once.
+
+| metric | value |
+|---|---|
+{rows}
+
+![Loss over the updates](figures/loss.png)
+
+## Samples
+
+```text
+{samples}
+```
+
+## How it was made
+
+`config.yaml` holds every field and `recipe.py` the program; with them and the same data the run can be repeated.
+Versions: {versions}. `metrics.jsonl` has all measurements.
+
+The text comes from a small model trained on a limited corpus: it may be wrong, biased or offensive, and no evaluation
+beyond the table above was made.
+"""
+    ModelCard(text)  # refuses metadata that the Hub would refuse
+    (run_dir / "README.md").write_text(text)

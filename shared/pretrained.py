@@ -1,0 +1,27 @@
+"""Weights to start from: a run folder or a Hub id, never anything that could run code."""
+
+from typing import Any
+
+import torch
+
+from shared.command_line import UsageError
+
+
+def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """Load `name` in float32 from safetensors, with no remote code.
+
+    Args:
+        auto_class: such as `transformers.AutoModelForCausalLM`.
+        name: a run folder, any folder of `save_pretrained`, or a Hub id.
+        options: passed on to `from_pretrained`.
+
+    Raises:
+        UsageError: it is not there, or holds no such model.
+    """
+    try:
+        return auto_class.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"init: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error

@@ -1,0 +1,24 @@
+"""SIGTERM and SIGINT finish the update, save, and leave; a second Ctrl-C leaves at once."""
+
+import signal
+from types import FrameType
+
+
+class StopSignals:
+    """Remembers that a signal came; made once, in the main thread, before training."""
+
+    def __init__(self) -> None:
+        self._received = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @property
+    def received(self) -> bool:
+        """Whether this process got a signal; the loop sums it over processes, so that all stop after one update."""
+        return bool(self._received)

@@ -1,0 +1,266 @@
+"""Rows from a corpus that is read as it arrives, never stored.
+
+A stream has no index, so order and state differ from the cached path: the shards (files, or the data set's own) are
+shuffled each pass and dealt to the processes, documents come in their order within a shard, and a bounded window of
+them is cut, packed best-fit and shuffled at a time. The state that a checkpoint keeps is where the window began and
+how many of its rows are used up; resuming reads that window again, so the rows are the same as without the stop. What
+stays approximate: with another number of processes the shards are dealt anew, from the next pass on.
+"""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from shared import tokenization
+from shared.batches import micro_batches
+from shared.command_line import UsageError
+from shared.documents import SAMPLES, LocalTexts, is_hub_id, open_texts, pick_text_column
+from shared.packing import BestFitPacker, cut, fill_row
+from shared.randomness import derive_seed, shuffled_indices
+from shared.sample_order import samples_of_update
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_FROM = 10_000  # documents of a stream's beginning among which those to evaluate on are found
+WINDOW_ROWS = 512  # 2 MB of tokens at 1,024 a row; more would shuffle better and start later
+
+
+class StreamState(TypedDict):
+    """Where one process is in a stream: enough to go on exactly with the same number of processes."""
+
+    num_processes: int
+    epoch: int  # pass over the shards
+    shard: int  # place in this process's order of them
+    document: int  # documents of that shard that earlier windows used
+    rows: int  # rows of the current window that are used up
+
+
+def start_of_stream(num_processes: int) -> StreamState:
+    """The state before the first row."""
+    return {"num_processes": num_processes, "epoch": 0, "shard": 0, "document": 0, "rows": 0}
+
+
+def resumed_state(state: StreamState, num_processes: int) -> StreamState:
+    """The state to go on from; with another number of processes that is the start of the next pass."""
+    if state["num_processes"] == num_processes:
+        return state
+    logger.warning("the stream was read by %d processes: a new pass over it begins", state["num_processes"])
+    return {**start_of_stream(num_processes), "epoch": state["epoch"] + 1}
+
+
+def open_shards(data: str, *, config: str, split: str, text_column: str) -> list[Iterable[str]]:
+    """The shards of a corpus, each an iterable of documents; a Hub data set is not downloaded.
+
+    Raises:
+        UsageError: nothing is there, or the column is not.
+    """
+    if data in SAMPLES or Path(data).expanduser().exists() or not is_hub_id(data):
+        texts = open_texts(data, config=config, split=split, text_column=text_column)
+        assert isinstance(texts, LocalTexts)
+        return [LocalTexts(data, (file,), texts.text_column) for file in texts.files]
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(data, config or None, split=split, streaming=True)
+        first = next(iter(dataset))
+    except Exception as error:  # its many network, cache and format errors have no common class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"data: {data!r}: no such file or folder, and no such Hub data set: {reason}") from error
+    column = pick_text_column(data, {name: isinstance(value, str) for name, value in first.items()}, text_column)
+    return [_HubShard(dataset.shard(dataset.num_shards, index), column) for index in range(dataset.num_shards)]
+
+
+class _HubShard:
+    def __init__(self, dataset: Any, text_column: str) -> None:
+        self._dataset, self._text_column = dataset, text_column
+
+    def __iter__(self) -> Iterator[str]:
+        for record in self._dataset:
+            if record[self._text_column]:
+                yield record[self._text_column]
+
+
+def is_held_out(document: str, eval_fraction: float) -> bool:
+    """Whether a document of a stream belongs to the eval split; depends on its content alone."""
+    digest = hashlib.blake2b(tokenization.to_bytes(document), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64 < eval_fraction
+
+
+def stream_rows(
+    shards: Sequence[Iterable[str]],
+    tokenizer: Any,
+    *,
+    seq_length: int,
+    eval_fraction: float,
+    seed: int,
+    rank: int,
+    state: StreamState,
+) -> Iterator[tuple[dict[str, np.ndarray], StreamState]]:
+    """Endless rows for one process, each with the state after it.
+
+    Args:
+        shards: iterables of documents.
+        tokenizer: a fast transformers tokenizer.
+        seq_length: tokens of a row.
+        eval_fraction: share of the documents that is passed over, see `is_held_out`.
+        seed: of the order of shards and of the rows in a window.
+        rank: this process.
+        state: where to go on.
+
+    Yields:
+        The row as int64 arrays (seq_length,) input_ids, labels (-100 = padding) and position_ids; the state after it.
+    """
+    begin, end = tokenization.special_ids(tokenizer)
+    documents = _documents(shards, eval_fraction, seed, rank, state)
+    window_start: StreamState = {**state, "rows": 0}
+    used = state["rows"]
+    while True:
+        stretches: list[np.ndarray] = []
+        packer = BestFitPacker(seq_length)
+        rows, num_tokens = [], 0
+        window_end = window_start
+        while num_tokens < WINDOW_ROWS * seq_length:
+            document, window_end = next(documents)
+            ids = np.concatenate([[begin], tokenization.encode(tokenizer.backend_tokenizer, document), [end]])
+            num_tokens += len(ids)
+            for first, length in cut(0, len(ids), seq_length):
+                stretches.append(ids[first : first + length + 1])
+                closed = packer.add((len(stretches) - 1, length))
+                rows += [closed] if closed else []
+        rows += packer.flush()
+        window_seed = derive_seed(
+            seed, "window", window_start["epoch"], window_start["shard"], window_start["document"]
+        )
+        order = shuffled_indices(np.arange(len(rows)), len(rows), derive_seed(window_seed, rank))
+        for position in range(used, len(rows)):
+            row = [stretches[index] for index, _ in rows[order[position]]]
+            yield fill_row(row, seq_length, end), {**window_start, "rows": position + 1}
+        window_start, used = window_end, 0
+
+
+def _documents(
+    shards: Sequence[Iterable[str]], eval_fraction: float, seed: int, rank: int, state: StreamState
+) -> Iterator[tuple[str, StreamState]]:
+    """This process's documents without end, each with the state of a window that begins after it."""
+    processes, epoch, first_shard, skipped = state["num_processes"], state["epoch"], state["shard"], state["document"]
+    # With fewer shards than processes, all read all shards and each keeps its share of the documents.
+    deals_shards = len(shards) >= processes
+    while True:
+        order = shuffled_indices(np.arange(len(shards)), len(shards), derive_seed(seed, "shards", epoch))
+        mine = order[rank::processes] if deals_shards else order
+        for place in range(first_shard, len(mine)):
+            for number, document in enumerate(shards[mine[place]]):
+                is_mine = deals_shards or number % processes == rank
+                if number < skipped or not is_mine or is_held_out(document, eval_fraction):
+                    continue
+                yield (
+                    document,
+                    {"num_processes": processes, "epoch": epoch, "shard": place, "document": number + 1, "rows": 0},
+                )
+            skipped = 0
+        epoch, first_shard = epoch + 1, 0
+
+
+class TextStream:
+    """A corpus that is read as it arrives.
+
+    Args:
+        name: as the user gave it.
+        shards: iterables of documents.
+        left_out: share of the documents, chosen by their content, that training passes over.
+    """
+
+    def __init__(self, name: str, shards: Sequence[Iterable[str]], left_out: float = 0.0) -> None:
+        self.name, self.shards, self.left_out = name, shards, left_out
+        self.fingerprint = hashlib.sha256(repr((name, len(shards), left_out)).encode()).hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in self.shards:
+            yield from shard
+
+    def leaving_out(self, fraction: float) -> "TextStream":
+        """The same stream without the documents that `held_out` has."""
+        return TextStream(self.name, self.shards, fraction)
+
+    def held_out(self, fraction: float) -> "HeldOut":
+        """The documents left out among the first `HELD_OUT_FROM`."""
+        return HeldOut(self, fraction)
+
+
+class HeldOut:
+    """The held-out documents of a stream's beginning, for evaluation."""
+
+    def __init__(self, stream: TextStream, fraction: float) -> None:
+        self._stream, self._fraction = stream, fraction
+        self.fingerprint = f"held out {fraction} of {stream.fingerprint}"
+
+    def __iter__(self) -> Iterator[str]:
+        beginning = itertools.islice(self._stream, HELD_OUT_FROM)
+        return (document for document in beginning if is_held_out(document, self._fraction))
+
+
+def open_streams(data: str, *, config: str, split: str, text_column: str) -> list[TextStream]:
+    """A stream for each of several comma-separated names; see `open_shards`."""
+    names = [name.strip() for name in data.split(",")]
+    return [TextStream(name, open_shards(name, config=config, split=split, text_column=text_column)) for name in names]
+
+
+class StreamedUpdates(torch.utils.data.IterableDataset):
+    """Endless updates of one process from weighted streams: micro-batches, and the states of the streams after them.
+
+    Args:
+        streams: one or more corpora.
+        tokenizer: a fast transformers tokenizer.
+        seq_length: tokens of a row.
+        micro_batch_size: rows of a micro-batch.
+        order: weights, seed, global_batch_size, rank and num_processes.
+        step: first update.
+        states: of every process and stream as a checkpoint kept them; empty = from the start.
+    """
+
+    def __init__(
+        self,
+        streams: list[TextStream],
+        tokenizer: Any,
+        seq_length: int,
+        micro_batch_size: int,
+        order: dict[str, Any],
+        step: int,
+        states: list[list[StreamState]],
+    ) -> None:
+        self._streams, self._tokenizer, self._seq_length = streams, tokenizer, seq_length
+        self._micro_batch_size, self._order, self._step = micro_batch_size, order, step
+        rank, processes = order["rank"], order["num_processes"]
+        begin = [start_of_stream(processes) for _ in streams]
+        saved = states[rank % len(states)] if states else begin
+        self._states = [resumed_state(state, processes) for state in saved]
+
+    def __iter__(self) -> Iterator[tuple[list[dict[str, np.ndarray]], list[StreamState]]]:
+        order = self._order
+        rows = [
+            stream_rows(
+                stream.shards,
+                self._tokenizer,
+                seq_length=self._seq_length,
+                eval_fraction=stream.left_out,
+                seed=derive_seed(order["seed"], "stream", index),
+                rank=order["rank"],
+                state=state,
+            )
+            for index, (stream, state) in enumerate(zip(self._streams, self._states, strict=True))
+        ]
+        states = list(self._states)
+        for step in itertools.count(self._step):
+            # Sizes play no part: only which source each sample comes from is asked here.
+            samples = samples_of_update(step, [1] * len(rows), **order)
+            update = []
+            for source, _, _ in samples:
+                row, states[source] = next(rows[source])
+                update.append(row)
+            yield micro_batches(update, self._micro_batch_size), list(states)

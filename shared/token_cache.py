@@ -1,0 +1,223 @@
+"""Tokenised documents on disk: written once by several processes, read memory-mapped ever after.
+
+    CACHE_DIR/tokens/KEY/{train,eval}/tokens.bin       every document, begin token and end token included
+                                     /documents.bin    int64 pairs: where the document ends in tokens.bin, its bytes
+                        /summary.json
+
+The key covers the data, the tokenizer and the settings. A folder is written aside and renamed, so it is complete or
+absent, and two runs that build the same one do no harm. Memory stays flat: the reader hands over about 1 MiB of text
+at a time, at most a few pieces are on their way, and results are appended to the files as they come back in order.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from shared import tokenization
+from shared.command_line import UsageError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "eval")
+_BATCH_CHARACTERS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+    """One split of a tokenised corpus.
+
+    Attributes:
+        folder: where it lies; row indices are kept beside the tokens.
+        tokens: uint16 or uint32 (number of tokens,), memory-mapped.
+        ends: int64 (number of documents,), memory-mapped; document d is tokens[ends[d - 1]:ends[d]].
+        num_bytes: UTF-8 bytes of all documents, without the begin and end tokens.
+    """
+
+    folder: Path
+    tokens: np.ndarray
+    ends: np.ndarray
+    num_bytes: int
+
+
+def default_cache_dir() -> Path:
+    """HF_HOME/pretraining_recipes, or a folder for temporary files where HF_HOME cannot be written."""
+    import tempfile
+
+    from huggingface_hub.constants import HF_HOME
+
+    folder = Path(HF_HOME) / "pretraining_recipes"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir()) / f"pretraining_recipes_{os.getuid()}"
+
+
+def cache_key(*parts: object) -> str:
+    """Name of a cache folder for data, tokenizer and settings."""
+    return hashlib.sha256(repr((FORMAT_VERSION, *parts)).encode()).hexdigest()[:24]
+
+
+def build_token_cache(
+    folder: Path, documents: Iterable[str], tokenizer: Any, *, eval_fraction: float, num_processes: int
+) -> None:
+    """Tokenise `documents` into `folder` unless it is there already.
+
+    The first document and those whose content hashes below `eval_fraction` go to the eval split, so equal documents
+    share a split and neither their order nor the number of processes matters; 0 keeps the eval split empty.
+
+    Args:
+        folder: the cache folder to make.
+        documents: texts; empty ones are passed over.
+        tokenizer: a fast transformers tokenizer.
+        eval_fraction: share of the documents held out, in [0, 1).
+        num_processes: tokenising processes.
+
+    Raises:
+        UsageError: no document is there, or none is left to train on.
+    """
+    if (folder / "summary.json").exists():
+        return
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        writers = {split: _SplitWriter(aside / split, len(tokenizer)) for split in SPLITS}
+        for index, (ids, num_bytes, digest) in enumerate(_tokenize(documents, tokenizer, num_processes)):
+            held_out = eval_fraction > 0 and (index == 0 or digest < eval_fraction)
+            writers["eval" if held_out else "train"].add(ids, num_bytes)
+        summary = {split: writer.close() for split, writer in writers.items()}
+        if not summary["train"]["documents"]:
+            found = summary["eval"]["documents"]
+            raise UsageError(
+                f"data: expected at least {min(found, 1) + 1} documents, got {found}; with eval_fraction 0, or with "
+                "eval_data set, none is held out"
+            )
+        (aside / "summary.json").write_text(json.dumps(summary))
+        _rename_unless_there(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def open_token_cache(folder: Path, split: str) -> TokenCache:
+    """Map one split of a cache folder into memory."""
+    summary = json.loads((folder / "summary.json").read_text())[split]
+    documents = map_file(folder / split / "documents.bin", np.int64).reshape(-1, 2)
+    return TokenCache(
+        folder=folder / split,
+        tokens=map_file(folder / split / "tokens.bin", np.dtype(summary["dtype"])),
+        ends=documents[:, 0],
+        num_bytes=summary["bytes"],
+    )
+
+
+def map_file(path: Path, dtype: Any) -> np.ndarray:
+    """A file of numbers as a read-only array; an empty file, which no system maps, as an empty array."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+
+
+class _SplitWriter:
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        folder.mkdir(parents=True)
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.tokens_file: IO[bytes] = (folder / "tokens.bin").open("wb")
+        self.documents_file: IO[bytes] = (folder / "documents.bin").open("wb")
+        self.documents = self.tokens = self.bytes = 0
+
+    def add(self, ids: np.ndarray, num_bytes: int) -> None:
+        self.tokens_file.write(ids.astype(self.dtype).tobytes())
+        self.tokens += len(ids)
+        self.documents += 1
+        self.bytes += num_bytes
+        self.documents_file.write(np.array([self.tokens, num_bytes], dtype=np.int64).tobytes())
+
+    def close(self) -> dict[str, Any]:
+        self.tokens_file.close()
+        self.documents_file.close()
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "dtype": self.dtype.name}
+
+
+def _tokenize(documents: Iterable[str], tokenizer: Any, num_processes: int) -> Iterator[tuple[np.ndarray, int, float]]:
+    """Yield (ids with begin and end token, UTF-8 bytes, content hash in [0, 1)) of each document, in order."""
+    from tqdm import tqdm
+
+    begin, end = tokenization.special_ids(tokenizer)
+    state = (tokenizer.backend_tokenizer.to_str(), begin, end)
+    # Forked children see only numpy and tokenizers' own state; spawning would import the recipe again in each.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context, _start_worker, state) as pool:
+        results = _in_order(pool, _encode_batch, _batches(documents), limit=2 * num_processes + 1)
+        progress = tqdm(unit="B", unit_scale=True, desc="tokenising", delay=2, file=sys.stderr)
+        with progress:
+            for batch in results:
+                yield from batch
+                progress.update(sum(num_bytes for _, num_bytes, _ in batch))
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        if not document:
+            continue
+        batch.append(document)
+        size += len(document)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _in_order(
+    pool: concurrent.futures.Executor, function: Callable, arguments: Iterator[Any], limit: int
+) -> Iterator[Any]:
+    """Map in order with at most `limit` arguments read ahead; `Executor.map` would read them all."""
+    waiting: collections.deque = collections.deque()
+    for argument in arguments:
+        waiting.append(pool.submit(function, argument))
+        if len(waiting) >= limit:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer_json: str, begin: int, end: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
+    from tokenizers import Tokenizer
+
+    _worker.update(backend=Tokenizer.from_str(tokenizer_json), begin=begin, end=end)
+
+
+def _encode_batch(documents: list[str]) -> list[tuple[np.ndarray, int, float]]:
+    encoded = []
+    for document in documents:
+        data = tokenization.to_bytes(document)
+        digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") / 2**64
+        ids = np.concatenate(
+            [[_worker["begin"]], tokenization.encode(_worker["backend"], document), [_worker["end"]]]
+        ).astype(np.uint32)
+        encoded.append((ids, len(data), digest))
+    return encoded
+
+
+def _rename_unless_there(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not (folder / "summary.json").exists():
+            raise

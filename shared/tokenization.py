@@ -1,0 +1,204 @@
+"""Byte-level BPE: train one, load one, and encode or decode exactly, whatever the bytes."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.command_line import UsageError
+
+END_OF_TEXT = "<|endoftext|>"
+TRAINING_CHARACTERS = 1 << 28  # of the corpus that the merges are counted on; more changes them little
+_BLOCK_CHARACTERS = 1 << 20  # encoding needs about 100 bytes of memory a character, so long texts go in blocks
+
+
+def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, seq_length: int) -> Any:
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in Radford et al. 2019, section 2.2).
+
+    The alphabet holds all 256 bytes, so nothing is ever unknown; one special token begins and ends a document.
+
+    Args:
+        documents: the text to count on; read up to `TRAINING_CHARACTERS`.
+        vocab_size: entries in all; fewer come out where the corpus has too few merges.
+        seq_length: longest row of the model, noted as `model_max_length`.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast` that puts the special token before a prompt.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_training_texts(documents), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=seq_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def find_or_train(cache_dir: Path, sources: list[Any], vocab_size: int, seq_length: int) -> str:
+    """Train a tokenizer on `sources`, or find it in the cache; written aside and renamed.
+
+    Args:
+        cache_dir: this node's cache folder.
+        sources: corpora, iterables of documents with a `fingerprint`.
+        vocab_size: see `train_byte_level_bpe`.
+        seq_length: see `train_byte_level_bpe`.
+
+    Returns:
+        Its folder.
+    """
+    key = repr(([source.fingerprint for source in sources], vocab_size, seq_length))
+    folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if not folder.exists():
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        train_byte_level_bpe(itertools.chain.from_iterable(sources), vocab_size, seq_length).save_pretrained(aside)
+        try:
+            aside.rename(folder)
+        except OSError:  # another run was faster
+            shutil.rmtree(aside)
+    return str(folder)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer from a folder or the Hub; no code that comes with it is run.
+
+    Raises:
+        UsageError: it is not there, has no fast version, or has no token that ends a document.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True)
+    except Exception as error:  # hub, cache and format errors have no common class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"tokenizer: {name!r}: expected a tokenizer's folder or Hub id: {reason}") from error
+    if not tokenizer.is_fast:
+        raise UsageError(f"tokenizer: {name!r}: expected one with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"tokenizer: {name!r}: expected one with an end token (eos_token)")
+    return tokenizer
+
+
+def to_bytes(text: str) -> bytes:
+    """The bytes that `text` stands for; lone surrogates stand for the undecodable byte they came from."""
+    for errors in ("strict", "surrogateescape"):
+        try:
+            return text.encode("utf-8", errors)
+        except UnicodeEncodeError:
+            continue
+    return text.encode("utf-8", "surrogatepass")
+
+
+def encode(backend: Any, text: str) -> np.ndarray:
+    """Token ids of `text` alone, no special token added and none recognised inside it.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        text: may hold lone surrogates; those bytes become single-byte tokens.
+
+    Returns:
+        int64 (number of tokens,)
+    """
+    backend.encode_special_tokens = True  # a document that spells <|endoftext|> must not end there
+    ids: list[int] = []
+    for block in _blocks(text):
+        for part, is_text in _valid_parts(block):
+            byte_ids = [] if is_text else [backend.token_to_id(character) for character in part]
+            if is_text or None in byte_ids:  # a vocabulary without bytes gets the replacement character
+                byte_ids = backend.encode(part if is_text else "\ufffd", add_special_tokens=False).ids
+            ids += byte_ids
+    return np.array(ids, dtype=np.int64)
+
+
+def decode_bytes(backend: Any, ids: Iterable[int]) -> bytes:
+    """The exact bytes of byte-level tokens, also where they are no UTF-8; special tokens give their name."""
+    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    parts = []
+    for token_id in ids:
+        token = backend.id_to_token(int(token_id))
+        known = all(character in byte_of for character in token)
+        parts.append(bytes(byte_of[character] for character in token) if known else token.encode())
+    return b"".join(parts)
+
+
+def special_ids(tokenizer: Any) -> tuple[int, int]:
+    """The ids put before and after each document: the begin token if there is one, and the end token."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return begin, tokenizer.eos_token_id
+
+
+def _training_texts(documents: Iterable[str]) -> Iterator[str]:
+    seen = 0
+    for document in documents:
+        for block in _blocks(document):
+            yield to_bytes(block).decode("utf-8", "ignore")
+        seen += len(document)
+        if seen >= TRAINING_CHARACTERS:
+            return
+
+
+def _blocks(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _BLOCK_CHARACTERS:
+        end = start + _BLOCK_CHARACTERS
+        line_end = text.rfind("\n", start, end)
+        end = line_end + 1 if line_end > start else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _valid_parts(text: str) -> Iterator[tuple[str, bool]]:
+    """Split into stretches of valid text and stretches of single-byte tokens for the bytes that are none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        characters = _byte_characters()
+        data = to_bytes(text)
+        while data:
+            try:
+                yield data.decode("utf-8"), True
+                return
+            except UnicodeDecodeError as error:
+                if error.start:
+                    yield data[: error.start].decode("utf-8"), True
+                yield "".join(characters[byte] for byte in data[error.start : error.end]), False
+                data = data[error.end :]
+    else:
+        yield text, True
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (Radford et al. 2019)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return [characters[byte] for byte in range(256)]
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Changes with anything that changes the ids."""
+    text = json.dumps([tokenizer.backend_tokenizer.to_str(), special_ids(tokenizer)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
