@@ -1,18 +1,20 @@
 """The command line of every recipe: one frozen dataclass, a YAML of differences, and flags.
 
-A YAML's keys become flags placed before the user's own, so a wrong key, type or value fails in the same way
-wherever it was written. Everything a user can get wrong ends as one `UsageError`: one line that names the
-field, the value and what was expected, exit status 2, no traceback.
+A value is read as its field's type asks, whether it stands in the YAML or in a flag, so a wrong key, type or value
+fails in the same way in both. Everything a user can get wrong ends as one `UsageError`: one line that names the
+field, the value and what was expected, exit status 2, no traceback. `tyro` writes `--help`.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,6 +24,9 @@ EXIT_NON_FINITE = 76
 EXIT_NO_CHECKPOINT = 77
 
 ConfigT = TypeVar("ConfigT")
+
+_ACCESS_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_YAML_TAG = "tag:yaml.org,2002:"
 
 
 class UsageError(Exception):
@@ -52,7 +57,7 @@ class RunControl:
     """The one integer that all randomness derives from."""
     resume: str = "auto"
     """auto = go on from this folder's newest checkpoint; never = refuse a folder that holds a run; or a checkpoint
-    folder to go on from."""
+    folder to go on from, one of another run only until this run has checkpoints of its own."""
     log_every: int = 10
     """Updates between two log entries."""
     eval_every: int = 0
@@ -99,7 +104,7 @@ def check_run_control(config: RunControl) -> None:
     """Check the fields that every recipe shares.
 
     Raises:
-        UsageError: a number is out of range.
+        UsageError: a number is out of range, or a field holds an access token, which would end up in files.
     """
     for field in ("log_every", "keep_checkpoints", "max_bad_updates"):
         value = getattr(config, field)
@@ -114,28 +119,29 @@ def check_run_control(config: RunControl) -> None:
         config.push_every,
         "push_to_hub to be set as well",
     )
+    for field, value in dataclasses.asdict(config).items():
+        shown = redact(str(value))
+        expect(shown == str(value), field, shown, "no access token; use `hf auth login` or HF_TOKEN")
 
 
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Build `config_class` from its defaults, the YAML that `--config` names, and flags, the later winning.
 
-    Raises:
-        SystemExit: with status 0 after `--help` and 2 after a wrong flag.
-        UsageError: the YAML is missing, not a mapping, or holds a wrong key or type.
-    """
-    import tyro
+    Fields are bool, int, float, str or a Literal of texts. `--field value` and `--field=value` are the same, so are
+    dashes and underscores in names; a bool is `--field` or `--no-field`; of a flag given twice the last counts.
 
+    Raises:
+        SystemExit: with status 0 after `--help`.
+        UsageError: a flag or the YAML is wrong.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    config_file = _value_of_flag(arguments, "--config")
-    flags = _flags_from_yaml(Path(config_file), config_class) if config_file else []
-    return tyro.cli(
-        config_class,
-        args=[*flags, *arguments],
-        description=sys.modules[config_class.__module__].__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-        console_outputs=is_speaking_process(),
-    )
+    if "-h" in arguments or "--help" in arguments:
+        _show_help(config_class)
+    hints = get_type_hints(config_class)
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    flags = _read_flags(arguments, kinds)
+    file = flags.get("config", "")
+    return config_class(**{**(_read_yaml(Path(file), kinds) if file else {}), **flags})
 
 
 @contextlib.contextmanager
@@ -155,7 +161,8 @@ def exit_codes() -> Iterator[None]:
     if status:
         if is_speaking_process():
             sys.stdout.flush()
-            print(message, file=sys.stderr, flush=True)  # noqa: T201 (the accelerator may not exist yet)
+            line = redact(" ".join(message.splitlines()))
+            print(line, file=sys.stderr, flush=True)  # noqa: T201 (the accelerator may not exist yet)
         sys.exit(status)
 
 
@@ -164,60 +171,125 @@ def is_speaking_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
 
 
+def redact(text: str) -> str:
+    """`text` with the Hub's access tokens blotted out."""
+    return _ACCESS_TOKEN.sub("hf_***", text)
+
+
 def to_yaml(config: RunControl) -> str:
     """Every field of `config` as YAML that `--config` takes back."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("config", "dry_run")}
-    return yaml.safe_dump(fields, sort_keys=False)
+    return yaml.safe_dump(fields, sort_keys=False, width=math.inf)
 
 
-def _value_of_flag(arguments: list[str], flag: str) -> str:
-    for index, argument in enumerate(arguments):
-        if argument == flag and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.split("=", 1)[1]
-    return ""
+def _show_help(config_class: type) -> None:
+    import tyro
+
+    tyro.cli(
+        config_class,
+        args=["--help"],
+        description=sys.modules[config_class.__module__].__doc__,
+        use_underscores=True,
+        console_outputs=is_speaking_process(),
+    )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, which YAML's own rule forbids and PyYAML lets pass."""
+def _read_flags(arguments: list[str], kinds: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    rest = list(reversed(arguments))
+    while rest:
+        flag, equals, text = rest.pop().partition("=")
+        if not flag.startswith("--"):
+            raise UsageError(f"{flag + equals + text!r}: expected a flag, such as --seed 1")
+        name = flag[2:].replace("-", "_")
+        is_off = name not in kinds and kinds.get(name.removeprefix("no_")) is bool
+        name = name.removeprefix("no_") if is_off else name
+        if name not in kinds:
+            raise UsageError(f"unknown flag {flag}{_suggestion(name, kinds)}")
+        if kinds[name] is bool:
+            if equals or (rest and not rest[-1].startswith("-")):
+                value = text if equals else rest[-1]
+                raise UsageError(f"{name}: {value!r}: expected --{name} or --no_{name}, without a value")
+            values[name] = not is_off
+            continue
+        if not equals:
+            if not rest or rest[-1].startswith("--"):
+                raise UsageError(f"{name}: expected {_expectation(kinds[name])} after {flag}")
+            text = rest.pop()
+        values[name] = _convert(name, text, kinds[name])
+    return values
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UsageError(f"{self.name}: key {key!r} is given twice")
-        return super().construct_mapping(node, deep)
 
+def _read_yaml(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The fields in a YAML file.
 
-def _flags_from_yaml(path: Path, config_class: type) -> list[str]:
-    if not path.is_file():
-        raise UsageError(f"config: {str(path)!r}: expected a YAML file that exists")
+    Values are taken as they are written, before YAML makes numbers of them: 1e-3 is a text to YAML 1.1, and the text
+    1.10 would become 1.1. Nothing is constructed, so no tag can run code and no anchor can grow.
+    """
     try:
         with path.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, _UniqueKeyLoader)
+            document = yaml.compose(stream, yaml.SafeLoader)
+    except OSError as error:
+        raise UsageError(f"config: {str(path)!r}: expected a YAML file, got {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"config: {path}: expected YAML, got {' '.join(str(error).split())}") from error
-    if content is None:
-        return []
-    if not isinstance(content, dict):
-        raise UsageError(f"config: {path}: expected a mapping of field to value, got {type(content).__name__}")
-    types = {field.name: field.type for field in dataclasses.fields(config_class) if field.name != "config"}
-    flags = []
-    for key, value in content.items():
-        if key not in types:
-            close = difflib.get_close_matches(str(key), types, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UsageError(f"{path}: unknown key {key!r}{hint}")
-        flags += _flag(path, key, value, is_bool=types[key] in (bool, "bool"))
-    return flags
+        raise UsageError(f"config: {str(path)!r}: expected YAML, got {' '.join(str(error).split())}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, yaml.MappingNode):
+        raise UsageError(f"config: {str(path)!r}: expected a mapping of field to value, got {_kind_of(document)}")
+    values: dict[str, Any] = {}
+    for key_node, node in document.value:
+        key = str(key_node.value)
+        if key in values:
+            raise UsageError(f"{path}: key {key!r} is given twice")
+        if key not in kinds or key == "config":
+            raise UsageError(f"{path}: unknown key {key!r}{_suggestion(key, kinds)}")
+        try:
+            values[key] = _convert_node(key, node, kinds[key])
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+    return values
 
 
-def _flag(path: Path, key: str, value: object, *, is_bool: bool) -> list[str]:
-    if is_bool:
-        if not isinstance(value, bool):
-            raise UsageError(f"{path}: {key}: {value!r}: expected true or false")
-        return [f"--{key}" if value else f"--no-{key}"]
-    if value is None or isinstance(value, bool | dict | list):
-        raise UsageError(f"{path}: {key}: {value!r}: expected one number or text")
-    return [f"--{key}={value}"]
+def _convert_node(name: str, node: yaml.Node, kind: Any) -> Any:
+    if not isinstance(node, yaml.ScalarNode):
+        raise UsageError(f"{name}: expected {_expectation(kind)}, got {_kind_of(node)}")
+    tag = node.tag.removeprefix(_YAML_TAG)
+    if kind is bool:
+        value = yaml.SafeLoader.bool_values.get(node.value.lower()) if tag == "bool" else None
+        expect(value is not None, name, node.value, _expectation(kind))
+        return value
+    # A bare no is false to YAML and a bare ~ is null: which was meant is not guessed.
+    is_plain = tag in ("str", "int", "float", "timestamp")
+    expect(is_plain, name, node.value, "text in quotes" if kind is str else _expectation(kind))
+    return _convert(name, node.value, kind)
+
+
+def _kind_of(node: yaml.Node) -> str:
+    return {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}.get(type(node), "a single value")
+
+
+def _convert(name: str, text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if get_origin(kind) is Literal:
+        expect(text in get_args(kind), name, text, _expectation(kind))
+        return text
+    try:
+        value = kind(text)
+        is_number = math.isfinite(value)
+    except (ValueError, OverflowError):
+        is_number = False
+    expect(is_number, name, text, _expectation(kind))
+    return value
+
+
+def _expectation(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _suggestion(name: str, kinds: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name, kinds, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

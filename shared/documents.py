@@ -1,18 +1,23 @@
 """Where text comes from: local files, folders of them, or a Hub data set; one string a document.
 
 Formats: .parquet; .jsonl (one object a line); .txt. The last two also as .gz, .xz and .zst. A .txt file holds
-documents between lines that say `<|endoftext|>`; without such lines it is read as documents of about 64 KiB cut at
-line ends, so that a book of any size needs no more memory than a page. Bytes that are not UTF-8 are kept
-(PEP 383 surrogates) and come back exactly from the tokenizer.
+documents between lines that say `<|endoftext|>`; without such a line in its first 16 MB it is read as documents of
+about 64 KiB cut at line ends, so that a book of any size needs no more memory than a page. Bytes that are not UTF-8
+are kept (PEP 383 surrogates) and come back exactly from the tokenizer.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
+import itertools
 import json
+import lzma
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from shared.command_line import UsageError
 
@@ -20,8 +25,20 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".xz", ".zst")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 UNSEPARATED_CHARACTERS = 1 << 16
+_SEPARATOR_WITHIN = 1 << 24  # characters of a .txt in which a separator must come, or it counts as one without
+_SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
 _SAMPLE = Path(__file__).parent / "data" / "prose"
 SAMPLES = {"sample": _SAMPLE / "train.parquet", "sample_eval": _SAMPLE / "eval.parquet"}
+
+
+class Texts(Protocol):
+    """Any iterable of documents that has a fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the documents do."""
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +91,14 @@ def open_texts(data: str, *, config: str, split: str, text_column: str) -> Local
     Raises:
         UsageError: nothing is there, nothing is in it, or the column is not there.
     """
-    path = SAMPLES.get(data, Path(data).expanduser())
-    if not path.exists():
-        return _open_hub_texts(data, config=config, split=split, text_column=text_column)
-    files = tuple(list_files(path))
-    first = next((file for file in files if file.stat().st_size), None)
-    if first is None:
-        raise UsageError(f"data: {data!r}: expected at least one document, got only empty files")
-    column = "" if _format_of(first) == ".txt" else pick_text_column(data, _columns_of(first), text_column)
-    texts = LocalTexts(name=data, files=files, text_column=column)
+    path = local_path(data)
+    if path is None:
+        texts: LocalTexts | HubTexts = _open_hub_texts(data, config=config, split=split, text_column=text_column)
+    else:
+        files = tuple(list_files(path))
+        # The first file that holds a record tells the columns; a .txt file has none.
+        columns = next(filter(None, map(_columns_of, files)), None)
+        texts = LocalTexts(data, files, pick_text_column(data, columns, text_column) if columns else "")
     if next(iter(texts), None) is None:
         raise UsageError(f"data: {data!r}: expected at least one document, got none")
     return texts
@@ -92,6 +108,12 @@ def open_corpora(data: str, *, config: str, split: str, text_column: str) -> lis
     """`open_texts` for each of several comma-separated names."""
     names = [name.strip() for name in data.split(",")]
     return [open_texts(name, config=config, split=split, text_column=text_column) for name in names]
+
+
+def local_path(data: str) -> Path | None:
+    """The file or folder that `data` names; None if there is none, then it may be a Hub id."""
+    path = SAMPLES.get(data) or Path(os.path.expanduser(data))
+    return path if data and os.path.exists(path) else None
 
 
 def list_files(path: Path) -> list[Path]:
@@ -105,10 +127,10 @@ def list_files(path: Path) -> list[Path]:
         if not _format_of(path):
             raise UsageError(f"data: {str(path)!r}: expected a file that ends in one of {known}")
         return [path]
-    hidden = (
+    visible = (
         file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
-    files = sorted(file for file in hidden if file.is_file() and _format_of(file))
+    files = sorted(file for file in visible if file.is_file() and _format_of(file))
     if not files:
         raise UsageError(f"data: {str(path)!r}: expected a folder with files that end in one of {known}")
     return files
@@ -126,13 +148,21 @@ def pick_text_column(data: str, columns: dict[str, bool], text_column: str) -> s
         UsageError: it is not there, or several could be meant.
     """
     candidates = [name for name, holds_text in columns.items() if holds_text]
-    if text_column:
-        if text_column not in candidates:
-            raise UsageError(f"text_column: {text_column!r}: expected one of {candidates} in {data!r}")
-        return text_column
-    if "text" in candidates or len(candidates) == 1:
-        return "text" if "text" in candidates else candidates[0]
-    raise UsageError(f"text_column: '': expected one of {candidates} in {data!r}, several or no columns hold text")
+    likely = "text" if "text" in candidates or len(candidates) != 1 else candidates[0]
+    column = text_column or likely
+    if column not in candidates:
+        there = ", ".join(candidates) or f"none of its columns is, they are {', '.join(columns)}"
+        raise UsageError(f"text_column: {text_column!r}: expected a column of {data!r} that holds text: {there}")
+    return column
+
+
+def text_columns(records: Iterable[dict[str, Any]]) -> dict[str, bool]:
+    """Column name -> whether it holds text, as far as the first records tell."""
+    types: dict[str, set[type]] = {}
+    for record in itertools.islice(records, _SAMPLED_RECORDS):
+        for name, value in record.items():
+            types.setdefault(name, set()).add(type(value))
+    return {name: found <= {str, type(None)} for name, found in types.items()}
 
 
 def _format_of(file: Path) -> str:
@@ -146,10 +176,7 @@ def _columns_of(file: Path) -> dict[str, bool]:
     if _format_of(file) == ".parquet":
         schema = _parquet(file).schema_arrow
         return {field.name: str(field.type) in ("string", "large_string", "string_view") for field in schema}
-    number, line = next(((n, line) for n, line in enumerate(_lines(file), 1) if line.strip()), (1, ""))
-    if not line:
-        return {}
-    return {key: isinstance(value, str) for key, value in _record(file, number, line).items()}
+    return text_columns(record for _, record in _records(file)) if _format_of(file) == ".jsonl" else {}
 
 
 def _read_file(file: Path, text_column: str) -> Iterator[str]:
@@ -158,25 +185,27 @@ def _read_file(file: Path, text_column: str) -> Iterator[str]:
 
 
 def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
-    parquet = _parquet(file)
-    if text_column not in parquet.schema_arrow.names:
-        raise UsageError(f"text_column: {text_column!r}: expected one of {parquet.schema_arrow.names} in {str(file)!r}")
-    for batch in parquet.iter_batches(batch_size=64, columns=[text_column]):
-        yield from filter(None, batch.column(0).to_pylist())
+    import pyarrow
+
+    pick_text_column(str(file), _columns_of(file), text_column)
+    try:
+        for batch in _parquet(file).iter_batches(batch_size=64, columns=[text_column]):
+            # As bytes: Arrow does not check that text is UTF-8.
+            for data in batch.column(0).cast("large_binary").to_pylist():
+                if data:
+                    yield data.decode("utf-8", "surrogateescape")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
 
 
 def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), 1):
-        if not line.strip():
-            continue
-        record = _record(file, number, line)
-        text = record.get(text_column)
-        if text is not None and not isinstance(text, str):
-            raise UsageError(
-                f"text_column: {text_column!r}: expected text in {file}:{number}, got {type(text).__name__}"
-            )
-        if text is None and text_column not in record:
+    for number, record in _records(file):
+        if text_column not in record:
             raise UsageError(f"text_column: {text_column!r}: expected one of {list(record)} in {file}:{number}")
+        text = record[text_column]
+        if not isinstance(text, str | None):
+            found = type(text).__name__
+            raise UsageError(f"text_column: {text_column!r}: expected text in {file}:{number}, got {found}")
         if text:
             yield text
 
@@ -184,10 +213,8 @@ def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
 def _read_txt(file: Path, text_column: str) -> Iterator[str]:
     del text_column  # a text file has no columns
     lines: list[str] = []
-    size, separated = 0, False
-    for line in _lines(file):
-        is_separator = line.strip() == DOCUMENT_SEPARATOR
-        separated = separated or is_separator
+    size, separated = 0, _begins_separated(file)
+    for line, is_separator in _txt_lines(file):
         if not is_separator:
             lines.append(line)
             size += len(line)
@@ -198,43 +225,55 @@ def _read_txt(file: Path, text_column: str) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Lines with their ends, every byte kept; a line longer than 1 MiB comes in several parts from a .txt only."""
-    import fsspec
+def _begins_separated(file: Path) -> bool:
+    size = 0
+    for line, is_separator in _txt_lines(file):
+        size += len(line)
+        if is_separator or size > _SEPARATOR_WITHIN:
+            return is_separator
+    return False
 
-    limit = UNSEPARATED_CHARACTERS if _format_of(file) == ".txt" else -1
+
+def _txt_lines(file: Path) -> Iterator[tuple[str, bool]]:
+    """Lines, long ones in several parts, and whether each is a separator."""
+    begins = True
+    for line in _lines(file, UNSEPARATED_CHARACTERS):
+        yield line, begins and line.strip() == DOCUMENT_SEPARATOR
+        begins = line.endswith("\n")
+
+
+def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank."""
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            yield number, _record(file, number, line)
+
+
+def _lines(file: Path, longest: int = -1) -> Iterator[str]:
+    """Lines with their ends, every byte kept; one that is longer than `longest` characters comes in several parts."""
     try:
-        with fsspec.open(str(file), "rb", compression="infer") as stream:
-            reader = _text_reader(stream)
-            while line := reader.readline(limit):
+        with io.TextIOWrapper(_open(file), encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
+            while line := stream.readline(longest):
                 yield line
-    except (OSError, EOFError, ValueError, _zstd_error(), _lzma_error()) as error:
-        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {error}") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
 
 
-def _text_reader(stream: IO[bytes]) -> IO[str]:
-    import io
+def _open(file: Path) -> IO[bytes]:
+    """Decompressed bytes. Arrow's reader notices that a .zst was cut off, zstandard's takes that for the end."""
+    import pyarrow
 
-    return io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="\n")
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
-
-
-def _lzma_error() -> type[Exception]:
-    import lzma
-
-    return lzma.LZMAError
+    suffix = file.suffix.lower()
+    if suffix == ".xz":
+        return lzma.open(file)
+    return pyarrow.input_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}.get(suffix))
 
 
 def _record(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"data: {file}:{number}: expected a JSON object, got {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"data: {file}:{number}: expected a JSON object, got {_one_line(error)}") from error
     if not isinstance(record, dict):
         raise UsageError(f"data: {file}:{number}: expected a JSON object, got {type(record).__name__}")
     return record
@@ -246,28 +285,39 @@ def _parquet(file: Path) -> Any:
 
     try:
         return pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise UsageError(f"data: {str(file)!r}: expected a Parquet file, got {' '.join(str(error).split())}") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"data: {str(file)!r}: expected a Parquet file, got {_one_line(error)}") from error
 
 
 def _open_hub_texts(data: str, *, config: str, split: str, text_column: str) -> HubTexts:
-    if not is_hub_id(data):
-        raise UsageError(f"data: {data!r}: expected sample, a file or folder that exists, or a Hub data set id")
-    import datasets
+    with hub_errors(data):
+        import datasets
 
-    try:
         dataset = datasets.load_dataset(data, config or None, split=split)
-    except Exception as error:  # its many network, cache and format errors have no common class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"data: {data!r}: no such file or folder, and no such Hub data set: {reason}") from error
     columns = {
         name: getattr(feature, "dtype", "") in ("string", "large_string") for name, feature in dataset.features.items()
     }
     return HubTexts(name=data, dataset=dataset, text_column=pick_text_column(data, columns, text_column))
 
 
+@contextlib.contextmanager
+def hub_errors(data: str) -> Iterator[None]:
+    """Turn what goes wrong with the Hub data set `data` into a `UsageError`, a name that is no Hub id first of all."""
+    if not is_hub_id(data):
+        raise UsageError(f"data: {data!r}: expected sample, a file or folder that exists, or a Hub data set id")
+    try:
+        yield
+    except Exception as error:  # its many network, cache and format errors have no common class
+        expected = "a file or folder that exists, or a Hub data set that can be read"
+        raise UsageError(f"data: {data!r}: expected {expected}: {_one_line(error)}") from error
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form of a Hub id (`name` or `owner/name`) and not that of a path to a file."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not name.endswith(
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)) and not name.lower().endswith(
         (*TEXT_SUFFIXES, *COMPRESSION_SUFFIXES)
     )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -28,7 +28,7 @@ PUSHED = (
     *("*.safetensors", "*.json", "*.jsonl", "*.yaml", "*.md", "*.model", "*.jinja", "*vocab.txt", "*merges.txt"),
     *("*.png", "*.jpg", "*.svg", "samples/*.txt"),
 )
-KEPT_BACK = ("checkpoints/*", "profile/*", "logs/*", ".*", "*/.*")
+KEPT_BACK = ("checkpoints/*", "profile/*", "logs/*", "runs/*", "wandb/*", "mlruns/*", ".*", "*/.*")
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 2.0  # doubles after each attempt

@@ -7,12 +7,13 @@ import torch
 from shared.command_line import UsageError
 
 
-def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> Any:
     """Load `name` in float32 from safetensors, with no remote code.
 
     Args:
         auto_class: such as `transformers.AutoModelForCausalLM`.
         name: a run folder, any folder of `save_pretrained`, or a Hub id.
+        field: the configuration field that `name` comes from, for the message.
         options: passed on to `from_pretrained`.
 
     Raises:
@@ -24,4 +25,4 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"init: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
+        raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error

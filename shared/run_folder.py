@@ -18,10 +18,10 @@ import yaml
 from shared.command_line import UsageError
 
 # Fields that change where and how often a run reports, not what it computes.
-FREE_FIELDS = frozenset(
-    ("config", "output_dir", "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "num_workers")
-    + ("max_bad_updates", "profile", "dry_run", "push_to_hub", "hub_private", "push_every", "report_to")
-    + ("timeout_minutes", "cache_dir", "per_device_batch_size")
+FREE_FIELDS = (
+    *("config", "output_dir", "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "num_workers"),
+    *("max_bad_updates", "profile", "dry_run", "push_to_hub", "hub_private", "push_every", "report_to"),
+    *("timeout_minutes", "cache_dir", "per_device_batch_size"),
 )
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "diffusers", "deepspeed", "numpy")
 

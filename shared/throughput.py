@@ -20,7 +20,13 @@ class Throughput:
         self._peak_flops_total = peak_flops_total
         self._paused_at: float | None = None
         self._seconds_paused = 0.0
+        self._made = self._now()
         self._restart()
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds since this was made, pauses left out."""
+        return self._now() - self._made
 
     def add(self, *, samples: int, units: int) -> None:
         """Count one update's samples and units (tokens or images), over all processes."""

@@ -1,10 +1,12 @@
 """Byte-level BPE: train one, load one, and encode or decode exactly, whatever the bytes."""
 
+import functools
 import hashlib
 import itertools
 import json
-import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from shared.command_line import UsageError
+from shared.documents import Texts
 
 END_OF_TEXT = "<|endoftext|>"
-TRAINING_CHARACTERS = 1 << 28  # of the corpus that the merges are counted on; more changes them little
+TRAINING_CHARACTERS = 1 << 28  # of the corpora that the merges are counted on; more changes them little
 _BLOCK_CHARACTERS = 1 << 20  # encoding needs about 100 bytes of memory a character, so long texts go in blocks
+_ESCAPED_BYTES = re.compile("([\udc80-\udcff]+)")  # how PEP 383 writes bytes that are not UTF-8
+_OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # JSON can spell them
 
 
 def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, seq_length: int) -> Any:
@@ -24,7 +29,7 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, seq_length: 
     The alphabet holds all 256 bytes, so nothing is ever unknown; one special token begins and ends a document.
 
     Args:
-        documents: the text to count on; read up to `TRAINING_CHARACTERS`.
+        documents: the text to count on.
         vocab_size: entries in all; fewer come out where the corpus has too few merges.
         seq_length: longest row of the model, noted as `model_max_length`.
 
@@ -57,12 +62,12 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, seq_length: 
     )
 
 
-def find_or_train(cache_dir: Path, sources: list[Any], vocab_size: int, seq_length: int) -> str:
-    """Train a tokenizer on `sources`, or find it in the cache; written aside and renamed.
+def find_or_train(cache_dir: Path, sources: Sequence[Texts], vocab_size: int, seq_length: int) -> str:
+    """Train a tokenizer on the beginnings of `sources`, or find it in the cache; written aside and renamed.
 
     Args:
         cache_dir: this node's cache folder.
-        sources: corpora, iterables of documents with a `fingerprint`.
+        sources: corpora; the same number of characters is read of each, `TRAINING_CHARACTERS` in all.
         vocab_size: see `train_byte_level_bpe`.
         seq_length: see `train_byte_level_bpe`.
 
@@ -72,13 +77,22 @@ def find_or_train(cache_dir: Path, sources: list[Any], vocab_size: int, seq_leng
     key = repr(([source.fingerprint for source in sources], vocab_size, seq_length))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        train_byte_level_bpe(itertools.chain.from_iterable(sources), vocab_size, seq_length).save_pretrained(aside)
-        try:
-            aside.rename(folder)
-        except OSError:  # another run was faster
-            shutil.rmtree(aside)
+        beginnings = [_beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]
+        tokenizer = train_byte_level_bpe(itertools.chain.from_iterable(beginnings), vocab_size, seq_length)
+        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        tokenizer.save_pretrained(aside)
+        rename_unless_there(aside, folder)
     return str(folder)
+
+
+def rename_unless_there(aside: Path, folder: Path) -> None:
+    """Give a finished folder its name; if another run was faster, keep that one's and remove this."""
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(aside)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -92,23 +106,26 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True)
     except Exception as error:  # hub, cache and format errors have no common class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"tokenizer: {name!r}: expected a tokenizer's folder or Hub id: {reason}") from error
     if not tokenizer.is_fast:
         raise UsageError(f"tokenizer: {name!r}: expected one with a tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise UsageError(f"tokenizer: {name!r}: expected one with an end token (eos_token)")
+    tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut or pad all that they encode
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def to_bytes(text: str) -> bytes:
-    """The bytes that `text` stands for; lone surrogates stand for the undecodable byte they came from."""
-    for errors in ("strict", "surrogateescape"):
-        try:
-            return text.encode("utf-8", errors)
-        except UnicodeEncodeError:
-            continue
-    return text.encode("utf-8", "surrogatepass")
+    """The bytes that `text` stands for: an escaped byte is that byte, another lone surrogate its three bytes."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        parts = _OTHER_SURROGATES.split(text)
+        others = _OTHER_SURROGATES.findall(text)
+        pairs = itertools.zip_longest(parts, others, fillvalue="")
+        return b"".join(p.encode("utf-8", "surrogateescape") + o.encode("utf-8", "surrogatepass") for p, o in pairs)
 
 
 def encode(backend: Any, text: str) -> np.ndarray:
@@ -124,10 +141,11 @@ def encode(backend: Any, text: str) -> np.ndarray:
     backend.encode_special_tokens = True  # a document that spells <|endoftext|> must not end there
     ids: list[int] = []
     for block in _blocks(text):
-        for part, is_text in _valid_parts(block):
-            byte_ids = [] if is_text else [backend.token_to_id(character) for character in part]
-            if is_text or None in byte_ids:  # a vocabulary without bytes gets the replacement character
-                byte_ids = backend.encode(part if is_text else "\ufffd", add_special_tokens=False).ids
+        valid_or_not = _ESCAPED_BYTES.split(to_bytes(block).decode("utf-8", "surrogateescape"))
+        for index, part in enumerate(valid_or_not):
+            byte_ids = [_byte_id(backend, byte) for byte in to_bytes(part)] if index % 2 else [None]
+            if None in byte_ids:  # valid text; or a vocabulary without bytes, which gets the replacement character
+                byte_ids = backend.encode("\ufffd" if index % 2 else part, add_special_tokens=False).ids
             ids += byte_ids
     return np.array(ids, dtype=np.int64)
 

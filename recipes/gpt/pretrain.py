@@ -1,8 +1,8 @@
 """Pre-train a GPT with a byte-level BPE tokenizer from scratch: causal language modelling.
 
 Papers: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Karpathy 2025 (nanochat, the default: RoPE, QK-norm,
-squared ReLU, soft-capped logits), Jordan et al. 2024 (Muon). With no arguments it trains on the embedded prose on two CPU
-cores in minutes; recipes/gpt/README.md has the measured results and what differs from the papers.
+squared ReLU, soft-capped logits), Jordan et al. 2024 (Muon). With no arguments it trains on the embedded prose on two
+CPU cores in minutes; recipes/gpt/README.md has the measured results and what differs from the papers.
 
     accelerate launch recipes/gpt/pretrain.py
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/gpt/pretrain.py \
@@ -12,9 +12,10 @@ cores in minutes; recipes/gpt/README.md has the measured results and what differ
 """
 
 # Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
+import contextlib
 import math
+import re
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,24 +28,13 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
-from shared import checkpoints, dry_run, launch, run_folder, schedules, tokenization
+from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, streaming, tokenization
+from shared import command_line as cli
 from shared.batches import micro_batches, to_device
-from shared.command_line import (
-    RunControl,
-    RunStopped,
-    TooManyNonFiniteUpdates,
-    UsageError,
-    check_run_control,
-    exit_codes,
-    expect,
-    parse,
-    to_yaml,
-)
 from shared.documents import open_corpora
 from shared.export import export_model
 from shared.figures import loss_curve
 from shared.flops import peak_flops, training_flops
-from shared.hub import HubPusher, check_push
 from shared.model_card import write_model_card
 from shared.optimizers import MuonWithAdamW, set_learning_rates
 from shared.packing import IGNORED, PackedRows, fill_row, pack_corpus
@@ -54,22 +44,21 @@ from shared.randomness import derive_seed
 from shared.run_log import RunLog
 from shared.sample_order import samples_of_update
 from shared.stopping import StopSignals
-from shared.streaming import StreamedUpdates, open_streams
 from shared.text_generation import continue_prompt
 from shared.throughput import Throughput
 from shared.token_cache import default_cache_dir
 
+PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
 
 print(pipeline("text-generation", "path/of/this/folder")("The President of the United States"))"""
-PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunControl):
+class Config(cli.RunControl):
     """Fields of the method; RunControl has those that every recipe shares."""
 
     output_dir: str = "outputs/gpt"
@@ -147,17 +136,29 @@ class Config(RunControl):
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
-    check_run_control(cfg)
+    cli.check_run_control(cfg)
     for field in ("num_layers", "num_heads", "global_batch_size", "max_steps"):
-        expect(getattr(cfg, field) >= 1, field, getattr(cfg, field), "at least 1")
-    expect(cfg.seq_length >= 2, "seq_length", cfg.seq_length, "at least 2, a token to see and one to predict")
-    expect(cfg.vocab_size > 256, "vocab_size", cfg.vocab_size, "more than the 256 bytes and the end token")
-    expect(cfg.hidden_size % (2 * cfg.num_heads) == 0, "hidden_size", cfg.hidden_size, "a multiple of 2 x num_heads")
+        cli.expect(getattr(cfg, field) >= 1, field, getattr(cfg, field), "at least 1")
+    cli.expect(cfg.seq_length >= 2, "seq_length", cfg.seq_length, "at least 2, a token to see and one to predict")
+    cli.expect(cfg.vocab_size > 256, "vocab_size", cfg.vocab_size, "more than the 256 bytes and the end token")
+    cli.expect(
+        cfg.hidden_size % (2 * cfg.num_heads) == 0, "hidden_size", cfg.hidden_size, "a multiple of 2 x num_heads"
+    )
     divides = cfg.num_heads % (cfg.num_kv_heads or cfg.num_heads) == 0
-    expect(divides, "num_kv_heads", cfg.num_kv_heads, "a divisor of num_heads, or 0")
-    expect(0 <= cfg.eval_fraction < 1, "eval_fraction", cfg.eval_fraction, "a share in [0, 1)")
-    expect(0 <= cfg.dropout < 1, "dropout", cfg.dropout, "a probability in [0, 1)")
-    expect(0 < cfg.decay_fraction <= 1, "decay_fraction", cfg.decay_fraction, "a share in (0, 1]")
+    cli.expect(divides, "num_kv_heads", cfg.num_kv_heads, "a divisor of num_heads, or 0")
+    for field in ("eval_fraction", "dropout"):
+        cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
+    weights_of(cfg)
+    cli.expect(0 < cfg.decay_fraction <= 1, "decay_fraction", cfg.decay_fraction, "a share in (0, 1]")
+
+
+def weights_of(cfg: Config) -> list[float]:
+    """One share for each of `data`; raises `UsageError` if `data_weights` is something else."""
+    names, parts = cfg.data.split(","), cfg.data_weights.split(",") if cfg.data_weights else []
+    are_numbers = all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", part) and float(part) > 0 for part in parts)
+    fits = not parts or (len(parts) == len(names) and are_numbers)
+    cli.expect(fits, "data_weights", cfg.data_weights, f"one number above 0 for each of the {len(names)} data")
+    return [float(part) for part in parts] or [1.0] * len(names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def check_config(cfg: Config) -> None:
 
 def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[PackedRows]]:
     """The tokenizer, what to train on (packed rows, or streams), and packed rows to evaluate on."""
-    open_training = open_streams if cfg.streaming else open_corpora
+    open_training = streaming.open_streams if cfg.streaming else open_corpora
     texts = open_training(cfg.data, config=cfg.data_config, split=cfg.data_split, text_column=cfg.text_column)
     eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
     eval_options = {"config": cfg.data_config, "split": cfg.eval_split, "text_column": cfg.text_column}
@@ -215,13 +216,11 @@ def open_updates(
     step: int,
     streams: list[Any],
 ) -> Any:
-    """Iterate over updates from `step` on: each the micro-batches of this process, and where its streams are after it."""
-    weights = [float(part) for part in cfg.data_weights.split(",")] if cfg.data_weights else [1.0] * len(train)
-    expect(len(weights) == len(train), "data_weights", cfg.data_weights, "one number for each of data")
+    """Updates from `step` on, each this process's micro-batches and where its streams are after it."""
     processes = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"weights": weights, "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **processes}
+    order = {"weights": weights_of(cfg), "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **processes}
     if cfg.streaming:
-        dataset = StreamedUpdates(train, tokenizer, cfg.seq_length, micro_batch_size, order, step, streams)
+        dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, micro_batch_size, order, step, streams)
         options = {"num_workers": min(1, cfg.num_workers)}
     else:
         dataset = Updates(train, micro_batch_size, order)
@@ -290,11 +289,11 @@ def load_model(cfg: Config, tokenizer: Any) -> Any:
     """The model of `init`; raises `UsageError` if the tokenizer or the rows do not fit it."""
     from transformers import AutoModelForCausalLM
 
-    model = load_pretrained(AutoModelForCausalLM, cfg.init, attn_implementation=cfg.attention)
+    model = load_pretrained(AutoModelForCausalLM, cfg.init, "init", attn_implementation=cfg.attention)
     known, longest = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
     name = cfg.tokenizer or cfg.init
-    expect(len(tokenizer) <= known, "tokenizer", name, f"at most the {known} tokens of init, not {len(tokenizer)}")
-    expect(cfg.seq_length <= longest, "seq_length", cfg.seq_length, f"at most {longest}, the longest row of init")
+    cli.expect(len(tokenizer) <= known, "tokenizer", name, f"at most the {known} tokens of init, not {len(tokenizer)}")
+    cli.expect(cfg.seq_length <= longest, "seq_length", cfg.seq_length, f"at most {longest}, the longest row of init")
     return model
 
 
@@ -324,7 +323,8 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 
 def causal_lm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of all targets: (B, T, V), (B, T) -> scalar in nats; label -100 is no target."""
-    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -356,7 +356,7 @@ def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size
     return {"eval/loss": loss, "eval/perplexity": math.exp(loss), "eval/bits_per_byte": float(bits_per_byte)}
 
 
-def write_samples(accelerator: Any, model: Any, tokenizer: Any, cfg: Config, step: int) -> str:
+def write_samples(cfg: Config, accelerator: Any, model: Any, tokenizer: Any, step: int) -> str:
     """A continuation of each of `PROMPTS`, also in samples/; every process takes part, since weights may be sharded."""
     bare = accelerator.unwrap_model(model)
     options = {"max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95}
@@ -383,18 +383,18 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
     num_targets = accelerator.reduce(sum((batch["labels"] != IGNORED).sum() for batch in batches), "sum")
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets
-    nll = torch.zeros((), device=accelerator.device)
+    nlls = []
     for micro_step, batch in enumerate(batches):
         torch.manual_seed(derive_seed(cfg.seed, "dropout", step, micro_step, accelerator.process_index))
         with accelerator.accumulate(model):
             micro_nll = causal_lm_loss_sum(forward(model, batch), batch["labels"])
             accelerator.backward(micro_nll * scale)
-        nll += micro_nll.detach()
+        nlls.append(micro_nll.detach())
     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
     if math.isfinite(grad_norm):
         optimizer.step()
     optimizer.zero_grad()
-    return accelerator.reduce(nll, "sum") / num_targets, grad_norm
+    return accelerator.reduce(torch.stack(nlls).sum(), "sum") / num_targets, grad_norm
 
 
 def main(cfg: Config) -> None:
@@ -408,22 +408,20 @@ def main(cfg: Config) -> None:
     micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
     launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
     if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
-        raise UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
-    hub_id = check_push(cfg.push_to_hub, private=cfg.hub_private) if cfg.push_to_hub else ""
+        raise cli.UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
 
     tokenizer, train, eval_sources = open_data(cfg, accelerator)
-    model = build_model(cfg, tokenizer)
-    row = {"input_ids": torch.zeros(1, cfg.seq_length, dtype=torch.int64), "use_cache": False}
-    flops_per_row = training_flops(model, row)
-    accelerator.print(dry_run.table(describe(cfg, accelerator, model, train, flops_per_row)))
     if cfg.dry_run:
-        report_costs(cfg, accelerator, model, tokenizer, train, micro_batch_size)
+        report_costs(cfg, accelerator, tokenizer, train, micro_batch_size)
         return
+    hub_id = hub.check_push(cfg.push_to_hub, private=cfg.hub_private) if cfg.push_to_hub else ""
+    model = build_model(cfg, tokenizer)
+    facts = describe(cfg, accelerator, model, train)
+    accelerator.print(dry_run.table(facts))
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if cfg.compile:
         model.compile()
-    num_parameters = model.num_parameters()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     launch.check_shared_folder(accelerator, run_dir)
@@ -431,15 +429,15 @@ def main(cfg: Config) -> None:
     step, state = checkpoints.load_checkpoint(accelerator, checkpoint) if checkpoint else (0, {})
     skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
-    record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
     if accelerator.is_main_process:
-        run_folder.write_run_record(run_dir, to_yaml(cfg), Path(__file__), record)
+        record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
+        run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
-    pusher = HubPusher(hub_id, private=cfg.hub_private) if hub_id and accelerator.is_main_process else None
-    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
+    pusher = hub.HubPusher(hub_id, cfg.hub_private) if hub_id and accelerator.is_main_process else None
+    profiler = trace_updates(run_dir / "profile") if cfg.profile else contextlib.nullcontext()
     peak = peak_flops(accelerator.device, launch.compute_dtype(accelerator)) * accelerator.num_processes
-    throughput = Throughput(flops_per_sample=flops_per_row, peak_flops_total=peak)
-    started = time.perf_counter() - state.get("seconds", 0.0)
+    throughput = Throughput(flops_per_sample=facts["flops_per_row"], peak_flops_total=peak)
+    seconds_before = state.get("training_seconds", 0.0)
     model.train()
     while step < cfg.max_steps:
         with throughput.waiting_for_data():
@@ -450,8 +448,8 @@ def main(cfg: Config) -> None:
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
         step += 1
         throughput.add(samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
-        skipped = skipped + (not math.isfinite(grad_norm))
-        bad_in_a_row = 0 if math.isfinite(grad_norm) else bad_in_a_row + 1
+        is_finite = math.isfinite(grad_norm)
+        skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
 
         is_last = step == cfg.max_steps or bad_in_a_row == cfg.max_bad_updates
         is_stopping = launch.on_any_process(accelerator, stop.received)
@@ -459,65 +457,44 @@ def main(cfg: Config) -> None:
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped, **throughput.read("tokens")}
+        seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
             if step == cfg.max_steps or is_due(step, cfg.eval_every):
                 metrics |= evaluate(accelerator, model, eval_sources, micro_batch_size)
-                write_samples(accelerator, model, tokenizer, cfg, step)
-            log.write(step, metrics)
+                write_samples(cfg, accelerator, model, tokenizer, step)
+            log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or is_due(step, cfg.save_every):
-                state = {"seconds": time.perf_counter() - started, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
+                state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
                 state["streams"] = launch.gather_objects(accelerator, streams)
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
-            if hub_id and is_due(step, cfg.push_every):
+            if is_due(step, cfg.push_every):
                 export_model(accelerator, model, tokenizer, run_dir)
                 if pusher:
                     pusher.push(run_dir, f"step {step}", f"step-{step}")
-        if profiler:
+        if cfg.profile:
             profiler.step()
         if bad_in_a_row == cfg.max_bad_updates:
-            raise TooManyNonFiniteUpdates(
-                f"{bad_in_a_row} updates in a row had a non-finite gradient, up to step {step}"
+            raise cli.TooManyNonFiniteUpdates(
+                f"{bad_in_a_row} updates in a row had no finite gradient, up to step {step}"
             )
         if is_stopping and step < cfg.max_steps:
-            raise RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
+            raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
     export_model(accelerator, model, tokenizer, run_dir)
-    samples = write_samples(accelerator, model, tokenizer, cfg, step)
+    samples = write_samples(cfg, accelerator, model, tokenizer, step)
     if accelerator.is_main_process:
-        facts = {"parameters": num_parameters, "steps": step, "training_seconds": state["seconds"]}
-        facts["training_flops"] = flops_per_row * cfg.global_batch_size * step
-        record = run_folder.update_run_record(run_dir, facts)
+        flops = facts["flops_per_row"] * cfg.global_batch_size * step
+        results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
+        record = run_folder.update_run_record(run_dir, results)
         loss_curve(log.read(), run_dir / "figures" / "loss.png")
         write_model_card(run_dir, run_dir.name, "text-generation", USAGE, record, log.last_evaluation(), samples)
-        push_problem = ""
+        log.say(f"\n{samples}\n\n{log.last_evaluation()}\nmodel, card, loss curve and metrics: {run_dir}/")
+        log.say(f"generate: python recipes/gpt/generate.py --model {run_dir}")
         if pusher:
-            pusher.push(run_dir, f"step {step}, final", "")
-            push_problem = pusher.close(timeout_seconds=600)
-        log.say(summary(run_dir, log.last_evaluation(), samples, push_problem))
+            pusher.push(run_dir, f"step {step}")
+            log.say(pusher.close(timeout_seconds=600) or f"pushed to {hub_id}")
     log.close()
     accelerator.end_training()
-
-
-def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any], flops_per_row: float) -> dict[str, str]:
-    """The numbers that follow from the configuration, for the table at the start."""
-    rows = 0 if cfg.streaming else sum(len(source) for source in train)
-    return {
-        "parameters": f"{model.num_parameters():,}",
-        "FLOPs a token": dry_run.human_count(flops_per_row / cfg.seq_length),
-        "tokens an update": f"{cfg.global_batch_size * cfg.seq_length:,} ({cfg.global_batch_size} rows)",
-        "accumulation": f"{accelerator.gradient_accumulation_steps} micro-batches a process",
-        "updates an epoch": f"{rows / cfg.global_batch_size:,.0f} ({rows:,} rows)" if rows else "unknown (streaming)",
-        "engine": f"{accelerator.distributed_type.value}, {accelerator.num_processes} processes, {accelerator.device}",
-        "precision": accelerator.mixed_precision,
-        "hardware": run_folder.hardware(),
-    }
-
-
-def summary(run_dir: Path, evaluation: dict[str, float], samples: str, push_problem: str) -> str:
-    """What was made and how to load it."""
-    metrics = "  ".join(f"{key} {value:.4f}" for key, value in evaluation.items())
-    load = f"python recipes/gpt/generate.py --model {run_dir}"
-    return f"\n{samples}\n\n{metrics}\nmodel, card, curve and metrics: {run_dir}/\ngenerate: {load}\n{push_problem}"
 
 
 def is_due(step: int, every: int) -> bool:
@@ -532,6 +509,48 @@ def learning_rate_factor(cfg: Config, step: int) -> float:
     return schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.1)  # Brown et al. 2020, B
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What the run will be
+
+
+def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dict[str, Any]:
+    """The numbers that follow from the configuration, for the table at the start and run.json."""
+    row = {"input_ids": torch.zeros(1, cfg.seq_length, dtype=torch.int64), "use_cache": False}
+    rows = 0 if cfg.streaming else sum(len(source) for source in train)
+    return {
+        "parameters": model.num_parameters(),
+        "flops_per_row": training_flops(model, row),
+        "tokens_per_update": cfg.global_batch_size * cfg.seq_length,
+        "updates_per_epoch": round(rows / cfg.global_batch_size, 1) if rows else "unknown, streamed",
+        "accumulation": accelerator.gradient_accumulation_steps,
+        "engine": accelerator.distributed_type.value,
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "hardware": run_folder.hardware(),
+    }
+
+
+def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any], micro_batch_size: int) -> None:
+    """The dry run: what the model sees, what one device holds, and, where a real update fits, how long it all takes."""
+    updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, 0, [])
+    batches, _ = next(updates)
+    first = tokenizer.decode(batches[0]["input_ids"][0])
+    fake = dry_run.without_memory()
+    with fake:
+        model = build_model(cfg, tokenizer)
+        batch = {name: torch.zeros(values.shape, dtype=torch.int64) for name, values in batches[0].items()}
+        with dry_run.SavedForBackward(model) as saved, accelerator.autocast():
+            causal_lm_loss_sum(forward(model, batch), batch["labels"])
+    optimizer_bytes = 8 if cfg.optimizer == "adamw" else 6
+    memory = dry_run.memory_per_device(
+        model, activations=saved.num_bytes, optimizer_bytes_per_parameter=optimizer_bytes
+    )
+    rows = {name: str(value) for name, value in describe(cfg, accelerator, model, train).items()}
+    rows |= {f"memory: {name}": dry_run.human_bytes(size) for name, size in memory.items()}
+    rows["one checkpoint"] = dry_run.human_bytes(dry_run.checkpoint_bytes(model, optimizer_bytes))
+    accelerator.print(f"first row: {first}\n\n{dry_run.table(rows)}")
+
+
 if __name__ == "__main__":
-    with exit_codes():
-        main(parse(Config))
+    with cli.exit_codes():
+        main(cli.parse(Config))

@@ -1,0 +1,65 @@
+"""Generate text from a run of pretrain.py, or from any causal language model's folder or Hub id, token by token.
+
+python recipes/gpt/generate.py --model outputs/gpt --prompt "It was a truth"
+python recipes/gpt/generate.py --model openai-community/gpt2 --max_new_tokens 200 --temperature 0.7
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import command_line as cli
+from shared.pretrained import load_pretrained
+from shared.text_generation import continue_prompt
+from shared.tokenization import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to generate."""
+
+    config: str = ""
+    """YAML file with differences from the defaults; flags override it. "" = none."""
+    model: str = "outputs/gpt"
+    """Run folder, folder of save_pretrained, or Hub id."""
+    prompt: str = "The President of the United States"
+    """Text to continue; may be empty."""
+    max_new_tokens: int = 128
+    """Tokens to add at most; the end token ends earlier."""
+    temperature: float = 0.8
+    """Below 1 sharpens, above 1 flattens the distribution. 0 = always the likeliest token."""
+    top_p: float = 0.95
+    """Smallest probability mass to draw from (nucleus sampling). 1 = all."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+
+def main(cfg: Config) -> None:
+    """Load the model and stream a continuation to the terminal."""
+    cli.expect(cfg.max_new_tokens >= 1, "max_new_tokens", cfg.max_new_tokens, "at least 1")
+    cli.expect(cfg.temperature >= 0, "temperature", cfg.temperature, "0 or more")
+    cli.expect(0 < cfg.top_p <= 1, "top_p", cfg.top_p, "a share in (0, 1]")
+    from transformers import AutoModelForCausalLM, TextStreamer
+
+    model = load_pretrained(AutoModelForCausalLM, cfg.model, "model")
+    tokenizer = load_tokenizer(cfg.model)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    continue_prompt(
+        model.to(device),
+        tokenizer,
+        cfg.prompt,
+        cfg.seed,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+if __name__ == "__main__":
+    with cli.exit_codes():
+        main(cli.parse(Config))

@@ -1,0 +1,58 @@
+"""What the tests share: an offline home of their own, a small corpus, and recipes run in this process."""
+
+import importlib.util
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"), TOKENIZERS_PARALLELISM="false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty short documents of made-up sentences that a tiny model can learn something about."""
+    words = "the cat dog sees hears a big red small house tree and or but not runs sleeps".split()
+    draw = random.Random(0)
+    documents = [" ".join(draw.choices(words, k=draw.randint(20, 60))) + "." for _ in range(20)]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpt() -> ModuleType:
+    """recipes/gpt/pretrain.py as a module."""
+    return load_recipe("gpt/pretrain.py")
+
+
+def load_recipe(name: str) -> ModuleType:
+    """Import a recipe by its path below recipes/."""
+    path = ROOT / "recipes" / name
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> Any:
+    """accelerate keeps its state in the process; each test begins without it."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

@@ -1,0 +1,431 @@
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
+from safetensors.torch import load_file
+
+from shared import command_line as cli
+from shared import tokenization
+from shared.packing import IGNORED
+from tests.conftest import ROOT
+
+TINY = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "seq_length": 32,
+    "vocab_size": 300,
+    "global_batch_size": 4,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "log_every": 1,
+}
+
+
+def config_of(gpt: ModuleType, corpus: Path, run_dir: Path, **fields: Any) -> Any:
+    return gpt.Config(**{**TINY, "data": str(corpus), "output_dir": str(run_dir), **fields})
+
+
+def run(gpt: ModuleType, cfg: Any) -> None:
+    """One run in this process, as a fresh process would begin it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        gpt.main(cfg)
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def results_of(run_dir: Path) -> list[dict[str, float]]:
+    """Metrics without those that measure the machine."""
+    return [
+        {key: value for key, value in entry.items() if not key.startswith("perf/")} for entry in metrics_of(run_dir)
+    ]
+
+
+def launch(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "recipes" / "gpt" / "pretrain.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd="/", env={**os.environ, **environment}, **pipes)
+
+
+def flags(**fields: Any) -> list[str]:
+    return [f"--{name}={value}" for name, value in fields.items()]
+
+
+@pytest.fixture(scope="module")
+def reference(gpt: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run over more than two epochs that kept a checkpoint of every update."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    run(gpt, config_of(gpt, corpus, run_dir, save_every=1, keep_checkpoints=100, dropout=0.1))
+    return run_dir
+
+
+# -- the method --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tokenization.train_byte_level_bpe(["the cat sees the dog " * 50], vocab_size=300, seq_length=32)
+
+
+@pytest.mark.parametrize("architecture", ["nanochat", "gpt2", "llama"])
+def test_initial_loss_is_that_of_a_uniform_guess(gpt: ModuleType, tokenizer: Any, architecture: str) -> None:
+    cfg = gpt.Config(**{**TINY, "architecture": architecture})
+    model = gpt.build_model(cfg, tokenizer)
+    ids = torch.randint(len(tokenizer), (8, 32), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(32).expand(8, 32)
+    logits = gpt.forward(model, {"input_ids": ids, "position_ids": positions})
+    loss = gpt.causal_lm_loss_sum(logits, ids.roll(-1, 1)).item() / ids.numel()
+    assert model.config.vocab_size % 64 == 0
+    assert loss == pytest.approx(math.log(model.config.vocab_size), rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", ["nanochat", "gpt2", "llama"])
+def test_loss_is_that_of_the_library(gpt: ModuleType, tokenizer: Any, architecture: str) -> None:
+    model = gpt.build_model(gpt.Config(**{**TINY, "architecture": architecture}), tokenizer)
+    ids = torch.randint(len(tokenizer), (3, 20), generator=torch.Generator().manual_seed(1))
+    theirs = model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+    labels = torch.cat([ids[:, 1:], torch.full((3, 1), IGNORED)], dim=1)
+    logits = gpt.forward(model, {"input_ids": ids, "position_ids": torch.arange(20).expand(3, 20)})
+    ours = gpt.causal_lm_loss_sum(logits, labels).item() / (labels != IGNORED).sum().item()
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_one_batch_is_overfitted(gpt: ModuleType, tokenizer: Any, optimizer: str) -> None:
+    cfg = gpt.Config(**{**TINY, "optimizer": optimizer, "learning_rate": 1e-2})
+    accelerator, model, built = prepared(gpt, cfg, tokenizer, accumulation=1, dtype=torch.float32)
+    batch = random_batch(rows=4, seed=2)
+    losses = [gpt.train_update(cfg, accelerator, model, built, [batch], step)[0].item() for step in range(80)]
+    assert losses[0] > 5
+    assert losses[-1] < 0.1
+
+
+@pytest.mark.parametrize("micro_batches", [(4, 4), (2, 2, 2, 2), (1,) * 8, (5, 3)])
+def test_accumulation_is_exact(gpt: ModuleType, tokenizer: Any, micro_batches: tuple[int, ...]) -> None:
+    """Rows have different numbers of targets, so a mean of means would differ in the second digit."""
+    cfg = gpt.Config(**{**TINY, "optimizer": "adamw", "architecture": "gpt2"})  # the others norm in float32
+    whole = random_batch(rows=8, seed=3)
+    for row in range(8):
+        whole["labels"][row, : 3 * row] = IGNORED
+    results = []
+    for sizes in ((8,), micro_batches):
+        accelerator, model, built = prepared(gpt, cfg, tokenizer, accumulation=len(sizes), dtype=torch.float64)
+        edges = np.cumsum([0, *sizes])
+        parts = [
+            {name: values[first:last] for name, values in whole.items()}
+            for first, last in zip(edges[:-1], edges[1:], strict=True)
+        ]
+        update = [gpt.train_update(cfg, accelerator, model, built, parts, step) for step in range(3)]
+        results.append((update[-1][0].item(), update[-1][1], [parameter.detach() for parameter in model.parameters()]))
+    (loss, norm, parameters), (other_loss, other_norm, other_parameters) = results
+    assert loss == pytest.approx(other_loss, rel=1e-10)
+    assert norm == pytest.approx(other_norm, rel=1e-10)
+    for one, other in zip(parameters, other_parameters, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_gradient_checkpointing_changes_nothing(gpt: ModuleType, tokenizer: Any) -> None:
+    cfg = gpt.Config(**TINY)
+    losses = []
+    for checkpointing in (False, True):
+        accelerator, model, built = prepared(gpt, cfg, tokenizer, accumulation=1, dtype=torch.float32)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        batch = random_batch(rows=4, seed=2)
+        losses.append([gpt.train_update(cfg, accelerator, model, built, [batch], step)[0].item() for step in range(3)])
+    assert losses[0] == losses[1]
+
+
+def test_non_finite_gradient_changes_nothing(gpt: ModuleType, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = gpt.Config(**TINY)
+    accelerator, model, built = prepared(gpt, cfg, tokenizer, accumulation=1, dtype=torch.float32)
+    batch = random_batch(rows=4, seed=2)
+    gpt.train_update(cfg, accelerator, model, built, [batch], 0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss_sum = gpt.causal_lm_loss_sum
+    monkeypatch.setattr(gpt, "causal_lm_loss_sum", lambda logits, labels: loss_sum(logits, labels) * math.nan)
+    _, grad_norm = gpt.train_update(cfg, accelerator, model, built, [batch], 1)
+    assert not math.isfinite(grad_norm)
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+    monkeypatch.undo()
+    assert math.isfinite(gpt.train_update(cfg, accelerator, model, built, [batch], 2)[1])
+
+
+def prepared(gpt: ModuleType, cfg: Any, tokenizer: Any, accumulation: int, dtype: torch.dtype) -> Any:
+    GradientState._reset_state()
+    plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    model = gpt.build_model(cfg, tokenizer).to(dtype)
+    return accelerator, *accelerator.prepare(model, gpt.build_optimizer(cfg, model))
+
+
+def random_batch(rows: int, seed: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(280, (rows, 33), generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(32).expand(rows, 32)
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:].clone(), "position_ids": positions}
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    entries = metrics_of(reference)
+    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    assert entries[-1]["train/loss"] < entries[0]["train/loss"] - 1
+    assert entries[-1]["eval/perplexity"] == pytest.approx(math.exp(entries[-1]["eval/loss"]))
+    assert AutoModelForCausalLM.from_pretrained(reference).config.model_type == "nanochat"
+    assert AutoTokenizer.from_pretrained(reference)("a cat")["input_ids"][0] == 0
+    assert "the cat" in pipeline("text-generation", str(reference))("the cat", max_new_tokens=4)[0]["generated_text"]
+    for name in ("README.md", "config.yaml", "run.json", "recipe.py", "figures/loss.png", "samples/step_00000012.txt"):
+        assert (reference / name).stat().st_size > 0, name
+    card = (reference / "README.md").read_text()
+    assert f"{entries[-1]['eval/bits_per_byte']:.4f}" in card
+
+
+def test_evaluation_counts_every_document_once(gpt: ModuleType, reference: Path, corpus: Path) -> None:
+    """Against the plainest way: each held-out document alone, cut into rows, its targets summed."""
+    from transformers import AutoModelForCausalLM
+
+    cfg = config_of(gpt, corpus, reference)
+    tokenizer, train, evals = gpt.open_data(cfg, Accelerator(cpu=True))
+    model = AutoModelForCausalLM.from_pretrained(reference)
+    cache, nll, targets, first = evals[0].cache, 0.0, 0, 0
+    assert len(cache.ends) + len(train[0].cache.ends) == 20
+    with torch.no_grad():
+        for last in cache.ends.tolist():
+            ids = torch.from_numpy(cache.tokens[first:last].astype(np.int64))
+            for start in range(0, len(ids) - 1, cfg.seq_length):
+                inputs, labels = ids[start : start + 32][: len(ids) - 1 - start], ids[start + 1 : start + 33]
+                logits = model(input_ids=inputs[None], use_cache=False).logits[0]
+                nll += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                targets += len(labels)
+            first = last
+    text_bytes = cache.num_bytes
+    assert tokenizer.decode(cache.tokens[: cache.ends[0]], skip_special_tokens=True)
+    assert metrics_of(reference)[-1]["eval/loss"] == pytest.approx(nll / targets, rel=1e-5)
+    assert metrics_of(reference)[-1]["eval/bits_per_byte"] == pytest.approx(nll / math.log(2) / text_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 5, 10])
+def test_resuming_is_exact_to_the_bit(
+    gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path, stop: int, workers: int
+) -> None:
+    """The corpus has few rows, so 12 updates cross epoch borders; dropout is on."""
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "run.json", "metrics.jsonl"):
+        shutil.copy(reference / name, run_dir)
+    shutil.copytree(reference / f"checkpoints/step_{stop:08d}", run_dir / f"checkpoints/step_{stop:08d}")
+    run(gpt, config_of(gpt, corpus, run_dir, dropout=0.1, num_workers=workers))
+    assert_same_weights(run_dir, reference)
+    assert results_of(run_dir) == results_of(reference)
+
+
+def test_the_reference_crosses_epoch_borders(gpt: ModuleType, corpus: Path, reference: Path) -> None:
+    """One stop lies before the first border, one after it: what the tests above claim."""
+    _, train, _ = gpt.open_data(config_of(gpt, corpus, reference), Accelerator(cpu=True))
+    assert 5 < len(train[0]) / TINY["global_batch_size"] < 10
+
+
+def test_a_finished_run_trains_no_step_more(gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir)
+    run(gpt, config_of(gpt, corpus, run_dir, dropout=0.1))
+    assert_same_weights(run_dir, reference)
+    assert metrics_of(run_dir) == metrics_of(reference)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir)
+    weights_file = run_dir / "checkpoints" / "step_00000012" / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-5] ^= 0xFF
+    weights_file.write_bytes(content)
+    run(gpt, config_of(gpt, corpus, run_dir, dropout=0.1))
+    assert "model.safetensors has another checksum" in caplog.text
+    assert_same_weights(run_dir, reference)
+
+
+def test_signal_saves_and_the_same_command_goes_on(corpus: Path, reference: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = flags(**{**TINY, "max_steps": 400, "data": corpus, "output_dir": run_dir, "dropout": 0.1})
+    process = launch(*arguments)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.EXIT_STOPPED, errors
+    assert errors.strip().splitlines()[-1].startswith("stopped: saved at step")
+    saved = [entry["step"] for entry in metrics_of(run_dir)]
+    assert saved == list(range(1, len(saved) + 1))
+    assert (run_dir / "checkpoints" / f"step_{saved[-1]:08d}" / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["after_state", "before_manifest", "before_rename", "after_rename", "mid_prune"])
+def test_sigkill_while_saving_loses_nothing(corpus: Path, reference: Path, tmp_path: Path, point: str) -> None:
+    run_dir = tmp_path / "run"
+    arguments = flags(**TINY, data=corpus, output_dir=run_dir, dropout=0.1, save_every=4, keep_checkpoints=1)
+    killed = launch(*arguments, FAULT=point)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    process = launch(*arguments)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_same_weights(run_dir, reference)
+    assert results_of(run_dir) == results_of(reference)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000012"]
+
+
+def test_too_many_bad_updates_stop_the_run(
+    gpt: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss_sum = gpt.causal_lm_loss_sum
+    monkeypatch.setattr(gpt, "causal_lm_loss_sum", lambda logits, labels: loss_sum(logits, labels) * math.inf)
+    with pytest.raises(cli.TooManyNonFiniteUpdates, match="3 updates in a row"):
+        run(gpt, config_of(gpt, corpus, tmp_path / "run", max_bad_updates=3))
+    assert metrics_of(tmp_path / "run")[-1]["train/skipped_updates"] == 3
+
+
+def test_dry_run_leaves_nothing(
+    gpt: ModuleType, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(gpt, config_of(gpt, corpus, tmp_path / "run", dry_run=True))
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    for expected in ("first row", "memory: activations", "one checkpoint", "parameters"):
+        assert expected in printed
+
+
+def test_continued_pretraining_starts_where_the_run_ended(
+    gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run(
+        gpt,
+        config_of(gpt, corpus, run_dir, init=str(reference), max_steps=2, learning_rate=1e-9, muon_learning_rate=1e-9),
+    )
+    assert metrics_of(run_dir)[-1]["eval/loss"] == pytest.approx(metrics_of(reference)[-1]["eval/loss"], rel=1e-4)
+
+
+def test_mixture_of_two_corpora(gpt: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    cfg = config_of(gpt, corpus, tmp_path, data=f"{corpus},{corpus}", data_weights="3,1")
+    accelerator = Accelerator(cpu=True)
+    tokenizer, train, _ = gpt.open_data(cfg, accelerator)
+    updates = gpt.open_updates(cfg, accelerator, tokenizer, train, 4, 0, [])
+    first, _ = next(updates)
+    assert first[0]["input_ids"].shape == (4, 32)
+    for wrong in ("1", "1,0", "1,x", "1,2,3"):
+        with pytest.raises(cli.UsageError, match="data_weights"):
+            gpt.check_config(dataclasses.replace(cfg, data_weights=wrong))
+
+
+def test_streaming_trains_and_resumes_exactly(gpt: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    options = {"streaming": True, "save_every": 1, "keep_checkpoints": 100, "max_steps": 8}
+    run(gpt, config_of(gpt, corpus, tmp_path / "whole", **options))
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for step in (6, 7, 8):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"step_{step:08d}")
+    run(gpt, config_of(gpt, corpus, tmp_path / "stopped", num_workers=1, **options))
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert results_of(tmp_path / "whole") == results_of(tmp_path / "stopped")
+
+
+def test_profile_and_tensorboard(gpt: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    run(gpt, config_of(gpt, corpus, tmp_path / "run", profile=True, report_to="tensorboard", max_steps=6))
+    assert list((tmp_path / "run" / "profile").glob("*.json*"))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_gets_one_line_and_writes_nothing(
+    gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "file").write_text("in the way")
+    other = tmp_path / "other"
+    shutil.copytree(reference, other)
+    big = tokenization.train_byte_level_bpe([corpus.read_text()], vocab_size=400, seq_length=32)
+    big.save_pretrained(tmp_path / "tokenizer")
+    run_dir = tmp_path / "run"
+    cases = {
+        "data: '/no/such.txt'": {"data": "/no/such.txt"},
+        "expected at least one document": {"data": str(tmp_path / "empty.txt")},
+        "text_column: 'words': expected one of ['text']": {"text_column": "words"},
+        "global_batch_size: 4: expected a multiple of per_device_batch_size x processes": {"per_device_batch_size": 3},
+        "seq_length: 1: expected at least 2": {"seq_length": 1},
+        "it holds a run with another configuration": {"output_dir": str(other), "seed": 7},
+        "expected a folder that can be written": {"output_dir": str(tmp_path / "file" / "run")},
+        "expected at most the 320 tokens of init": {"init": str(reference), "tokenizer": str(tmp_path / "tokenizer")},
+        "hidden_size: 33": {"hidden_size": 33},
+        "data_weights": {"data_weights": "1,2"},
+    }
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for message, fields in cases.items():
+        with pytest.raises(cli.UsageError) as caught:
+            run(gpt, config_of(gpt, corpus, run_dir, **fields))
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_bad_input_exits_with_2_and_no_traceback(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1e-3\n")
+    process = launch("--config", str(tmp_path / "bad.yaml"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.EXIT_USAGE
+    assert errors.strip().splitlines()[-1].endswith("unknown key 'learning_rat'; did you mean 'learning_rate'?")
+    assert "Traceback" not in errors
+
+
+def test_help_is_quick() -> None:
+    started = time.perf_counter()
+    process = launch("--help")
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "--muon_learning_rate" in printed
+    assert time.perf_counter() - started < 30  # the README's number is 3 s; a loaded machine must not fail the test
