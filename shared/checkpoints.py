@@ -1,18 +1,22 @@
 """Checkpoints that are complete or absent: written aside, flushed, named by a manifest, renamed, and only then pruned.
 
 `accelerator.save_state` writes what the engine needs; this module puts a manifest of sizes and SHA-256 sums around it,
-so that a torn or altered file is found before it is loaded. Generator states are left out: training is a function of
-(config, data, step), and those files are pickles.
+so that a torn or altered file is found before it is loaded, and nothing else is loaded. Generator states are left out:
+training is a function of (config, data, step), and those files are pickles.
 """
 
 import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException  # of BaseException, which `except Exception` misses
 
 from shared.command_line import NoUsableCheckpoint, UsageError
 from shared.launch import gather_objects
@@ -20,10 +24,14 @@ from shared.launch import gather_objects
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+SHARDED_ENGINES = ("DEEPSPEED", "FSDP")
 
 
 def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:
     """Write `checkpoints/step_XXXXXXXX`, then remove the oldest beyond `keep`. Every process calls this.
+
+    Checkpoints of later steps, which are there after training went back to an earlier one, are removed as well.
 
     Args:
         accelerator: its prepared model and optimizer are what is saved.
@@ -35,47 +43,67 @@ def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str,
     folder = run_dir / "checkpoints"
     aside = folder / f".tmp_step_{step:08d}"
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left_over in (*folder.glob(".tmp_step_*"), *folder.glob(".trash_step_*")):
+            shutil.rmtree(left_over, ignore_errors=True)  # of a save that was cut short; the disk may be full
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    _fault("before_save")
+    _fault("before_save", step)
     accelerator.save_state(str(aside), safe_serialization=True)
-    _fault("after_state")
+    _fault("after_state", step)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for generator_state in aside.glob("random_states_*.pkl"):
             generator_state.unlink()
-        (aside / "state.json").write_text(json.dumps(state))
-        _write_manifest(aside, step, accelerator.num_processes, accelerator.distributed_type.value)
-        _fault("before_rename")
+        about = {"step": step, "processes": accelerator.num_processes, "engine": accelerator.distributed_type.value}
+        (aside / STATE).write_text(json.dumps({**about, "state": state}))
+        files = _flush_and_sum(aside)
+        _fault("before_manifest", step)
+        (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        _flush(aside / MANIFEST)
+        _flush(aside)
+        _fault("before_rename", step)
         target = folder / f"step_{step:08d}"
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(folder / f".trash_{target.name}")
         aside.rename(target)
-        _sync(folder)
-        _fault("after_rename")
-        _prune(folder, keep)
+        _flush(folder)
+        _fault("after_rename", step)
+        _prune(run_dir, step, keep)
     accelerator.wait_for_everyone()
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, damaged ones included."""
-    names = (path for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdecimal() and path.is_dir())
-    return sorted(names, key=lambda path: int(path.name[5:]), reverse=True)
+    folders = [
+        path
+        for path in (run_dir / "checkpoints").glob("step_*")
+        if path.name[5:].isdecimal() and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(folders, key=_step, reverse=True)
 
 
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or "" if every file is as its manifest says."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        for name, (size, digest) in files.items():
-            if (checkpoint / name).stat().st_size != size:
-                return f"{name} has {(checkpoint / name).stat().st_size} bytes, not {size}"
-            if _sha256(checkpoint / name) != digest:
-                return f"{name} has another checksum"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+        files = dict(_manifest(checkpoint))
+        expected = [(name, int(size), str(digest)) for name, (size, digest) in files.items()]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
+    if STATE not in files:
+        return f"{MANIFEST} does not name {STATE}"
+    for name, size, digest in expected:
+        try:
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if _sha256(checkpoint / name) != digest:
+                return f"{name} has another checksum"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
     return ""
 
 
@@ -92,11 +120,13 @@ def newest_usable_checkpoint(run_dir: Path) -> Path | None:
             return checkpoint
         problems.append(f"{checkpoint.name}: {problem}")
         logger.warning("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
-        shutil.rmtree(checkpoint.with_name(f".bad_{checkpoint.name}"), ignore_errors=True)
-        checkpoint.rename(checkpoint.with_name(f".bad_{checkpoint.name}"))
-    if problems or any((run_dir / "checkpoints").glob(".bad_step_*")):
+        bad = checkpoint.with_name(f".bad_{checkpoint.name}")
+        shutil.rmtree(bad, ignore_errors=True)
+        checkpoint.rename(bad)
+    set_aside = sorted(path.name for path in (run_dir / "checkpoints").glob(".bad_step_*"))
+    if set_aside:
         raise NoUsableCheckpoint(
-            f"{run_dir}: every checkpoint is damaged ({'; '.join(problems) or 'see checkpoints/.bad_*'}); "
+            f"{run_dir}: every checkpoint is damaged ({'; '.join(problems or set_aside)}); "
             "to start anew, choose another output_dir"
         )
     return None
@@ -108,76 +138,127 @@ def find_checkpoint(accelerator: Any, run_dir: Path, resume: str) -> Path | None
     Args:
         accelerator: the main process looks, the others are told.
         run_dir: the run folder.
-        resume: auto, never, or a checkpoint folder.
+        resume: auto, never, or a checkpoint folder; one of another run counts only until this run has its own, so that
+            the same command goes on after an interruption.
 
     Raises:
         NoUsableCheckpoint: there are checkpoints, and all are damaged.
         UsageError: the checkpoint folder is damaged, or is a sharded engine's (which holds pickles) from elsewhere.
     """
-    if resume not in ("auto", "never"):
-        checkpoint = Path(resume)
-        if problem := damage(checkpoint):
-            raise UsageError(f"resume: {resume!r}: expected a checkpoint that is whole: {problem}")
-        is_foreign = checkpoint.resolve().parent.parent != run_dir.resolve()
-        if is_foreign and accelerator.distributed_type.value in ("DEEPSPEED", "FSDP"):
-            raise UsageError(f"resume: {resume!r}: expected one of this run's own, a sharded checkpoint can run code")
-        return checkpoint
-    found: tuple[Path | None, str] = (None, "")
+    found: Path | Exception | None = None
     if accelerator.is_main_process:
         try:
-            found = newest_usable_checkpoint(run_dir), ""
-        except NoUsableCheckpoint as error:
-            found = None, str(error)
-    checkpoint_found, problem = gather_objects(accelerator, found)[0]
-    if problem:
-        raise NoUsableCheckpoint(problem)
-    return checkpoint_found
+            found = _find(run_dir, resume, accelerator.distributed_type.value)
+        except (NoUsableCheckpoint, UsageError) as error:
+            found = error
+    found = gather_objects(accelerator, found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def load_checkpoint(accelerator: Any, checkpoint: Path) -> tuple[int, dict[str, Any]]:
     """Load model and optimizer into the prepared objects. Every process calls this.
+
+    The optimizer keeps the learning rates and other settings that it was built with: they are the configuration's.
+    Files that the manifest does not name are not seen.
+
+    Args:
+        accelerator: its prepared model and optimizer are filled.
+        checkpoint: a folder in which `damage` found none.
 
     Returns:
         step: optimizer updates done.
         state: what `save_checkpoint` was given.
 
     Raises:
-        UsageError: it was written by another engine, or by another number of processes under DeepSpeed.
+        UsageError: it was written by another engine, by another number of processes under DeepSpeed, or for a model
+            or optimizer of another shape.
     """
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    about = json.loads((checkpoint / STATE).read_text())
+    name = f"resume: {str(checkpoint)!r}"
     engine, processes = accelerator.distributed_type.value, accelerator.num_processes
-    sharded = ("DEEPSPEED", "FSDP")
-    if manifest["engine"] != engine and (manifest["engine"] in sharded or engine in sharded):
-        raise UsageError(f"resume: {str(checkpoint)!r}: expected a checkpoint of {engine}, got {manifest['engine']}")
-    if engine == "DEEPSPEED" and manifest["processes"] != processes:
+    if about["engine"] != engine and {about["engine"], engine} & set(SHARDED_ENGINES):
+        raise UsageError(f"{name}: expected a checkpoint of {engine}, got {about['engine']}")
+    if engine == "DEEPSPEED" and about["processes"] != processes:
         raise UsageError(
-            f"resume: {str(checkpoint)!r}: expected a checkpoint of {processes} processes, got one of "
-            f"{manifest['processes']}; DeepSpeed's ds_to_universal converts it"
+            f"{name}: expected a checkpoint of {processes} processes, got one of {about['processes']}; "
+            "DeepSpeed's ds_to_universal converts it"
         )
-    accelerator.load_state(str(checkpoint))
-    return manifest["step"], json.loads((checkpoint / "state.json").read_text())
+    settings = _optimizer_settings(accelerator)
+    with tempfile.TemporaryDirectory(prefix="checkpoint_") as view:
+        _link_named_files(checkpoint, Path(view))
+        try:
+            accelerator.load_state(view)
+        except (RuntimeError, ValueError, KeyError, OSError, pickle.UnpicklingError, CheckpointException) as error:
+            reason = " ".join(str(error).replace(view, "").split())
+            raise UsageError(f"{name}: expected a checkpoint of this model and optimizer: {reason[:300]}") from error
+    for group, built in zip(_optimizer_groups(accelerator), settings, strict=True):
+        group.update(built)
+    return about["step"], about["state"]
 
 
-def _write_manifest(folder: Path, step: int, processes: int, engine: str) -> None:
+def _find(run_dir: Path, resume: str, engine: str) -> Path | None:
+    if resume in ("auto", "never"):
+        return newest_usable_checkpoint(run_dir)
+    checkpoint = Path(resume)
+    if checkpoint.resolve().parent.parent != run_dir.resolve():
+        if own := newest_usable_checkpoint(run_dir):
+            logger.warning("going on from %s, not from %s, where this run began", own, checkpoint)
+            return own
+        if engine in SHARDED_ENGINES:
+            raise UsageError(f"resume: {resume!r}: expected one of this run's own, a sharded checkpoint can run code")
+    if problem := damage(checkpoint):
+        raise UsageError(f"resume: {resume!r}: expected a checkpoint that is whole: {problem}")
+    return checkpoint
+
+
+def _optimizer_groups(accelerator: Any) -> list[dict[str, Any]]:
+    return [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
+
+
+def _optimizer_settings(accelerator: Any) -> list[dict[str, Any]]:
+    """What the configuration says of each group; `initial_lr` is torch's name for the rate before any schedule."""
+    groups = _optimizer_groups(accelerator)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    return [{"initial_lr": group["lr"], **group} for group in settings]
+
+
+def _link_named_files(checkpoint: Path, view: Path) -> None:
+    named = _manifest(checkpoint)
+    for path in checkpoint.rglob("*"):
+        name = path.relative_to(checkpoint)
+        if name.as_posix() in named:
+            (view / name).parent.mkdir(parents=True, exist_ok=True)
+            (view / name).symlink_to(path.resolve())
+
+
+def _manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    return json.loads((checkpoint / MANIFEST).read_text())["files"]
+
+
+def _flush_and_sum(folder: Path) -> dict[str, tuple[int, str]]:
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        _sync(path)
-        files[str(path.relative_to(folder))] = (path.stat().st_size, _sha256(path))
-    _fault("before_manifest")
-    manifest = {"step": step, "processes": processes, "engine": engine, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    for path in sorted(folder.rglob("*")):
+        _flush(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = (path.stat().st_size, _sha256(path))
+    return files
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in list_checkpoints(folder.parent)[keep:]:
+def _prune(run_dir: Path, step: int, keep: int) -> None:
+    checkpoints = list_checkpoints(run_dir)
+    later = [path for path in checkpoints if _step(path) > step]
+    for old in later + checkpoints[len(later) + keep :]:
         trash = old.with_name(f".trash_{old.name}")
         old.rename(trash)
-        _fault("mid_prune")
-        shutil.rmtree(trash)
-    for left in (*folder.glob(".trash_*"), *folder.glob(".tmp_step_*")):
-        shutil.rmtree(left, ignore_errors=True)
+        _fault("mid_prune", step)
+    for trash in (run_dir / "checkpoints").glob(".trash_step_*"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
 
 
 def _sha256(path: Path) -> str:
@@ -185,13 +266,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _flush(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def _fault(point: str) -> None:
-    """Die here when the environment says so; how the tests show that a save survives SIGKILL at each point."""
-    if os.environ.get("FAULT") == point:
+def _fault(point: str, step: int) -> None:
+    """Die here when FAULT is the point, or point:step; how the tests show that a save survives SIGKILL anywhere."""
+    if os.environ.get("FAULT") in (point, f"{point}:{step}"):
         os.kill(os.getpid(), signal.SIGKILL)

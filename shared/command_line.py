@@ -140,8 +140,9 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     hints = get_type_hints(config_class)
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     flags = _read_flags(arguments, kinds)
-    file = flags.get("config", "")
-    return config_class(**{**(_read_yaml(Path(file), kinds) if file else {}), **flags})
+    kinds.pop("config", None)
+    values = _read_yaml(Path(flags["config"]), kinds) if flags.get("config") else {}
+    return config_class(**{**values, **flags})
 
 
 @contextlib.contextmanager
@@ -233,7 +234,7 @@ def _read_yaml(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"config: {str(path)!r}: expected a YAML file, got {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"config: {str(path)!r}: expected YAML, got {' '.join(str(error).split())}") from error
-    if document is None:
+    if document is None or document.tag == f"{_YAML_TAG}null":
         return {}
     if not isinstance(document, yaml.MappingNode):
         raise UsageError(f"config: {str(path)!r}: expected a mapping of field to value, got {_kind_of(document)}")
@@ -242,7 +243,7 @@ def _read_yaml(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
         key = str(key_node.value)
         if key in values:
             raise UsageError(f"{path}: key {key!r} is given twice")
-        if key not in kinds or key == "config":
+        if key not in kinds:
             raise UsageError(f"{path}: unknown key {key!r}{_suggestion(key, kinds)}")
         try:
             values[key] = _convert_node(key, node, kinds[key])
@@ -266,7 +267,9 @@ def _convert_node(name: str, node: yaml.Node, kind: Any) -> Any:
 
 
 def _kind_of(node: yaml.Node) -> str:
-    return {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}.get(type(node), "a single value")
+    if isinstance(node, yaml.ScalarNode):
+        return "a single value"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def _convert(name: str, text: str, kind: Any) -> Any:

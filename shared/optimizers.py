@@ -41,7 +41,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay, "use_muon": False}
-        super().__init__(groups, defaults)
+        # fused: torch then puts AdamW's step counters back on the device when a state is loaded.
+        super().__init__(groups, {**defaults, "fused": True})
         for group in self.param_groups:
             if group["use_muon"] and any(parameter.ndim != 2 for parameter in group["params"]):
                 raise ValueError("Muon groups take matrices only; give the rest to an AdamW group")
@@ -90,7 +91,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=True,
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -130,9 +131,9 @@ def _placed_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to `factor` times the peak rate it was built with.
+    """Set every group's rate to `factor` times the rate it was built with, which the group keeps as `initial_lr`.
 
     Call it before the backward pass: DeepSpeed steps inside it.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor

@@ -9,7 +9,8 @@ the bound in place of the sort over the whole corpus): memory stays flat and lit
 """
 
 import dataclasses
-import os
+import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from shared import tokenization
-from shared.token_cache import SPLITS, TokenCache, build_token_cache, cache_key, map_file, open_token_cache
+from shared.documents import Texts
+from shared.token_cache import (
+    SPLITS,
+    TokenCache,
+    build_token_cache,
+    cache_key,
+    map_file,
+    open_token_cache,
+    sync_and_close,
+)
 
 OPEN_ROWS = 1024
 Piece = tuple[int, int]  # (first input token, number of input tokens)
@@ -102,6 +112,10 @@ class PackedRows:
     pieces: np.ndarray  # int64 (pieces, 2), memory-mapped: first token, number of tokens
     row_ends: np.ndarray  # int64 (rows,), memory-mapped: where the row's pieces end
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the files itself; numpy would send it all of them."""
+        return open_packed_rows, (self.cache, self.seq_length, self.pad_token_id)
+
     def __len__(self) -> int:
         return len(self.row_ends)
 
@@ -135,7 +149,7 @@ def fill_row(stretches: list[np.ndarray], seq_length: int, pad_token_id: int) ->
 
 
 def pack_corpus(
-    documents: Any, tokenizer: Any, *, seq_length: int, eval_fraction: float, cache_dir: Path, num_processes: int
+    documents: Texts, tokenizer: Any, *, seq_length: int, eval_fraction: float, cache_dir: Path, num_processes: int
 ) -> dict[str, PackedRows]:
     """Tokenise and pack a corpus, or find that done: its splits "train" and "eval" as rows.
 
@@ -166,20 +180,20 @@ def build_row_index(cache: TokenCache, seq_length: int) -> None:
     folder = _index_folder(cache, seq_length)
     if folder.exists():
         return
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     aside.mkdir()
-    progress = tqdm(cache.ends, desc="packing", unit="doc", delay=2)
     num_pieces = 0
-    with (aside / "pieces.bin").open("wb") as pieces, (aside / "row_ends.bin").open("wb") as row_ends:
-        for row in pack(progress, seq_length):
-            num_pieces += len(row)
-            pieces.write(np.array(row, dtype=np.int64).tobytes())
-            row_ends.write(np.array(num_pieces, dtype=np.int64).tobytes())
     try:
-        aside.rename(folder)
-    except OSError:  # another run was faster
-        if not folder.exists():
-            raise
+        with (aside / "pieces.bin").open("wb") as pieces, (aside / "row_ends.bin").open("wb") as row_ends:
+            for row in pack(tqdm(cache.ends, desc="packing", unit="doc", delay=2), seq_length):
+                num_pieces += len(row)
+                pieces.write(np.array(row, dtype=np.int64).tobytes())
+                row_ends.write(np.array(num_pieces, dtype=np.int64).tobytes())
+            sync_and_close(pieces)
+            sync_and_close(row_ends)
+        tokenization.rename_unless_there(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def open_packed_rows(cache: TokenCache, seq_length: int, pad_token_id: int) -> PackedRows:

@@ -14,7 +14,8 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part, for `torch.manual_seed` and `numpy.random.Philox`."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # 3 and numpy's 3 are the same
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -37,16 +37,20 @@ def samples_of_update(
     Returns:
         (source, epoch of that source, index in that source) of each sample.
     """
-    share = global_batch_size // num_processes
-    positions = step * global_batch_size + rank * share + np.arange(share, dtype=np.int64)
+    positions = positions_of_update(step, global_batch_size, rank, num_processes)
     sources, numbers = mixture_sources(positions, weights, seed)
-    samples = []
-    for source, number in zip(sources.tolist(), numbers.tolist(), strict=True):
-        epoch, position = divmod(number, sizes[source])
+    epochs, indices = np.divmod(numbers, np.array(sizes)[sources])
+    for source, epoch in set(zip(sources.tolist(), epochs.tolist(), strict=True)):
+        same = (sources == source) & (epochs == epoch)
         order_seed = derive_seed(seed, "order", source, epoch)
-        index = int(shuffled_indices(np.array([position]), sizes[source], order_seed)[0])
-        samples.append((source, epoch, index))
-    return samples
+        indices[same] = shuffled_indices(indices[same], sizes[source], order_seed)
+    return list(zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True))
+
+
+def positions_of_update(step: int, global_batch_size: int, rank: int, num_processes: int) -> np.ndarray:
+    """Where the samples of update `step` on process `rank` stand in the endless order, int64."""
+    share = global_batch_size // num_processes
+    return step * global_batch_size + rank * share + np.arange(share, dtype=np.int64)
 
 
 def mixture_sources(positions: np.ndarray, weights: list[float], seed: int) -> tuple[np.ndarray, np.ndarray]:

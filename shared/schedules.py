@@ -14,7 +14,7 @@ def warmup_stable_decay(step: int, max_steps: int, warmup_steps: int, decay_frac
     Hagele et al. 2024 measured that the linear fall over the last fifth or more equals a cosine of the same length.
     """
     decay_steps = max(1, round(max_steps * decay_fraction))
-    return min(warmup(step, warmup_steps), (max_steps - step) / decay_steps)
+    return min(warmup(step, warmup_steps), max(0.0, (max_steps - step) / decay_steps))
 
 
 def warmup_cosine(step: int, max_steps: int, warmup_steps: int, final_fraction: float) -> float:

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -20,10 +19,11 @@ import torch
 from shared import tokenization
 from shared.batches import micro_batches
 from shared.command_line import UsageError
-from shared.documents import SAMPLES, LocalTexts, is_hub_id, open_texts, pick_text_column
+from shared.documents import LocalTexts, Texts, hub_errors, local_path, open_texts, pick_text_column, text_columns
 from shared.packing import BestFitPacker, cut, fill_row
 from shared.randomness import derive_seed, shuffled_indices
-from shared.sample_order import samples_of_update
+from shared.sample_order import mixture_sources, positions_of_update
+from shared.token_cache import content_share
 
 logger = logging.getLogger(__name__)
 
@@ -46,39 +46,52 @@ def start_of_stream(num_processes: int) -> StreamState:
     return {"num_processes": num_processes, "epoch": 0, "shard": 0, "document": 0, "rows": 0}
 
 
-def resumed_state(state: StreamState, num_processes: int) -> StreamState:
-    """The state to go on from; with another number of processes that is the start of the next pass."""
-    if state["num_processes"] == num_processes:
-        return state
-    logger.warning("the stream was read by %d processes: a new pass over it begins", state["num_processes"])
-    return {**start_of_stream(num_processes), "epoch": state["epoch"] + 1}
+def resumed_state(states: Sequence[StreamState], rank: int, num_processes: int) -> StreamState:
+    """The state from which process `rank` goes on.
+
+    Args:
+        states: of every process, as a checkpoint kept them; with another number of them than `num_processes` all go
+            on with the next pass, none = from the start.
+        rank: this process.
+        num_processes: processes in all.
+    """
+    if len(states) == num_processes:
+        return states[rank]
+    start = start_of_stream(num_processes)
+    if not states:
+        return start
+    logger.warning("the stream was read by %d processes: a new pass over it begins", len(states))
+    return {**start, "epoch": 1 + max(state["epoch"] for state in states)}
 
 
-def open_shards(data: str, *, config: str, split: str, text_column: str) -> list[Iterable[str]]:
-    """The shards of a corpus, each an iterable of documents; a Hub data set is not downloaded.
+def open_shards(data: str, *, config: str, split: str, text_column: str) -> Sequence[Texts]:
+    """The shards of a corpus; a Hub data set is not downloaded.
 
     Raises:
         UsageError: nothing is there, or the column is not.
     """
-    if data in SAMPLES or Path(data).expanduser().exists() or not is_hub_id(data):
+    if local_path(data) is not None:
         texts = open_texts(data, config=config, split=split, text_column=text_column)
         assert isinstance(texts, LocalTexts)
         return [LocalTexts(data, (file,), texts.text_column) for file in texts.files]
-    import datasets
+    with hub_errors(data):
+        import datasets
 
-    try:
-        dataset = datasets.load_dataset(data, config or None, split=split, streaming=True)
-        first = next(iter(dataset))
-    except Exception as error:  # its many network, cache and format errors have no common class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"data: {data!r}: no such file or folder, and no such Hub data set: {reason}") from error
-    column = pick_text_column(data, {name: isinstance(value, str) for name, value in first.items()}, text_column)
-    return [_HubShard(dataset.shard(dataset.num_shards, index), column) for index in range(dataset.num_shards)]
+        builder = datasets.load_dataset_builder(data, config or None)
+        dataset = builder.as_streaming_dataset(split=split)
+        columns = text_columns(dataset)
+    if not columns:
+        raise UsageError(f"data: {data!r}: expected at least one document, got none")
+    column = pick_text_column(data, columns, text_column)
+    version = f"{data} {builder.config.name} {builder.hash} {split}"  # the hash is that of the commit
+    count = dataset.num_shards
+    return [_HubShard(dataset.shard(count, index), column, f"{version} {index} of {count}") for index in range(count)]
 
 
 class _HubShard:
-    def __init__(self, dataset: Any, text_column: str) -> None:
+    def __init__(self, dataset: Any, text_column: str, version: str) -> None:
         self._dataset, self._text_column = dataset, text_column
+        self.fingerprint = f"{version} {text_column}"
 
     def __iter__(self) -> Iterator[str]:
         for record in self._dataset:
@@ -88,8 +101,7 @@ class _HubShard:
 
 def is_held_out(document: str, eval_fraction: float) -> bool:
     """Whether a document of a stream belongs to the eval split; depends on its content alone."""
-    digest = hashlib.blake2b(tokenization.to_bytes(document), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64 < eval_fraction
+    return content_share(tokenization.to_bytes(document)) < eval_fraction
 
 
 def stream_rows(
@@ -115,6 +127,9 @@ def stream_rows(
 
     Yields:
         The row as int64 arrays (seq_length,) input_ids, labels (-100 = padding) and position_ids; the state after it.
+
+    Raises:
+        UsageError: no document is left to this process, since all are empty or held out, or there are too few.
     """
     begin, end = tokenization.special_ids(tokenizer)
     documents = _documents(shards, eval_fraction, seed, rank, state)
@@ -154,17 +169,29 @@ def _documents(
     while True:
         order = shuffled_indices(np.arange(len(shards)), len(shards), derive_seed(seed, "shards", epoch))
         mine = order[rank::processes] if deals_shards else order
+        is_futile = first_shard == skipped == 0  # unless this pass, from its start on, comes upon a document
         for place in range(first_shard, len(mine)):
             for number, document in enumerate(shards[mine[place]]):
                 is_mine = deals_shards or number % processes == rank
-                if number < skipped or not is_mine or is_held_out(document, eval_fraction):
+                if number < skipped or not is_mine or not document or is_held_out(document, eval_fraction):
                     continue
+                is_futile = False
                 yield (
                     document,
                     {"num_processes": processes, "epoch": epoch, "shard": place, "document": number + 1, "rows": 0},
                 )
             skipped = 0
+        if is_futile and not (deals_shards and _has_documents(shards, eval_fraction)):
+            raise UsageError(
+                f"data: expected documents to train on in a pass over the stream, got none for process {rank} of "
+                f"{processes}: all are held out, or there are fewer than processes"
+            )
         epoch, first_shard = epoch + 1, 0
+
+
+def _has_documents(shards: Sequence[Iterable[str]], eval_fraction: float) -> bool:
+    """Whether another dealing of the shards could give a process something."""
+    return any(document and not is_held_out(document, eval_fraction) for shard in shards for document in shard)
 
 
 class TextStream:
@@ -172,13 +199,14 @@ class TextStream:
 
     Args:
         name: as the user gave it.
-        shards: iterables of documents.
+        shards: its parts.
         left_out: share of the documents, chosen by their content, that training passes over.
     """
 
-    def __init__(self, name: str, shards: Sequence[Iterable[str]], left_out: float = 0.0) -> None:
+    def __init__(self, name: str, shards: Sequence[Texts], left_out: float = 0.0) -> None:
         self.name, self.shards, self.left_out = name, shards, left_out
-        self.fingerprint = hashlib.sha256(repr((name, len(shards), left_out)).encode()).hexdigest()[:16]
+        parts = [shard.fingerprint for shard in shards]
+        self.fingerprint = hashlib.sha256(repr((parts, left_out)).encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[str]:
         for shard in self.shards:
@@ -202,7 +230,15 @@ class HeldOut:
 
     def __iter__(self) -> Iterator[str]:
         beginning = itertools.islice(self._stream, HELD_OUT_FROM)
-        return (document for document in beginning if is_held_out(document, self._fraction))
+        documents = (document for document in beginning if is_held_out(document, self._fraction))
+        first = next(documents, None)
+        if first is None:
+            raise UsageError(
+                f"eval_fraction: {self._fraction}: expected to hold out some of the first {HELD_OUT_FROM:,} documents "
+                f"of {self._stream.name!r}, got none; set eval_data, or a larger share"
+            )
+        yield first
+        yield from documents
 
 
 def open_streams(data: str, *, config: str, split: str, text_column: str) -> list[TextStream]:
@@ -236,10 +272,8 @@ class StreamedUpdates(torch.utils.data.IterableDataset):
     ) -> None:
         self._streams, self._tokenizer, self._seq_length = streams, tokenizer, seq_length
         self._micro_batch_size, self._order, self._step = micro_batch_size, order, step
-        rank, processes = order["rank"], order["num_processes"]
-        begin = [start_of_stream(processes) for _ in streams]
-        saved = states[rank % len(states)] if states else begin
-        self._states = [resumed_state(state, processes) for state in saved]
+        of_streams = zip(*states, strict=True) if states else [[] for _ in streams]
+        self._states = [resumed_state(list(saved), order["rank"], order["num_processes"]) for saved in of_streams]
 
     def __iter__(self) -> Iterator[tuple[list[dict[str, np.ndarray]], list[StreamState]]]:
         order = self._order
@@ -257,10 +291,10 @@ class StreamedUpdates(torch.utils.data.IterableDataset):
         ]
         states = list(self._states)
         for step in itertools.count(self._step):
-            # Sizes play no part: only which source each sample comes from is asked here.
-            samples = samples_of_update(step, [1] * len(rows), **order)
+            positions = positions_of_update(step, order["global_batch_size"], order["rank"], order["num_processes"])
+            sources, _ = mixture_sources(positions, order["weights"], order["seed"])
             update = []
-            for source, _, _ in samples:
+            for source in sources.tolist():
                 row, states[source] = next(rows[source])
                 update.append(row)
             yield micro_batches(update, self._micro_batch_size), list(states)

@@ -24,7 +24,7 @@ def continue_prompt(
     Args:
         model: unwrapped, in any mode; its mode is restored.
         tokenizer: the begin token is put before the prompt as it was before every training document.
-        prompt: may be empty.
+        prompt: may be empty; its beginning, and what would be beyond the model's longest row, are dropped.
         seed: of the draws.
         max_new_tokens: at most so many tokens are added; the end token ends earlier.
         temperature: 0 takes the likeliest token every time.
@@ -35,6 +35,8 @@ def continue_prompt(
         Prompt and continuation.
     """
     ids = [tokenization.special_ids(tokenizer)[0], *tokenization.encode(tokenizer.backend_tokenizer, prompt)]
+    longest = getattr(model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
+    ids = ids[-max(longest - max_new_tokens, longest // 2) :]
     input_ids = torch.tensor([ids], device=model.device)
     drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     was_training = model.training
@@ -44,7 +46,7 @@ def continue_prompt(
         output = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, longest - len(ids)),
             pad_token_id=tokenizer.eos_token_id,
             **drawing,
             **options,

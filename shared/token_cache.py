@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +49,10 @@ class TokenCache:
     ends: np.ndarray
     num_bytes: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the files itself; numpy would send it all tokens."""
+        return open_token_cache, (self.folder.parent, self.folder.name)
+
 
 def default_cache_dir() -> Path:
     """HF_HOME/pretraining_recipes, or a folder for temporary files where HF_HOME cannot be written."""
@@ -75,8 +80,9 @@ def build_token_cache(
 ) -> None:
     """Tokenise `documents` into `folder` unless it is there already.
 
-    The first document and those whose content hashes below `eval_fraction` go to the eval split, so equal documents
-    share a split and neither their order nor the number of processes matters; 0 keeps the eval split empty.
+    Documents whose `content_share` is below `eval_fraction` go to the eval split, and so do the first one and its
+    equals, so that it is never empty. Equal documents share a split, and neither the order of the others nor the
+    number of processes matters; 0 keeps the eval split empty.
 
     Args:
         folder: the cache folder to make.
@@ -88,26 +94,34 @@ def build_token_cache(
     Raises:
         UsageError: no document is there, or none is left to train on.
     """
-    if (folder / "summary.json").exists():
+    if folder.exists():
         return
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        writers = {split: _SplitWriter(aside / split, len(tokenizer)) for split in SPLITS}
-        for index, (ids, num_bytes, digest) in enumerate(_tokenize(documents, tokenizer, num_processes)):
-            held_out = eval_fraction > 0 and (index == 0 or digest < eval_fraction)
+        vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+        writers = {split: _SplitWriter(aside / split, vocab_size) for split in SPLITS}
+        first_share = None
+        for ids, num_bytes, share in _tokenize(documents, tokenizer, num_processes):
+            first_share = share if first_share is None else first_share
+            held_out = eval_fraction > 0 and (share < eval_fraction or share == first_share)
             writers["eval" if held_out else "train"].add(ids, num_bytes)
         summary = {split: writer.close() for split, writer in writers.items()}
+        if first_share is None:
+            raise UsageError("data: expected at least one document, got none")
         if not summary["train"]["documents"]:
-            found = summary["eval"]["documents"]
             raise UsageError(
-                f"data: expected at least {min(found, 1) + 1} documents, got {found}; with eval_fraction 0, or with "
-                "eval_data set, none is held out"
+                f"data: expected documents to train on, but all {summary['eval']['documents']} (equal ones stay "
+                "together) are held out; with eval_fraction 0, or with eval_data set, none is"
             )
         (aside / "summary.json").write_text(json.dumps(summary))
-        _rename_unless_there(aside, folder)
+        tokenization.rename_unless_there(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def content_share(data: bytes) -> float:
+    """A number in [0, 1) that depends on a document's content alone, uniform over documents."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") / 2**64
 
 
 def open_token_cache(folder: Path, split: str) -> TokenCache:
@@ -120,6 +134,13 @@ def open_token_cache(folder: Path, split: str) -> TokenCache:
         ends=documents[:, 0],
         num_bytes=summary["bytes"],
     )
+
+
+def sync_and_close(file: IO[bytes]) -> None:
+    """Close a file whose content is on the disk, so that a rename after it cannot outlive a power cut alone."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def map_file(path: Path, dtype: Any) -> np.ndarray:
@@ -143,13 +164,13 @@ class _SplitWriter:
         self.documents_file.write(np.array([self.tokens, num_bytes], dtype=np.int64).tobytes())
 
     def close(self) -> dict[str, Any]:
-        self.tokens_file.close()
-        self.documents_file.close()
+        for file in (self.tokens_file, self.documents_file):
+            sync_and_close(file)
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "dtype": self.dtype.name}
 
 
 def _tokenize(documents: Iterable[str], tokenizer: Any, num_processes: int) -> Iterator[tuple[np.ndarray, int, float]]:
-    """Yield (ids with begin and end token, UTF-8 bytes, content hash in [0, 1)) of each document, in order."""
+    """Yield (ids with begin and end token, number of bytes, content share) of each document, in order."""
     from tqdm import tqdm
 
     begin, end = tokenization.special_ids(tokenizer)
@@ -158,8 +179,7 @@ def _tokenize(documents: Iterable[str], tokenizer: Any, num_processes: int) -> I
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(num_processes, context, _start_worker, state) as pool:
         results = _in_order(pool, _encode_batch, _batches(documents), limit=2 * num_processes + 1)
-        progress = tqdm(unit="B", unit_scale=True, desc="tokenising", delay=2, file=sys.stderr)
-        with progress:
+        with tqdm(unit="B", unit_scale=True, desc="tokenising", delay=2) as progress:
             for batch in results:
                 yield from batch
                 progress.update(sum(num_bytes for _, num_bytes, _ in batch))
@@ -207,17 +227,8 @@ def _encode_batch(documents: list[str]) -> list[tuple[np.ndarray, int, float]]:
     encoded = []
     for document in documents:
         data = tokenization.to_bytes(document)
-        digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") / 2**64
         ids = np.concatenate(
             [[_worker["begin"]], tokenization.encode(_worker["backend"], document), [_worker["end"]]]
         ).astype(np.uint32)
-        encoded.append((ids, len(data), digest))
+        encoded.append((ids, len(data), content_share(data)))
     return encoded
-
-
-def _rename_unless_there(aside: Path, folder: Path) -> None:
-    try:
-        aside.rename(folder)
-    except OSError:
-        if not (folder / "summary.json").exists():
-            raise

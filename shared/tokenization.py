@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, seq_length: 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_training_texts(documents), trainer)
+    blocks = (block for document in documents for block in _blocks(document))
+    tokenizer.train_from_iterator((to_bytes(block).decode("utf-8", "ignore") for block in blocks), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, 0)]
     )
@@ -122,10 +123,11 @@ def to_bytes(text: str) -> bytes:
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        parts = _OTHER_SURROGATES.split(text)
-        others = _OTHER_SURROGATES.findall(text)
-        pairs = itertools.zip_longest(parts, others, fillvalue="")
-        return b"".join(p.encode("utf-8", "surrogateescape") + o.encode("utf-8", "surrogatepass") for p, o in pairs)
+        return _OTHER_SURROGATES.sub(_escape, text).encode("utf-8", "surrogateescape")
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
 
 
 def encode(backend: Any, text: str) -> np.ndarray:
@@ -141,12 +143,11 @@ def encode(backend: Any, text: str) -> np.ndarray:
     backend.encode_special_tokens = True  # a document that spells <|endoftext|> must not end there
     ids: list[int] = []
     for block in _blocks(text):
-        valid_or_not = _ESCAPED_BYTES.split(to_bytes(block).decode("utf-8", "surrogateescape"))
-        for index, part in enumerate(valid_or_not):
-            byte_ids = [_byte_id(backend, byte) for byte in to_bytes(part)] if index % 2 else [None]
-            if None in byte_ids:  # valid text; or a vocabulary without bytes, which gets the replacement character
-                byte_ids = backend.encode("\ufffd" if index % 2 else part, add_special_tokens=False).ids
-            ids += byte_ids
+        for part in filter(None, _ESCAPED_BYTES.split(to_bytes(block).decode("utf-8", "surrogateescape"))):
+            if _ESCAPED_BYTES.match(part):
+                ids += _encode_bytes(backend, to_bytes(part))
+            else:
+                ids += backend.encode(part, add_special_tokens=False).ids
     return np.array(ids, dtype=np.int64)
 
 
@@ -155,9 +156,9 @@ def decode_bytes(backend: Any, ids: Iterable[int]) -> bytes:
     byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
     parts = []
     for token_id in ids:
-        token = backend.id_to_token(int(token_id))
-        known = all(character in byte_of for character in token)
-        parts.append(bytes(byte_of[character] for character in token) if known else token.encode())
+        token = backend.id_to_token(int(token_id)) or ""  # a model's vocabulary may be padded
+        is_bytes = all(character in byte_of for character in token)
+        parts.append(bytes(byte_of[character] for character in token) if is_bytes else token.encode())
     return b"".join(parts)
 
 
@@ -167,13 +168,11 @@ def special_ids(tokenizer: Any) -> tuple[int, int]:
     return begin, tokenizer.eos_token_id
 
 
-def _training_texts(documents: Iterable[str]) -> Iterator[str]:
-    seen = 0
+def _beginning(documents: Iterable[str], characters: int) -> Iterator[str]:
     for document in documents:
-        for block in _blocks(document):
-            yield to_bytes(block).decode("utf-8", "ignore")
-        seen += len(document)
-        if seen >= TRAINING_CHARACTERS:
+        yield document[:characters]
+        characters -= len(document)
+        if characters <= 0:
             return
 
 
@@ -188,26 +187,17 @@ def _blocks(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _valid_parts(text: str) -> Iterator[tuple[str, bool]]:
-    """Split into stretches of valid text and stretches of single-byte tokens for the bytes that are none."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        characters = _byte_characters()
-        data = to_bytes(text)
-        while data:
-            try:
-                yield data.decode("utf-8"), True
-                return
-            except UnicodeDecodeError as error:
-                if error.start:
-                    yield data[: error.start].decode("utf-8"), True
-                yield "".join(characters[byte] for byte in data[error.start : error.end]), False
-                data = data[error.end :]
-    else:
-        yield text, True
+def _encode_bytes(backend: Any, data: bytes) -> list[int]:
+    ids = []
+    for byte, character in ((byte, _byte_characters()[byte]) for byte in data):
+        # Llama 2's vocabulary has names for the bytes, GPT-2's has characters.
+        token_id = backend.token_to_id(f"<0x{byte:02X}>")
+        ids.append(backend.token_to_id(character) if token_id is None else token_id)
+    # A vocabulary without bytes gets the replacement character.
+    return backend.encode("\ufffd", add_special_tokens=False).ids if None in ids else ids
 
 
+@functools.cache
 def _byte_characters() -> list[str]:
     """The printable character that stands for each byte in a byte-level vocabulary (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

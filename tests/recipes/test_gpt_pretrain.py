@@ -395,7 +395,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     cases = {
         "data: '/no/such.txt'": {"data": "/no/such.txt"},
         "expected at least one document": {"data": str(tmp_path / "empty.txt")},
-        "text_column: 'words': expected one of ['text']": {"text_column": "words"},
+        "text_column: 'words': expected": {"text_column": "words"},
         "global_batch_size: 4: expected a multiple of per_device_batch_size x processes": {"per_device_batch_size": 3},
         "seq_length: 1: expected at least 2": {"seq_length": 1},
         "it holds a run with another configuration": {"output_dir": str(other), "seed": 7},
