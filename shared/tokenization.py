@@ -18,7 +18,7 @@ from shared.documents import Texts
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 1 << 28  # of the corpora that the merges are counted on; more changes them little
-_BLOCK_CHARACTERS = 1 << 20  # encoding needs about 100 bytes of memory a character, so long texts go in blocks
+_BLOCK_CHARACTERS = 1 << 17  # long texts go in blocks: encoding needs 100 bytes a character, and slows down
 _ESCAPED_BYTES = re.compile("([\udc80-\udcff]+)")  # how PEP 383 writes bytes that are not UTF-8
 _OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # JSON can spell them
 

@@ -363,7 +363,7 @@ def test_mixture_of_two_corpora(gpt: ModuleType, corpus: Path, tmp_path: Path) -
 
 
 def test_streaming_trains_and_resumes_exactly(gpt: ModuleType, corpus: Path, tmp_path: Path) -> None:
-    options = {"streaming": True, "save_every": 1, "keep_checkpoints": 100, "max_steps": 8}
+    options = {"streaming": True, "save_every": 1, "keep_checkpoints": 100, "max_steps": 8, "eval_fraction": 0.3}
     run(gpt, config_of(gpt, corpus, tmp_path / "whole", **options))
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     for step in (6, 7, 8):
@@ -418,7 +418,7 @@ def test_bad_input_exits_with_2_and_no_traceback(corpus: Path, tmp_path: Path) -
     process = launch("--config", str(tmp_path / "bad.yaml"))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == cli.EXIT_USAGE
-    assert errors.strip().splitlines()[-1].endswith("unknown key 'learning_rat'; did you mean 'learning_rate'?")
+    assert errors.strip().splitlines()[-1].endswith("unknown key 'learning_rat'; did you mean learning_rate?")
     assert "Traceback" not in errors
 
 
