@@ -97,6 +97,15 @@ def memory_per_device(
     }
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or on the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def checkpoint_bytes(model: nn.Module, optimizer_bytes_per_parameter: float) -> int:
     """Bytes of one checkpoint: weights, tied ones once, and optimizer state; file headers left out.
 

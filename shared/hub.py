@@ -15,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,21 +53,42 @@ def check_push(repo_id: str, *, private: bool) -> str:
     Raises:
         UsageError: the id is malformed, there is no valid token, no permission, or no answer.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     def prepare() -> str:
         api = _client(CHECK_TIMEOUT_SECONDS)
-        user = api.whoami()["name"]
-        full_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        full_id = _full_id(api, repo_id)
         api.create_repo(full_id, private=private, exist_ok=True)
         api.auth_check(full_id, write=True)
         if private and not api.model_info(full_id).private:
             logger.warning("%s exists and is public: what is pushed will be public", full_id)
         return full_id
 
+    return _checked(repo_id, prepare)
+
+
+def check_login(repo_id: str) -> str:
+    """What `check_push` can find out without creating anything: the form of the id, and whether the token is known.
+
+    Returns:
+        The full id, `owner/name`.
+
+    Raises:
+        UsageError: the id is malformed, there is no valid token, or no answer.
+    """
+    return _checked(repo_id, lambda: _full_id(_client(CHECK_TIMEOUT_SECONDS), repo_id))
+
+
+def _full_id(api: Any, repo_id: str) -> str:
+    user = api.whoami()["name"]
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+
+
+def _checked(repo_id: str, ask: Callable[[], str]) -> str:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(repo_id)
-        return _retrying()(prepare)
+        return _retrying()(ask)
     except HFValidationError as error:
         expected, reason = "an id such as me/my-gpt", _one_line(error)
     except Exception as error:  # HTTP, the connection and the source of the token have no common class

@@ -141,6 +141,17 @@ def on_any_process(accelerator: Any, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor([int(flag)], device=accelerator.device), "sum").item())
 
 
+def shared_by(accelerator: Any) -> dict[str, int]:
+    """How many processes hold weights, gradients and optimizer state between them, for `dry_run.memory_per_device`."""
+    processes, engine = accelerator.num_processes, accelerator.distributed_type.value
+    stage = accelerator.state.deepspeed_plugin.zero_stage if engine == "DEEPSPEED" else 3 if engine == "FSDP" else 0
+    return {
+        "weights_shared_by": processes if stage >= 3 else 1,
+        "gradients_shared_by": processes if stage >= 2 else 1,
+        "optimizer_shared_by": processes if stage >= 1 else 1,
+    }
+
+
 def compute_dtype(accelerator: Any) -> torch.dtype:
     """The type in which matrix products are computed."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)

@@ -16,7 +16,8 @@ import contextlib
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,8 +240,10 @@ def build_model(cfg: Config, tokenizer: Any) -> Any:
     sizes = {
         "vocab_size": math.ceil(len(tokenizer) / 64) * 64,  # tensor cores want multiples
         "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size or 4 * cfg.hidden_size,
         "num_hidden_layers": cfg.num_layers,
         "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads or cfg.num_heads,
         "max_position_embeddings": cfg.seq_length,
         "bos_token_id": tokenization.special_ids(tokenizer)[0],
         "eos_token_id": tokenizer.eos_token_id,
@@ -255,13 +258,7 @@ def build_nanochat(cfg: Config, sizes: dict[str, Any]) -> Any:
     """Karpathy 2025: RoPE, QK-norm, squared ReLU, norms without weights, logits capped at 15, untied head."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
-    config = NanoChatConfig(
-        **sizes,
-        intermediate_size=cfg.intermediate_size or 4 * cfg.hidden_size,
-        num_key_value_heads=cfg.num_kv_heads or cfg.num_heads,
-        attention_dropout=cfg.dropout,
-    )
-    return NanoChatForCausalLM(config)
+    return NanoChatForCausalLM(NanoChatConfig(**sizes, attention_dropout=cfg.dropout))
 
 
 def build_gpt2(cfg: Config, sizes: dict[str, Any]) -> Any:
@@ -269,20 +266,15 @@ def build_gpt2(cfg: Config, sizes: dict[str, Any]) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
-    return GPT2LMHeadModel(GPT2Config(**sizes, n_inner=cfg.intermediate_size or 4 * cfg.hidden_size, **dropouts))
+    others = {name: size for name, size in sizes.items() if name not in ("intermediate_size", "num_key_value_heads")}
+    return GPT2LMHeadModel(GPT2Config(**others, n_inner=sizes["intermediate_size"], **dropouts))
 
 
 def build_llama(cfg: Config, sizes: dict[str, Any]) -> Any:
     """Touvron et al. 2023: RoPE, RMSNorm, SwiGLU, untied head; shared keys and values as in Ainslie et al. 2023."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        **sizes,
-        intermediate_size=cfg.intermediate_size or 4 * cfg.hidden_size,
-        num_key_value_heads=cfg.num_kv_heads or cfg.num_heads,
-        attention_dropout=cfg.dropout,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=cfg.dropout))
 
 
 def load_model(cfg: Config, tokenizer: Any) -> Any:
@@ -414,7 +406,8 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         report_costs(cfg, accelerator, tokenizer, train, micro_batch_size)
         return
-    hub_id = hub.check_push(cfg.push_to_hub, private=cfg.hub_private) if cfg.push_to_hub else ""
+    pushes = bool(cfg.push_to_hub) and accelerator.is_main_process
+    hub_id = hub.check_push(cfg.push_to_hub, private=cfg.hub_private) if pushes else ""
     model = build_model(cfg, tokenizer)
     facts = describe(cfg, accelerator, model, train)
     accelerator.print(dry_run.table(facts))
@@ -433,7 +426,7 @@ def main(cfg: Config) -> None:
         record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
         run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
-    pusher = hub.HubPusher(hub_id, cfg.hub_private) if hub_id and accelerator.is_main_process else None
+    pusher = hub.HubPusher(hub_id, cfg.hub_private) if pushes else None
     profiler = trace_updates(run_dir / "profile") if cfg.profile else contextlib.nullcontext()
     peak = peak_flops(accelerator.device, launch.compute_dtype(accelerator)) * accelerator.num_processes
     throughput = Throughput(flops_per_sample=facts["flops_per_row"], peak_flops_total=peak)
@@ -509,17 +502,16 @@ def learning_rate_factor(cfg: Config, step: int) -> float:
     return schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.1)  # Brown et al. 2020, B
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the run will be
-
-
 def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
     row = {"input_ids": torch.zeros(1, cfg.seq_length, dtype=torch.int64), "use_cache": False}
+    model.set_attn_implementation("sdpa")  # whose operations can be counted
+    flops_per_row = training_flops(model, row)
+    model.set_attn_implementation(cfg.attention)
     rows = 0 if cfg.streaming else sum(len(source) for source in train)
     return {
         "parameters": model.num_parameters(),
-        "flops_per_row": training_flops(model, row),
+        "flops_per_row": flops_per_row,
         "tokens_per_update": cfg.global_batch_size * cfg.seq_length,
         "updates_per_epoch": round(rows / cfg.global_batch_size, 1) if rows else "unknown, streamed",
         "accumulation": accelerator.gradient_accumulation_steps,
@@ -531,24 +523,48 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dic
 
 
 def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any], micro_batch_size: int) -> None:
-    """The dry run: what the model sees, what one device holds, and, where a real update fits, how long it all takes."""
-    updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, 0, [])
-    batches, _ = next(updates)
-    first = tokenizer.decode(batches[0]["input_ids"][0])
-    fake = dry_run.without_memory()
-    with fake:
-        model = build_model(cfg, tokenizer)
-        batch = {name: torch.zeros(values.shape, dtype=torch.int64) for name, values in batches[0].items()}
-        with dry_run.SavedForBackward(model) as saved, accelerator.autocast():
-            causal_lm_loss_sum(forward(model, batch), batch["labels"])
-    optimizer_bytes = 8 if cfg.optimizer == "adamw" else 6
+    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
+    batches, _ = next(open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, 0, []))
+    batch = {name: torch.as_tensor(values) for name, values in batches[0].items()}
+    first_row = tokenizer.decode(batch["input_ids"][0])
+    with dry_run.without_memory():
+        model = build_model(replace(cfg, attention="sdpa"), tokenizer)
+        facts = describe(replace(cfg, attention="sdpa"), accelerator, model, train)
+        shapes = {name: torch.zeros(values.shape, dtype=torch.int64) for name, values in batch.items()}
+        with dry_run.SavedForBackward(model) as saved:
+            causal_lm_loss_sum(forward(model, shapes), shapes["labels"])
+    optimizer_bytes = 8.0 if cfg.optimizer == "adamw" else 6.0  # two moments in float32; of matrices Muon keeps one
     memory = dry_run.memory_per_device(
-        model, activations=saved.num_bytes, optimizer_bytes_per_parameter=optimizer_bytes
+        model,
+        activations=saved.num_bytes,
+        optimizer_bytes_per_parameter=optimizer_bytes,
+        **launch.shared_by(accelerator),
     )
-    rows = {name: str(value) for name, value in describe(cfg, accelerator, model, train).items()}
+    rows = {name: str(value) for name, value in facts.items()}
     rows |= {f"memory: {name}": dry_run.human_bytes(size) for name, size in memory.items()}
     rows["one checkpoint"] = dry_run.human_bytes(dry_run.checkpoint_bytes(model, optimizer_bytes))
-    accelerator.print(f"first row: {first}\n\n{dry_run.table(rows)}")
+    if cfg.push_to_hub:
+        rows["hub"] = f"{hub.check_login(cfg.push_to_hub)}, token accepted"
+    peak = peak_flops(accelerator.device, launch.compute_dtype(accelerator))
+    is_quick = facts["flops_per_row"] * micro_batch_size < 2 * peak
+    if is_quick and 2 * sum(memory.values()) < dry_run.free_memory(accelerator.device):
+        seconds = time_micro_batch(cfg, accelerator, tokenizer, to_device(batch, accelerator.device))
+        seconds *= accelerator.gradient_accumulation_steps
+        rows["one update"] = dry_run.human_seconds(seconds)
+        rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
+    accelerator.print(f"first row: {first_row}\n\n{dry_run.table(rows)}")
+
+
+def time_micro_batch(cfg: Config, accelerator: Any, tokenizer: Any, batch: dict[str, Tensor]) -> float:
+    """Seconds of one real micro-batch with its share of the optimizer; the first two runs warm up."""
+    model = build_model(cfg, tokenizer)
+    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+    accelerator.gradient_accumulation_steps, accumulation = 1, accelerator.gradient_accumulation_steps
+    for step in range(3):
+        started = time.perf_counter()
+        train_update(cfg, accelerator, model, optimizer, [batch], step)
+    accelerator.gradient_accumulation_steps = accumulation
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

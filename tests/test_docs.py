@@ -1,0 +1,87 @@
+"""Every command in a README runs, and what a README says about keys, files and fields is so."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, load_recipe
+
+READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("README.md"))]
+CONFIGS = sorted((ROOT / "recipes").rglob("configs/*.yaml"))
+
+
+def commands_of(readme: Path) -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", readme.read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_readmes_have_commands_and_configs_are_found() -> None:
+    assert len(READMES) >= 3
+    assert sum(len(commands_of(readme)) for readme in READMES) >= 8
+    assert len(CONFIGS) >= 3
+
+
+@pytest.mark.slow
+def test_commands_of_the_gpt_readme_run_in_order(tmp_path: Path) -> None:
+    """As written, from the repository's root, with an empty home; the run folders go to a temporary folder.
+
+    The first command is the README's promise: it must reach the bound that the results table states.
+    """
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path / "home")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    commands = commands_of(ROOT / "recipes" / "gpt" / "README.md")
+    assert commands[0] == "accelerate launch recipes/gpt/pretrain.py"
+    for command in commands:
+        words = [word.replace("outputs/", f"{tmp_path}/outputs/") for word in shlex.split(command)]
+        words = [word.replace("../my_gpt", f"{tmp_path}/my_gpt") for word in words]
+        if command == commands[0]:
+            words += ["--output_dir", f"{tmp_path}/outputs/gpt"]
+        result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    entries = [json.loads(line) for line in (tmp_path / "outputs/gpt/metrics.jsonl").read_text().splitlines()]
+    assert entries[-1]["eval/bits_per_byte"] <= 1.45
+
+
+def test_relative_links_lead_somewhere() -> None:
+    links = [
+        (readme, link)
+        for readme in [*READMES, ROOT / "CONTRIBUTING.md"]
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", readme.read_text())
+    ]
+    assert links
+    for readme, link in links:
+        assert (readme.parent / link).exists(), f"{readme}: {link}"
+
+
+def test_metrics_table_has_the_keys_that_the_recipe_logs() -> None:
+    documented = set(re.findall(r"^\| `(\w+/\w+)`", (ROOT / "recipes/gpt/README.md").read_text(), re.MULTILINE))
+    sources = [ROOT / "recipes/gpt/pretrain.py", ROOT / "shared/throughput.py"]
+    logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
+    assert documented == {key.replace("{unit}", "tokens") for key in logged}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_parses_and_opens_with_its_facts(path: Path) -> None:
+    from shared.command_line import parse
+
+    recipe = load_recipe(f"{path.parents[1].name}/pretrain.py")
+    cfg = parse(recipe.Config, ["--config", str(path)])
+    recipe.check_config(cfg)
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for fact in ("Data:", "Expected:", "Hardware and time:"):
+        assert fact in head
+
+
+def test_tree_of_the_readme_names_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## The tree") : text.index("## Hardware")]
+    named = re.findall(r"(\w+\.py)", tree)
+    assert len(named) >= 20
+    for name in named:
+        assert list((ROOT / "shared").glob(name)) or list((ROOT / "recipes").rglob(name)), name
