@@ -100,6 +100,26 @@ def expect(condition: bool, field: str, value: object, expected: str) -> None:
         raise UsageError(f"{field}: {value!r}: expected {expected}")
 
 
+def positive_numbers(field: str, text: str, count: int) -> list[float]:
+    """Comma-separated numbers above 0; "" = as many ones.
+
+    Args:
+        field: name for the message.
+        text: such as "0.7,0.3".
+        count: how many there must be.
+
+    Raises:
+        UsageError: it holds something else, or another number of them.
+    """
+    try:
+        numbers = [float(part) for part in text.split(",")] if text else [1.0] * count
+    except ValueError:
+        numbers = []
+    is_right = len(numbers) == count and all(0 < number < float("inf") for number in numbers)
+    expect(is_right, field, text, f"{count} comma-separated numbers above 0")
+    return numbers
+
+
 def check_run_control(config: RunControl) -> None:
     """Check the fields that every recipe shares.
 

@@ -8,7 +8,10 @@ from typing import Any
 def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) -> None:
     """Write weights, configuration and tokenizer into the run folder. Every process calls this.
 
-    Files are written aside first and moved one by one, so a reader never meets half a weight file.
+    Files are written aside first and then moved one by one, the weights last. So every file is whole at any time, and
+    weights are only there beside the configuration and tokenizer that they need. A run's exports differ in the weights
+    alone, so one that is killed half way leaves the old weights or the new ones, and both load (a model above 50 GB
+    has more than one weight file: killed between those, they are of two steps).
 
     Args:
         accelerator: knows how to gather sharded weights.
@@ -16,13 +19,16 @@ def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) ->
         tokenizer: saved beside the weights.
         run_dir: the run folder.
     """
-    state_dict = accelerator.get_state_dict(model)
+    gathered = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         aside = run_dir / ".export"
         shutil.rmtree(aside, ignore_errors=True)
-        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(aside, state_dict=state_dict)
+        weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}  # torch.compile's
+        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
-        for path in aside.iterdir():
+        readable = (aside / "config.json").stat().st_mode  # weight files come out readable for their owner alone
+        for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            path.chmod(readable)
             path.replace(run_dir / path.name)
         aside.rmdir()
     accelerator.wait_for_everyone()

@@ -22,6 +22,7 @@ def loss_curve(entries: list[dict[str, float]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=key, **style)
     axes.set(xlabel="step (optimizer updates)", ylabel="loss")
     axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(exist_ok=True)
+    if axes.lines:
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -1,7 +1,9 @@
 """Start-up: one `Accelerator` that is what the launcher asked for, or one clear message.
 
 What accelerate gets wrong on CPUs is mended here: `accelerate launch` leaves one thread a process, a multi-GPU
-configuration without GPUs starts processes that each believe they are alone, and DeepSpeed wants NCCL.
+configuration without GPUs starts processes that each believe they are alone, and DeepSpeed wants NCCL. With bfloat16,
+FSDP2 and DeepSpeed would also add gradients up in bfloat16, so that more micro-batches or GPUs would mean less exact
+ones; here they add them in float32, as DDP does.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import datetime
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,14 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
     Gradient accumulation is set later, by `set_accumulation`, once the number of processes is known.
 
     Raises:
-        UsageError: what came up differs from what was asked for.
+        UsageError: what came up differs from what was asked for, or cannot train.
     """
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise UsageError(f"accelerate config: mixed_precision: {precision!r}: expected no or bf16")
     on_cpu = not _has_accelerator()
     uses_deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,11 +53,12 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
     accelerator = Accelerator(
         # Without this, each epoch's end would force a short, unaccumulated update.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        fsdp_plugin=_fsdp_plugin(precision),
         kwargs_handlers=[process_group],
         log_with=[name.strip() for name in report_to.split(",") if name.strip()] or None,
         project_config=ProjectConfiguration(logging_dir=logging_dir),
     )
-    _check_launch(accelerator, world_size)
+    _check_launch(accelerator, world_size, precision)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -95,21 +102,22 @@ def set_deepspeed_values(accelerator: Any, micro_batch_size: int, max_grad_norm:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
         return
+    config, accumulation = plugin.deepspeed_config, accelerator.gradient_accumulation_steps
     values = {
+        "train_batch_size": micro_batch_size * accumulation * accelerator.num_processes,
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,
     }
     for key, value in values.items():
-        fixed = plugin.deepspeed_config.get(key, "auto")
-        if key != "train_micro_batch_size_per_gpu" and fixed not in (
-            "auto",
-            value,
-            1 if "accumulation" in key else value,
-        ):
+        fixed = config.get(key, "auto")
+        is_default = key == "gradient_accumulation_steps" and fixed == 1  # of accelerate, for a file that leaves it out
+        if fixed not in ("auto", value) and not is_default:
             raise UsageError(f"accelerate config: {key}: {fixed!r}: expected auto, the recipe sets it to {value}")
-        plugin.deepspeed_config[key] = value
-    plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+        config[key] = value
+    if accelerator.mixed_precision == "bf16":
+        config.setdefault("communication_data_type", "fp32")
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 @contextlib.contextmanager
@@ -121,6 +129,9 @@ def node_main_first(accelerator: Any) -> Iterator[bool]:
 
     Yields:
         Whether this process is the one that goes first.
+
+    Raises:
+        UsageError: another process ended meanwhile; where that one gave a message, no traceback comes after it.
     """
     first = accelerator.is_local_main_process
     if accelerator.num_processes == 1:
@@ -128,10 +139,10 @@ def node_main_first(accelerator: Any) -> Iterator[bool]:
         return
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     if not first:
-        dist.barrier(group)
+        _wait(group)
     yield first
     if first:
-        dist.barrier(group)
+        _wait(group)
 
 
 def on_any_process(accelerator: Any, flag: bool) -> bool:
@@ -139,6 +150,16 @@ def on_any_process(accelerator: Any, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor([int(flag)], device=accelerator.device), "sum").item())
+
+
+def describe(accelerator: Any) -> dict[str, Any]:
+    """What came up: engine, processes, accumulation and precision."""
+    return {
+        "engine": accelerator.distributed_type.value,
+        "processes": accelerator.num_processes,
+        "accumulation": accelerator.gradient_accumulation_steps,
+        "precision": accelerator.mixed_precision,
+    }
 
 
 def shared_by(accelerator: Any) -> dict[str, int]:
@@ -181,7 +202,7 @@ def check_shared_folder(accelerator: Any, folder: Path) -> None:
         except OSError as error:
             problem = f"expected a folder that can be written, got {error.strerror}"
     problem = gather_objects(accelerator, problem)[0]
-    seen = gather_objects(accelerator, probe.exists()) if not problem else []
+    seen = gather_objects(accelerator, _appears(probe)) if not problem else []
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not problem:
         probe.unlink()
@@ -207,7 +228,37 @@ def _asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
-def _check_launch(accelerator: Any, world_size: int) -> None:
+def _wait(group: Any) -> None:
+    try:
+        dist.barrier(group)
+    except RuntimeError as error:  # a lost connection
+        raise UsageError("another process ended, its message says why") from error
+
+
+def _appears(path: Path, seconds: float = 60) -> bool:
+    """Whether `path` is there, or comes: a network file system may remember for a while that it was not."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(1)
+    return path.exists()
+
+
+def _fsdp_plugin(precision: str) -> Any:
+    """What accelerate would make, but adding gradients up in float32; None = leave it to accelerate."""
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return None
+    if (version := os.environ.get("FSDP_VERSION")) != "2":
+        raise UsageError(f"accelerate config: fsdp_version: {version}: expected 2, which keeps each matrix whole")
+    if precision != "bf16":
+        return None
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def _check_launch(accelerator: Any, world_size: int, precision: str) -> None:
     if world_size != accelerator.num_processes:
         raise UsageError(
             f"accelerate config: the launcher started {world_size} processes, but {accelerator.num_processes} found "
@@ -220,8 +271,7 @@ def _check_launch(accelerator: Any, world_size: int) -> None:
     ):
         if _asked(variable) and engine != wanted:
             raise UsageError(f"accelerate config: {name} was asked for, but {engine} came up: it needs GPUs here")
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != accelerator.mixed_precision:
+    if precision not in ("no", accelerator.mixed_precision):  # "no" where a DeepSpeed file says it
         raise UsageError(f"accelerate config: precision {precision} was asked for, got {accelerator.mixed_precision}")
 
 

@@ -1,6 +1,6 @@
 """The run folder's README.md: a model card written from the run's own measurements."""
 
-import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,15 @@ def write_model_card(
             for key, value in metrics.items()
         ],
     )
-    rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in metrics.items())
+    rows = "\n".join(f"| `{key}` | {value:.6g} |" for key, value in metrics.items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     commit = f", commit `{record['git_commit'][:12]}`" if record["git_commit"] else ""
     text = f"""---
 {data.to_yaml()}
 ---
-# {title}
+# {_plain(title)}
 
-Pre-trained from `{record["init"]}` on `{html.escape(str(record["data"]))}` with `{record["command"][0]}`{commit}:
+Pre-trained from {_code(record["init"])} on {_code(record["data"])} with {_code(record["command"][0])}{commit}:
 {record["parameters"]:,} parameters, {record["steps"]:,} updates, {record["training_seconds"]:,.0f} s of training,
 {record["training_flops"]:.3g} floating-point operations on {record["hardware"]}.
 
@@ -71,9 +71,7 @@ Measured on documents that were held out of training, each counted once.
 
 ## Samples
 
-```text
-{samples}
-```
+{_block(samples)}
 
 ## How it was made
 
@@ -84,4 +82,26 @@ The text comes from a small model trained on a limited corpus: it may be wrong, 
 beyond the table above was made.
 """
     ModelCard(text)  # refuses metadata that the Hub would refuse
-    (run_dir / "README.md").write_text(text)
+    (run_dir / "README.md").write_text(text, encoding="utf-8")
+
+
+def _plain(text: str) -> str:
+    """Text that neither Markdown nor HTML takes for its own."""
+    return re.sub(r"([\\`*_\[\]<>#|&~$])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: object) -> str:
+    """A code span that holds any text, in a fence longer than its own runs of backticks."""
+    content = " ".join(str(text).split())
+    fence = "`" * (_longest_run_of_backticks(content) + 1)
+    return f"{fence} {content} {fence}" if "`" in content else f"`{content or ' '}`"
+
+
+def _block(text: str) -> str:
+    """A code block that holds any text; nothing inside it is Markdown or HTML."""
+    fence = "`" * max(3, _longest_run_of_backticks(text) + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _longest_run_of_backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

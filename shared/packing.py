@@ -9,8 +9,6 @@ the bound in place of the sort over the whole corpus): memory stays flat and lit
 """
 
 import dataclasses
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,9 @@ from typing import Any
 import numpy as np
 
 from shared import tokenization
+from shared.atomic_folder import written_aside
 from shared.documents import Texts
-from shared.token_cache import (
-    SPLITS,
-    TokenCache,
-    build_token_cache,
-    cache_key,
-    map_file,
-    open_token_cache,
-    sync_and_close,
-)
+from shared.token_cache import SPLITS, TokenCache, build_token_cache, cache_key, map_file, open_token_cache
 
 OPEN_ROWS = 1024
 Piece = tuple[int, int]  # (first input token, number of input tokens)
@@ -180,20 +171,16 @@ def build_row_index(cache: TokenCache, seq_length: int) -> None:
     folder = _index_folder(cache, seq_length)
     if folder.exists():
         return
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    aside.mkdir()
     num_pieces = 0
-    try:
-        with (aside / "pieces.bin").open("wb") as pieces, (aside / "row_ends.bin").open("wb") as row_ends:
-            for row in pack(tqdm(cache.ends, desc="packing", unit="doc", delay=2), seq_length):
-                num_pieces += len(row)
-                pieces.write(np.array(row, dtype=np.int64).tobytes())
-                row_ends.write(np.array(num_pieces, dtype=np.int64).tobytes())
-            sync_and_close(pieces)
-            sync_and_close(row_ends)
-        tokenization.rename_unless_there(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with (
+        written_aside(folder) as aside,
+        (aside / "pieces.bin").open("wb") as pieces,
+        (aside / "row_ends.bin").open("wb") as row_ends,
+    ):
+        for row in pack(tqdm(cache.ends, desc="packing", unit="doc", delay=2), seq_length):
+            num_pieces += len(row)
+            pieces.write(np.array(row, dtype=np.int64).tobytes())
+            row_ends.write(np.array(num_pieces, dtype=np.int64).tobytes())
 
 
 def open_packed_rows(cache: TokenCache, seq_length: int, pad_token_id: int) -> PackedRows:

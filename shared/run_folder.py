@@ -6,16 +6,18 @@ config.yaml  run.json  metrics.jsonl  checkpoints/  recipe.py  and the final mod
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, redact
 
 # Fields that change where and how often a run reports, not what it computes.
 FREE_FIELDS = (
@@ -39,19 +41,20 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any]) -> None:
             another configuration (the message names the fields that differ).
     """
     name = f"output_dir: {str(folder)!r}"
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{name}: expected a folder that can be written, {str(parent)!r} is not one")
     if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
         raise UsageError(f"resume: {resume!r}: expected auto, never or a checkpoint folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+        raise UsageError(f"{name}: expected a folder that can be written, {str(parent)!r} is not one")
+    # Hidden files may be of a start that was killed before it wrote its first file.
+    if not os.path.isdir(folder) or all(path.name.startswith(".") for path in folder.iterdir()):
         return
     recorded_file = folder / "config.yaml"
     if not recorded_file.is_file():
         raise UsageError(f"{name}: expected an empty folder or one of an earlier run, it holds other files")
     if resume == "never":
         raise UsageError(f"{name}: expected an empty folder with resume never, it holds a run")
-    recorded = yaml.safe_load(recorded_file.read_text())
+    recorded = _read_mapping(recorded_file, yaml.safe_load)
     different = [key for key, value in fields.items() if key not in FREE_FIELDS and recorded.get(key) != value]
     if different:
         changes = ", ".join(f"{key} {recorded.get(key)!r} -> {fields[key]!r}" for key in different)
@@ -61,16 +64,18 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any]) -> None:
 def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[str, Any]) -> None:
     """Write config.yaml, a copy of the recipe, and run.json with versions, command, commit, hardware and `facts`.
 
+    run.json and the model card made from it name neither the user's home folder nor an access token.
+
     Raises:
         UsageError: the folder holds a run on other data (`facts["data_fingerprint"]` differs).
     """
     record_file = folder / "run.json"
     if record_file.is_file():
-        recorded = json.loads(record_file.read_text()).get("data_fingerprint")
+        recorded = _read_mapping(record_file, json.loads).get("data_fingerprint")
         if recorded != facts["data_fingerprint"]:
             raise UsageError(f"output_dir: {str(folder)!r}: it holds a run on other data, or the data has changed")
-    (folder / "config.yaml").write_text(config_yaml)
-    (folder / "recipe.py").write_text(recipe.read_text())
+    _write(folder / "config.yaml", config_yaml)
+    _write(folder / "recipe.py", recipe.read_text(encoding="utf-8"))
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -80,15 +85,14 @@ def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[s
         "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
         **facts,
     }
-    record_file.write_text(json.dumps(record, indent=2) + "\n")
+    _write_json(record_file, record)
 
 
 def update_run_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Add to run.json and return all of it."""
     record_file = folder / "run.json"
-    record = {**json.loads(record_file.read_text()), **facts}
-    record_file.write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    _write_json(record_file, {**_read_mapping(record_file, json.loads), **facts})
+    return _read_mapping(record_file, json.loads)
 
 
 def hardware() -> str:
@@ -103,6 +107,30 @@ def hardware() -> str:
         names = [line.split(":", 1)[1].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
     return f"{torch.get_num_threads()} cores of {processor} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _read_mapping(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = read(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"output_dir: {str(file.parent)!r}: expected a run, but its {file.name} cannot be read")
+    return content
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    text, home = json.dumps(content, indent=2), json.dumps(str(Path.home()))[1:-1]
+    if home != "/":
+        text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
+    _write(file, redact(text) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
 
 
 def _git_commit(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Everything a run reports while it trains: metrics.jsonl, trackers, and a bar or lines on the terminal."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -26,8 +27,8 @@ class RunLog:
         self._bar: Any = tqdm(total=max_steps, initial=step, unit="step", disable=not on_terminal, dynamic_ncols=True)
         if accelerator.is_main_process and self._file.is_file():
             kept = [entry for entry in self.read() if entry["step"] <= step]
-            aside = self._file.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            aside = self._file.with_name(".metrics.jsonl")
+            aside.write_text("".join(map(_line, kept)))
             aside.replace(self._file)
         if accelerator.log_with:
             accelerator.init_trackers("pretraining")
@@ -39,7 +40,7 @@ class RunLog:
             return
         if self._accelerator.is_main_process:
             with self._file.open("a") as stream:
-                stream.write(json.dumps({"step": step, **metrics}) + "\n")
+                stream.write(_line({"step": step, **metrics}))
         self._accelerator.log(metrics, step=step)
         shown = "  ".join(f"{key.split('/')[-1]} {_short(key, value)}" for key, value in metrics.items())
         if self._bar.disable:
@@ -59,9 +60,10 @@ class RunLog:
         entries = []
         for line in self._file.read_text().splitlines() if self._file.is_file() else []:
             try:
-                entries.append(json.loads(line))
+                entry = json.loads(line)
             except json.JSONDecodeError:
                 break
+            entries.append({key: math.nan if value is None else value for key, value in entry.items()})
         return entries
 
     def last_evaluation(self) -> dict[str, float]:
@@ -74,6 +76,11 @@ class RunLog:
     def close(self) -> None:
         """Leave the terminal in order."""
         self._bar.close()
+
+
+def _line(entry: dict[str, float]) -> str:
+    """One line of JSON, which has no word for infinity and not-a-number: they become null."""
+    return json.dumps({key: value if math.isfinite(value) else None for key, value in entry.items()}) + "\n"
 
 
 def _short(key: str, value: float) -> str:

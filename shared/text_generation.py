@@ -38,7 +38,9 @@ def continue_prompt(
     longest = getattr(model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
     ids = ids[-max(longest - max_new_tokens, longest // 2) :]
     input_ids = torch.tensor([ids], device=model.device)
-    drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature:  # without top_k = 0, generate would draw from the 50 likeliest
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     was_training = model.training
     model.eval()
     torch.manual_seed(seed)

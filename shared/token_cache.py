@@ -11,14 +11,14 @@ at a time, at most a few pieces are on their way, and results are appended to th
 
 import collections
 import concurrent.futures
+import ctypes
 import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
-import shutil
+import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from shared import tokenization
+from shared.atomic_folder import written_aside
 from shared.command_line import UsageError
 
 FORMAT_VERSION = 1
@@ -96,8 +97,7 @@ def build_token_cache(
     """
     if folder.exists():
         return
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
+    with written_aside(folder) as aside:
         vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
         writers = {split: _SplitWriter(aside / split, vocab_size) for split in SPLITS}
         first_share = None
@@ -114,9 +114,6 @@ def build_token_cache(
                 "together) are held out; with eval_fraction 0, or with eval_data set, none is"
             )
         (aside / "summary.json").write_text(json.dumps(summary))
-        tokenization.rename_unless_there(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def content_share(data: bytes) -> float:
@@ -136,13 +133,6 @@ def open_token_cache(folder: Path, split: str) -> TokenCache:
     )
 
 
-def sync_and_close(file: IO[bytes]) -> None:
-    """Close a file whose content is on the disk, so that a rename after it cannot outlive a power cut alone."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
 def map_file(path: Path, dtype: Any) -> np.ndarray:
     """A file of numbers as a read-only array; an empty file, which no system maps, as an empty array."""
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
@@ -150,7 +140,7 @@ def map_file(path: Path, dtype: Any) -> np.ndarray:
 
 class _SplitWriter:
     def __init__(self, folder: Path, vocab_size: int) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir()
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         self.tokens_file: IO[bytes] = (folder / "tokens.bin").open("wb")
         self.documents_file: IO[bytes] = (folder / "documents.bin").open("wb")
@@ -164,8 +154,8 @@ class _SplitWriter:
         self.documents_file.write(np.array([self.tokens, num_bytes], dtype=np.int64).tobytes())
 
     def close(self) -> dict[str, Any]:
-        for file in (self.tokens_file, self.documents_file):
-            sync_and_close(file)
+        self.tokens_file.close()
+        self.documents_file.close()
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "dtype": self.dtype.name}
 
 
@@ -217,6 +207,9 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer_json: str, begin: int, end: int) -> None:
+    if sys.platform == "linux":  # else the workers of a killed run would wait for work for ever
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
     from tokenizers import Tokenizer
 

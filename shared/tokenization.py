@@ -5,14 +5,13 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shared.atomic_folder import written_aside
 from shared.command_line import UsageError
 from shared.documents import Texts
 
@@ -80,20 +79,9 @@ def find_or_train(cache_dir: Path, sources: Sequence[Texts], vocab_size: int, se
     if not folder.exists():
         beginnings = [_beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]
         tokenizer = train_byte_level_bpe(itertools.chain.from_iterable(beginnings), vocab_size, seq_length)
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        tokenizer.save_pretrained(aside)
-        rename_unless_there(aside, folder)
+        with written_aside(folder) as aside:
+            tokenizer.save_pretrained(aside)
     return str(folder)
-
-
-def rename_unless_there(aside: Path, folder: Path) -> None:
-    """Give a finished folder its name; if another run was faster, keep that one's and remove this."""
-    try:
-        aside.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(aside)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -147,7 +135,8 @@ def encode(backend: Any, text: str) -> np.ndarray:
             if _ESCAPED_BYTES.match(part):
                 ids += _encode_bytes(backend, to_bytes(part))
             else:
-                ids += backend.encode(part, add_special_tokens=False).ids
+                # The fast one leaves out each token's place in the text: a tenth to a half less time.
+                ids += backend.encode_batch_fast([part], add_special_tokens=False)[0].ids
     return np.array(ids, dtype=np.int64)
 
 

@@ -14,7 +14,6 @@ CPU cores in minutes; recipes/gpt/README.md has the measured results and what di
 # Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
 import contextlib
 import math
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -149,17 +148,8 @@ def check_config(cfg: Config) -> None:
     cli.expect(divides, "num_kv_heads", cfg.num_kv_heads, "a divisor of num_heads, or 0")
     for field in ("eval_fraction", "dropout"):
         cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
-    weights_of(cfg)
+    cli.positive_numbers("data_weights", cfg.data_weights, len(cfg.data.split(",")))
     cli.expect(0 < cfg.decay_fraction <= 1, "decay_fraction", cfg.decay_fraction, "a share in (0, 1]")
-
-
-def weights_of(cfg: Config) -> list[float]:
-    """One share for each of `data`; raises `UsageError` if `data_weights` is something else."""
-    names, parts = cfg.data.split(","), cfg.data_weights.split(",") if cfg.data_weights else []
-    are_numbers = all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", part) and float(part) > 0 for part in parts)
-    fits = not parts or (len(parts) == len(names) and are_numbers)
-    cli.expect(fits, "data_weights", cfg.data_weights, f"one number above 0 for each of the {len(names)} data")
-    return [float(part) for part in parts] or [1.0] * len(names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,8 +208,13 @@ def open_updates(
     streams: list[Any],
 ) -> Any:
     """Updates from `step` on, each this process's micro-batches and where its streams are after it."""
-    processes = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"weights": weights_of(cfg), "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **processes}
+    order = {
+        "weights": cli.positive_numbers("data_weights", cfg.data_weights, len(train)),
+        "seed": cfg.seed,
+        "global_batch_size": cfg.global_batch_size,
+        "rank": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+    }
     if cfg.streaming:
         dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, micro_batch_size, order, step, streams)
         options = {"num_workers": min(1, cfg.num_workers)}
@@ -514,10 +509,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dic
         "flops_per_row": flops_per_row,
         "tokens_per_update": cfg.global_batch_size * cfg.seq_length,
         "updates_per_epoch": round(rows / cfg.global_batch_size, 1) if rows else "unknown, streamed",
-        "accumulation": accelerator.gradient_accumulation_steps,
-        "engine": accelerator.distributed_type.value,
-        "processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
+        **launch.describe(accelerator),
         "hardware": run_folder.hardware(),
     }
 

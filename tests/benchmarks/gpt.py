@@ -13,6 +13,8 @@ Rules, the same on both sides:
   ends with the recipe's training seconds, a memory-mapped data set, the best of several learning rates on the eval
   documents (more are tried while the best is the first or last), and then also an untied head, which costs as little a
   token as the recipe's. The best of all these runs is what the recipe is compared with.
+* Where the machine was not quiet, that counts against the recipe: its seconds count as they were, those of a Trainer
+  run as if it had gone on all the time at the fastest pace of any Trainer run of the same model.
 * Peak memory is that of one training process up to its last update, with everything tokenised before.
 """
 
@@ -39,6 +41,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
 # The smallest model there is: its updates take milliseconds, so 10,000 of them take less than a minute.
 TINY = ["--hidden_size=16", "--num_layers=1", "--num_heads=1", "--seq_length=16", "--global_batch_size=2"]
 WARM_UPDATES = 5  # not counted in rates
+OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 Row = tuple[str, str, str]  # what, measured, goal
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,20 +71,21 @@ def prepare(folder: str) -> dict[str, Any]:
     tokens = train.cache.tokens[kept]
     rows = tokens[: len(tokens) // cfg.seq_length * cfg.seq_length].reshape(-1, cfg.seq_length)
     np.save(Path(folder, "rows.npy"), rows)
-    target = model.num_parameters()
-    tied = [gpt2_config(model.config, width, 4 * width, tie=True) for width in range(16, 4 * cfg.hidden_size, 8)]
-    inner_sizes = range(16, 8 * cfg.hidden_size, 16)
-    untied = [gpt2_config(model.config, cfg.hidden_size, inner, tie=False) for inner in inner_sizes]
-    parameters = {"recipe": target}
     model.config.save_pretrained(Path(folder, "recipe_config"))
-    for name, candidates in (("gpt2", tied), ("gpt2_untied", untied)):
-        parameters[name], _, config = min(
-            ((count_parameters(config), index, config) for index, config in enumerate(candidates)),
-            key=lambda candidate: abs(candidate[0] - target),
-        )
-        if abs(parameters[name] / target - 1) > 0.02:
-            raise SystemExit(f"{name}: {parameters[name]} parameters are not within 2 % of {target}")
-        config.save_pretrained(Path(folder, f"{name}_config"))
+    parameters = {"recipe": model.num_parameters()}
+    width = cfg.hidden_size
+    candidates = {
+        "gpt2": [gpt2_config(model.config, wider, 4 * wider, tie=True) for wider in range(width, 2 * width, 8)],
+        "gpt2_untied": [
+            gpt2_config(model.config, width, inner, tie=False) for inner in range(2 * width, 6 * width, 16)
+        ],
+    }
+    for name, configs in candidates.items():
+        counts = [count_parameters(config) for config in configs]
+        parameters[name] = min(counts, key=lambda count: abs(count - parameters["recipe"]))
+        if abs(parameters[name] / parameters["recipe"] - 1) > 0.02:
+            raise SystemExit(f"{name}: {parameters[name]} parameters are not within 2 % of {parameters['recipe']}")
+        configs[counts.index(parameters[name])].save_pretrained(Path(folder, f"{name}_config"))
     return {
         "parameters": parameters,
         "tokenizer": tokenizer.name_or_path,
@@ -112,11 +116,12 @@ def gpt2_config(like: Any, width: int, inner_size: int, *, tie: bool) -> Any:
 
 
 def count_parameters(config: Any) -> int:
-    """Parameters of a GPT-2, a shared table counted once; nothing is allocated."""
-    width, vocabulary = config.n_embd, config.vocab_size
-    layer = 4 * width * width + 2 * width * config.n_inner + config.n_inner + 9 * width
-    tables = (1 if config.tie_word_embeddings else 2) * vocabulary + config.n_positions
-    return tables * width + config.n_layer * layer + 2 * width
+    """Parameters of a model; nothing is allocated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def run_trainer(
@@ -225,10 +230,8 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
 
 def speed(times: list[float]) -> dict[str, float]:
     """Seconds an update between the end of the last warm-up update and the end of the last one."""
-    return {
-        "updates": len(times),
-        "seconds_per_update": (times[-1] - times[WARM_UPDATES - 1]) / (len(times) - WARM_UPDATES),
-    }
+    seconds = times[-1] - times[WARM_UPDATES - 1]
+    return {"updates": len(times), "seconds_per_update": seconds / (len(times) - WARM_UPDATES)}
 
 
 def peak_bytes() -> int:
@@ -270,9 +273,7 @@ def answer_child(request: str) -> None:
 def execute(command: list[str]) -> float:
     """Run to the end and return the seconds it took; show the output of a command that fails."""
     started = time.perf_counter()
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), check=False
-    )
+    done = subprocess.run(command, **OUTPUT, env=environment(), check=False)
     if done.returncode:
         raise SystemExit(f"{done.stdout[-4000:]}\nexit status {done.returncode}: {' '.join(command)}")
     return time.perf_counter() - started
@@ -281,14 +282,7 @@ def execute(command: list[str]) -> float:
 def seconds_to_first_step(command: list[str]) -> float:
     """Seconds from the start of the process to its first line about a step; then it is killed."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
+    process = subprocess.Popen(command, **OUTPUT, env=environment(), start_new_session=True)
     seen = []
     try:
         for line in process.stdout:
@@ -317,23 +311,20 @@ def measure_quality(facts: dict[str, Any], options: argparse.Namespace, folder: 
     budget, recipe_bits = curve[-1]
     say(f"recipe: {recipe_bits:.4f} bits a byte after {max_steps} updates in {budget:.0f} s")
 
-    shared = {"folder": str(folder), "rows_per_update": facts["rows_per_update"]}
-    trial = max(2 * WARM_UPDATES, round(0.1 * max_steps))
-    pace = in_child(run_trainer, model="gpt2", learning_rate=1e-3, max_steps=trial, evaluate=False, **shared)
-    seconds_per_update, runs = pace["seconds_per_update"], []
+    paces: dict[str, float] = {}
+    runs: list[dict[str, Any]] = []
 
     def train(model: str, learning_rate: float) -> None:
-        nonlocal seconds_per_update
-        updates = max(2 * WARM_UPDATES, round(budget / seconds_per_update))
-        run = in_child(
-            run_trainer, model=model, learning_rate=learning_rate, max_steps=updates, evaluate=True, **shared
-        )
-        runs.append(run)
-        seconds_per_update = run["seconds"] / updates
-        say(
-            f"Trainer: {model} {learning_rate:g}: {run['bits_per_byte']:.4f} bits a byte after {updates} updates in "
-            f"{run['seconds']:.0f} s"
-        )
+        settings = {"model": model, "learning_rate": learning_rate, "rows_per_update": facts["rows_per_update"]}
+        settings["folder"] = str(folder)
+        if model not in paces:
+            trial = in_child(run_trainer, max_steps=max(2 * WARM_UPDATES, max_steps // 10), evaluate=False, **settings)
+            paces[model] = trial["seconds_per_update"]
+        updates = max(2 * WARM_UPDATES, round(budget / paces[model]))
+        runs.append(in_child(run_trainer, max_steps=updates, evaluate=True, **settings))
+        paces[model] = min(paces[model], runs[-1]["seconds_per_update"])
+        told = f"{runs[-1]['bits_per_byte']:.4f} bits a byte after {updates} updates in {runs[-1]['seconds']:.0f} s"
+        say(f"Trainer: {model} {learning_rate:g}: {told}")
 
     def best() -> dict[str, Any]:
         return min(runs, key=lambda run: run["bits_per_byte"])
@@ -349,15 +340,14 @@ def measure_quality(facts: dict[str, Any], options: argparse.Namespace, folder: 
     train("gpt2_untied", best()["learning_rate"])
 
     winner = best()
-    target, paces = winner["bits_per_byte"], [pace["seconds_per_update"]] + [r["seconds"] / r["updates"] for r in runs]
-    same_model = [p for p, run in zip(paces, [pace, *runs], strict=True) if run["model"] == "gpt2"]
-    if max(same_model) > 1.1 * min(same_model):
-        say("warning: the Trainer's speed differed by more than 10 % between its runs: the machine was not quiet")
+    target, trainer_seconds = winner["bits_per_byte"], winner["updates"] * paces[winner["model"]]
+    if winner["seconds"] > 1.1 * trainer_seconds:
+        say(f"warning: not a quiet machine: {winner['seconds']:.0f} s of the Trainer count as {trainer_seconds:.0f} s")
     reached = seconds_to_reach(curve, target)
-    share = f"{reached / winner['seconds']:.3f}" if reached else "not reached"
-    told = f"{reached:.0f} s of {winner['seconds']:.0f} s" if reached else f"{budget:.0f} s"
+    share = f"{reached / trainer_seconds:.3f}" if reached else "not reached"
+    told = f"{reached:.0f} s of {trainer_seconds:.0f} s" if reached else f"{budget:.0f} s"
     label = f"{winner['model']} at {winner['learning_rate']:g}"
-    raw = {"curve": curve, "trainer": runs, "pace": pace, "seconds_to_reach": reached}
+    raw = {"curve": curve, "trainer": runs, "paces": paces, "seconds_to_reach": reached}
     return raw, [
         (
             "training time to the best Trainer run's final bits a byte, as a share of that run's time",
@@ -446,10 +436,10 @@ def measure_resume(facts: dict[str, Any], options: argparse.Namespace, folder: P
             checkpoint = folder / f"resume_{steps}" / "checkpoints" / f"step_{steps:08d}"
             flags = [f"--resume={checkpoint}", f"--output_dir={folder / f'resumed_{steps}_{turn}'}", "--log_every=1"]
             seconds[steps].append(seconds_to_first_step([*PLAIN, *common, *flags, f"--max_steps={2 * far}"]))
-    medians = {steps: statistics.median(values) for steps, values in seconds.items()}
-    measured = f"{medians[far] / medians[near]:.2f} ({medians[far]:.1f} s / {medians[near]:.1f} s)"
+    best = {steps: min(values) for steps, values in seconds.items()}
+    measured = f"{best[far] / best[near]:.2f} ({best[far]:.1f} s / {best[near]:.1f} s)"
     return {"seconds": seconds}, [
-        (f"process start to first resumed update, step {far:,} / step {near}", measured, "at most 1.1")
+        (f"process start to first resumed update, step {far:,} / step {near} (best of 3)", measured, "about 1")
     ]
 
 

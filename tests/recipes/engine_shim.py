@@ -2,57 +2,63 @@
 
     accelerate launch ... tests/recipes/engine_shim.py recipes/gpt/pretrain.py --flags of the recipe
 
-FSDP_ON_CPU=1   accelerate takes two gloo processes for GPUs, which is all that keeps FSDP2 from running on CPUs
-POISON=2:1      the loss of update 2 is NaN on rank 1
-SIGTERM_AT=2    during update 2 the launcher gets the SIGTERM that a scheduler sends; 2:1 = only rank 1 gets it
+FSDP_ON_CPU=1     accelerate takes the gloo processes for GPUs, which is all that keeps FSDP2 from running on CPUs
+POISON=2:1        the loss of update 2 is not a number on rank 1, in the first micro-batch
+SIGTERM_AT=2      in update 2 the launcher gets the SIGTERM that a scheduler sends; 2:1 = rank 1 gets it, and no other
 """
 
 import importlib.util
 import os
 import signal
 import sys
+from types import ModuleType
+from typing import Any
 
 
-def load_recipe(path):
+def load_recipe(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("recipe", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["recipe"] = module
     spec.loader.exec_module(module)
     return module
 
 
-def take_cpus_for_gpus():
+def take_cpus_for_gpus() -> None:
     from accelerate.state import DistributedType, PartialState
 
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def event(name):
-    """(step, rank) of VARIABLE=step:rank; rank -1 where none is given, step -1 where the variable is not set."""
+def event(name: str) -> tuple[int, int]:
+    """(step, rank) of VARIABLE=step:rank; -1 for what is not given."""
     step, _, rank = os.environ.get(name, "-1").partition(":")
     return int(step), int(rank or -1)
 
 
-def disturb(recipe):
-    """Let the update at a given step be poisoned, or meet a signal; `train_update` and the loss are wrapped."""
+def disturb(recipe: ModuleType) -> None:
+    """Wrap `train_update` and the loss, so that something happens at a given step."""
     train_update, loss_sum = recipe.train_update, recipe.causal_lm_loss_sum
     (poison_step, poison_rank), (signal_step, signal_rank) = event("POISON"), event("SIGTERM_AT")
-    own_rank, is_poisoned = int(os.environ.get("RANK", "0")), False
+    own_rank = int(os.environ.get("RANK", "0"))
+    is_poisoned = False
 
-    def disturbed_loss_sum(*args):
-        return loss_sum(*args) * (float("nan") if is_poisoned else 1.0)
-
-    def disturbed_update(cfg, accelerator, model, optimizer, batches, step):
+    def disturbed_loss_sum(*args: Any) -> Any:
         nonlocal is_poisoned
-        is_poisoned = step == poison_step and poison_rank in (-1, own_rank)
-        if step == signal_step and (own_rank == signal_rank if signal_rank >= 0 else own_rank == 0):
-            os.kill(os.getpid() if signal_rank >= 0 else os.getppid(), signal.SIGTERM)
-        result = train_update(cfg, accelerator, model, optimizer, batches, step)
-        is_poisoned = False
-        return result
+        factor, is_poisoned = float("nan") if is_poisoned else 1.0, False
+        return loss_sum(*args) * factor
 
-    recipe.train_update, recipe.causal_lm_loss_sum = disturbed_update, disturbed_loss_sum
+    def disturbed_update(*args: Any) -> Any:
+        nonlocal is_poisoned
+        step = args[-1]
+        is_poisoned = step == poison_step and poison_rank in (-1, own_rank)
+        if step == signal_step and own_rank == max(signal_rank, 0):
+            os.kill(os.getppid() if signal_rank < 0 else os.getpid(), signal.SIGTERM)
+        return train_update(*args)
+
+    recipe.train_update, recipe.causal_lm_loss_sum = disturbed_update, disturbed_loss_sum  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from shared import command_line as cli
 from shared import tokenization
 from shared.packing import IGNORED
 from tests.conftest import ROOT
+from tests.hub_server import TOKEN, start_hub
 
 TINY = {
     "hidden_size": 32,
@@ -377,6 +378,54 @@ def test_profile_and_tensorboard(gpt: ModuleType, corpus: Path, tmp_path: Path) 
     run(gpt, config_of(gpt, corpus, tmp_path / "run", profile=True, report_to="tensorboard", max_steps=6))
     assert list((tmp_path / "run" / "profile").glob("*.json*"))
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.slow
+def test_push_reaches_the_hub_and_loads_in_a_clean_process(corpus: Path, reference: Path, tmp_path: Path) -> None:
+    """The Hub refuses two commits on the way; the run is the same as without a push, and the token shows nowhere."""
+    hub = start_hub()
+    hub.fail("POST .*/commit/", times=2, status=500)
+    online = {**hub.environment(), "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    arguments = flags(**TINY, data=corpus, output_dir=tmp_path / "run", dropout=0.1, push_to_hub="my-gpt", push_every=6)
+    process = launch(*arguments, **online)
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "pushed to tester/my-gpt" in printed
+    assert_same_weights(tmp_path / "run", reference)
+    assert hub.model("tester/my-gpt").private
+    pushed = hub.files("tester/my-gpt")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "figures/loss.png"} <= set(pushed)
+    assert not [name for name in pushed if "checkpoint" in name or name.endswith((".bin", ".pkl"))]
+    for text in (
+        printed,
+        errors,
+        *(path.read_bytes().decode("utf-8", "ignore") for path in all_files(tmp_path / "run")),
+    ):
+        assert TOKEN not in text
+    program = (
+        "from transformers import pipeline\n"
+        "print(pipeline('text-generation', 'tester/my-gpt')('the cat', max_new_tokens=5)[0]['generated_text'])"
+    )
+    clean = {**os.environ, **online, "HF_HOME": str(tmp_path / "other_hf")}
+    loaded = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, timeout=200)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith("the cat")
+    hub.stop()
+
+
+def test_a_hub_that_does_not_answer_stops_the_run_before_training(
+    gpt: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(cli.UsageError, match="push_to_hub: 'a/b'"):
+        run(gpt, config_of(gpt, corpus, tmp_path / "run", push_to_hub="a/b"))
+    assert not (tmp_path / "run").exists()
+
+
+def all_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ POINTS = ("before_save", "after_state", "before_manifest", "before_rename", "aft
 FILES = ("model.safetensors", "optimizer.bin", "state.json")
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["torch", "accelerate", "safetensors.torch", "torch.distributed.checkpoint.api"])
+FORK_SERVER.set_forkserver_preload(
+    ["torch._dynamo", "torch._inductor", "torch.distributed.checkpoint.api", "accelerate", "safetensors.torch", "pytest"]
+)
 
 
 # -- the training program ----------------------------------------------------------------------------------------------
@@ -579,15 +581,16 @@ def test_going_back_to_an_earlier_one_drops_the_later_ones_at_the_next_save(
     run_dir = tmp_path / "run"
     shutil.copytree(reference, run_dir)
     (run_dir / "result.json").unlink()
-    resume = str(checkpoint_of(run_dir, 4))
-    for name in FILES:
-        DAMAGES["truncated"](checkpoint_of(run_dir, 10) / name)
-    killed = Program(run_dir, resume=resume, keep=1, fault="mid_prune:6")
-    assert run(killed) == -signal.SIGKILL
+    command = Program(run_dir, resume=str(checkpoint_of(run_dir, 4)))
+    DAMAGES["truncated"](checkpoint_of(run_dir, 10) / "model.safetensors")
+    DAMAGES["truncated"](checkpoint_of(run_dir, 8) / "model.safetensors")
+    assert run(dataclasses.replace(command, fault="before_save:8")) == -signal.SIGKILL
+    assert steps_of(run_dir) == [6, 4]
     assert not damage(checkpoint_of(run_dir, 6))
-    assert run(Program(run_dir, resume=resume, keep=1)) != 0  # it was pruned
-    assert run(Program(run_dir, keep=1)) == 0
+    assert run(command) == 0
     assert_same_result(run_dir, reference)
+    assert steps_of(run_dir) == [10, 8]
+    assert trained(run_dir)[10:] == [5, 6, 7, 8, 5, 6, 7, 8, 9, 10]
 
 
 def test_one_of_another_run_starts_this_run_and_is_then_left_alone(

@@ -54,7 +54,7 @@ def test_seeds_give_different_orders() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7, 16, 33])
 def test_every_index_comes_equally_often_to_every_place(size: int) -> None:
-    number = 3000
+    number = 1200
     counts = np.zeros((size, size))
     for seed in range(number):
         counts[np.arange(size), order(size, seed)] += 1
@@ -63,9 +63,9 @@ def test_every_index_comes_equally_often_to_every_place(size: int) -> None:
 
 
 def test_all_orders_of_three_come_equally_often() -> None:
-    found = collections.Counter(tuple(order(3, derive_seed(seed))) for seed in range(6000))
+    found = collections.Counter(tuple(order(3, derive_seed(seed))) for seed in range(3000))
     assert len(found) == 6
-    assert all(abs(count - 1000) < 5 * 1000**0.5 for count in found.values())
+    assert all(abs(count - 500) < 5 * 500**0.5 for count in found.values())
 
 
 def test_neighbours_do_not_stay_neighbours() -> None:
@@ -96,9 +96,5 @@ def test_seeds_are_taken_by_every_generator(number: int, text: str) -> None:
 
 def test_seeds_and_orders_never_change() -> None:
     # A run resumed with a newer version must go on with the same data.
-    assert derive_seed(0, "order", 1) == PINNED_SEED
-    assert order(10, 0) == PINNED_ORDER
-
-
-PINNED_SEED = 0
-PINNED_ORDER = [0]
+    assert derive_seed(0, "order", 1) == 2002067703672271585
+    assert order(10, 0) == [1, 5, 4, 6, 7, 0, 2, 9, 8, 3]

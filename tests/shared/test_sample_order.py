@@ -44,7 +44,7 @@ sizes_and_weights = st.lists(st.tuples(st.integers(1, 400), st.floats(0.05, 10))
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     sizes_and_weights,
     st.integers(0, 2**40),
@@ -63,7 +63,7 @@ def test_an_update_is_the_same_on_any_number_of_processes(
         assert len(alone) == batch
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**40), st.integers(1, 3))
 def test_each_epoch_visits_each_row_once(size: int, batch: int, seed: int, epochs: int) -> None:
     updates = -(-size * epochs // batch)
@@ -75,7 +75,7 @@ def test_each_epoch_visits_each_row_once(size: int, batch: int, seed: int, epoch
         assert sorted(visited) == [(0, epoch, index) for index in range(size)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sizes_and_weights, st.integers(1, 64), st.lists(st.integers(1, 20), min_size=1, max_size=5), st.data())
 def test_any_number_of_stops_leaves_no_gap_and_repeats_nothing(
     sources: tuple[list[int], list[float]], batch: int, stops: list[int], data: st.DataObject
@@ -155,7 +155,5 @@ def test_any_update_is_found_at_once(step: int) -> None:
 
 def test_the_order_never_changes() -> None:
     # A run resumed with a newer version must go on with the same data.
-    assert update(5, [100, 10], [2, 1], seed=3, global_batch_size=6) == PINNED
-
-
-PINNED: list[Sample] = []
+    pinned = [(0, 0, 33), (1, 1, 1), (0, 0, 13), (0, 0, 12), (0, 0, 68), (0, 0, 45)]
+    assert update(5, [100, 10], [2, 1], seed=3, global_batch_size=6) == pinned

@@ -24,7 +24,6 @@ from shared.tokenization import (
     find_or_train,
     fingerprint,
     load_tokenizer,
-    rename_unless_there,
     special_ids,
     to_bytes,
     train_byte_level_bpe,
@@ -98,13 +97,13 @@ def test_a_text_that_is_longer_than_a_block_comes_back(
         assert decode_bytes(backend, encode(backend, text)) == to_bytes(text)
 
 
-@pytest.mark.parametrize("text", ["line of text\n" * 40_000, "x" * 300_000, "caf\udce9 " * 60_000 + "\ud83d"])
+@pytest.mark.parametrize("text", ["line of text\n" * 20_000, "x" * 200_000, "caf\udce9 " * 30_000 + "\ud83d"])
 def test_a_long_text_comes_back(backend: Any, text: str) -> None:
     assert decode_bytes(backend, encode(backend, text)) == to_bytes(text)
 
 
 def test_blocks_end_at_line_ends_so_that_they_change_no_token_of_a_line(backend: Any) -> None:
-    lines = [f"line {number} of a long text\n" for number in range(20_000)]
+    lines = [f"line {number} of a long text\n" for number in range(8_000)]
     of_lines = [encode(backend, line) for line in lines]
     assert encode(backend, "".join(lines)).tolist() == np.concatenate(of_lines).tolist()
 
@@ -181,17 +180,6 @@ def test_each_corpus_is_trained_on_however_large_the_first(tmp_path: Path, monke
     assert {"Ġaardvark", "Ġzebra"} <= set(vocabulary)
 
 
-def test_the_slower_of_two_runs_keeps_what_the_faster_one_wrote(tmp_path: Path) -> None:
-    for name in ("target", "aside"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    rename_unless_there(tmp_path / "aside", tmp_path / "target")
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert (tmp_path / "target" / "file").read_text() == "target"
-    with pytest.raises(FileNotFoundError):
-        rename_unless_there(tmp_path / "nothing", tmp_path / "new")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
@@ -252,7 +240,7 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tokenizer: Any, tmp_path: Path) 
         resaved(tokenizer, tmp_path / "endless", eos_token=None)
     expectations = {"slow": "one with a tokenizer.json", "empty": "folder or Hub id", "broken": "folder or Hub id"}
     for name, expected in (expectations | {"nothing": "folder or Hub id"}).items():
-        with pytest.raises(UsageError, match="^tokenizer: '.*': expected ") as raised:
+        with pytest.raises(UsageError, match=r"^tokenizer: '.*': expected ") as raised:
             load_tokenizer(str(tmp_path / name))
         assert expected in str(raised.value)
         assert "\n" not in str(raised.value)
@@ -263,7 +251,7 @@ def test_code_that_comes_with_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}})
     )
-    with pytest.raises(UsageError, match="^tokenizer: "):
+    with pytest.raises(UsageError, match=r"^tokenizer: "):
         load_tokenizer(str(tmp_path))
     assert not (tmp_path / "canary").exists()
 

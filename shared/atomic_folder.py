@@ -1,0 +1,37 @@
+"""Folders that are complete or absent, however their writing ends."""
+
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+_ABANDONED_SECONDS = 7 * 24 * 3600
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which is flushed and becomes `folder` at the end unless another run was faster.
+
+    An exception removes it. What a killed run left stays beside `folder` under a hidden name for a week.
+    """
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        with contextlib.suppress(OSError):  # another run removes it at the same time
+            if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                shutil.rmtree(left)
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # process numbers repeat on other nodes
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in (path for path in aside.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # else a power cut could leave the new name and not the content
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""Start programs by `accelerate launch` as users do, and leave none behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.conftest import ROOT
+
+# What the tests change in the configurations for GPUs: two processes, and float32, which shows real differences.
+ON_CPUS = ("--num_processes=2", "--mixed_precision=no")
+
+
+def start(
+    config: str, *program: str | Path, launcher: tuple[str, ...] = ON_CPUS, cwd: Path = ROOT, **environment: str
+) -> subprocess.Popen[str]:
+    """Start `accelerate launch` with accelerate_configs/`config`.yaml; its output and errors go into one pipe.
+
+    Args:
+        config: name of the file.
+        program: the program and its flags.
+        launcher: flags that override the file.
+        cwd: where it runs.
+        environment: variables to add.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--main_process_port=0"]
+    command += [*launcher, *map(str, program)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, **pipes)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
+    """Wait for the end and return the output; after the time-out the process and its descendants are killed.
+
+    The first run under DeepSpeed on a machine compiles a library for a minute or two.
+    """
+    try:
+        return process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        for descendant in psutil.Process(process.pid).children(recursive=True):
+            descendant.kill()
+        process.kill()
+        output = process.communicate()[0]
+        raise AssertionError(f"not done after {timeout} s:\n{output}") from None
+
+
+def launch(config: str, *program: str | Path, **options: Any) -> tuple[int, str]:
+    """Run to the end: exit status and output."""
+    process = start(config, *program, **options)
+    output = finish(process)
+    return process.returncode, output
