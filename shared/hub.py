@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 # As `hf upload` reads patterns: "*" matches "/" too. A file goes if it matches PUSHED and does not match KEPT_BACK.
 PUSHED = (
-    *("*.safetensors", "*.json", "*.jsonl", "*.yaml", "*.md", "recipe.py", "*.model", "*.jinja", "*vocab.txt", "*merges.txt"),
-    *("*.png", "*.jpg", "*.svg", "samples/*.txt"),
+    *("*.safetensors", "*.json", "*.jsonl", "*.yaml", "*.md", "*.model", "*.jinja", "*vocab.txt", "*merges.txt"),
+    *("recipe.py", "*.png", "*.jpg", "*.svg", "samples/*.txt"),
 )
 KEPT_BACK = ("checkpoints/*", "profile/*", "logs/*", "runs/*", "wandb/*", "mlruns/*", ".*", "*/.*")
 

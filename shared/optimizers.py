@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 
@@ -65,7 +64,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             nesterov = gradient.lerp(state["momentum_buffer"], group["momentum"])
-            whole = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
+            whole = nesterov.full_tensor() if hasattr(nesterov, "full_tensor") else nesterov
             updates.setdefault(tuple(parameter.shape), []).append((parameter, whole))
         for (rows, columns), alike in updates.items():
             directions = orthogonalize(torch.stack([direction for _, direction in alike]))
@@ -123,10 +122,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def _placed_like(whole: Tensor, parameter: Tensor) -> Tensor:
+def _placed_like(whole: Tensor, parameter: Any) -> Tensor:
     """`whole` sharded as `parameter` is; every process holds the same `whole`, so nothing is sent."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "full_tensor"):
         return whole
+    from torch.distributed.tensor import distribute_tensor  # half a second, for sharded parameters only
+
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 

@@ -23,6 +23,6 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
         return auto_class.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # hub, format and shape errors have no common class
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error

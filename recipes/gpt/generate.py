@@ -8,14 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
-from shared.pretrained import load_pretrained
-from shared.text_generation import continue_prompt
-from shared.tokenization import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +31,17 @@ class Config:
     """Smallest probability mass to draw from (nucleus sampling). 1 = all."""
     seed: int = 0
     """The same seed gives the same text."""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import torch
+
+from shared.pretrained import load_pretrained
+from shared.text_generation import continue_prompt
+from shared.tokenization import load_tokenizer
 
 
 def main(cfg: Config) -> None:
@@ -62,4 +68,4 @@ def main(cfg: Config) -> None:
 
 if __name__ == "__main__":
     with cli.exit_codes():
-        main(cli.parse(Config))
+        main(CONFIG)

@@ -12,46 +12,14 @@ CPU cores in minutes; recipes/gpt/README.md has the measured results and what di
 """
 
 # Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
-import contextlib
-import math
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
-
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
-from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, streaming, tokenization
 from shared import command_line as cli
-from shared.batches import micro_batches, to_device
-from shared.documents import open_corpora
-from shared.export import export_model
-from shared.figures import loss_curve
-from shared.flops import peak_flops, training_flops
-from shared.model_card import write_model_card
-from shared.optimizers import MuonWithAdamW, set_learning_rates
-from shared.packing import IGNORED, PackedRows, fill_row, pack_corpus
-from shared.pretrained import load_pretrained
-from shared.profiling import trace_updates
-from shared.randomness import derive_seed
-from shared.run_log import RunLog
-from shared.sample_order import samples_of_update
-from shared.stopping import StopSignals
-from shared.text_generation import continue_prompt
-from shared.throughput import Throughput
-from shared.token_cache import default_cache_dir
-
-PROMPTS = ("The President of the United States", "It was a truth", "In the year")
-USAGE = """from transformers import pipeline
-
-print(pipeline("text-generation", "path/of/this/folder")("The President of the United States"))"""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -132,6 +100,45 @@ class Config(cli.RunControl):
     """Updates over which the rate rises. 0 = none."""
     decay_fraction: float = 0.6
     """Share of the updates over which wsd falls."""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import contextlib
+import math
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, streaming, tokenization
+from shared.batches import micro_batches, to_device
+from shared.documents import open_corpora
+from shared.export import export_model
+from shared.figures import loss_curve
+from shared.flops import peak_flops, training_flops
+from shared.model_card import write_model_card
+from shared.optimizers import MuonWithAdamW, set_learning_rates
+from shared.packing import IGNORED, PackedRows, fill_row, pack_corpus
+from shared.pretrained import load_pretrained
+from shared.profiling import trace_updates
+from shared.randomness import derive_seed
+from shared.run_log import RunLog
+from shared.sample_order import samples_of_update
+from shared.stopping import StopSignals
+from shared.text_generation import continue_prompt
+from shared.throughput import Throughput
+from shared.token_cache import default_cache_dir
+
+PROMPTS = ("The President of the United States", "It was a truth", "In the year")
+USAGE = """from transformers import pipeline
+
+print(pipeline("text-generation", "path/of/this/folder")("The President of the United States"))"""
 
 
 def check_config(cfg: Config) -> None:
@@ -561,4 +568,4 @@ def time_micro_batch(cfg: Config, accelerator: Any, tokenizer: Any, batch: dict[
 
 if __name__ == "__main__":
     with cli.exit_codes():
-        main(cli.parse(Config))
+        main(CONFIG)

@@ -14,13 +14,14 @@ Rules, the same on both sides:
   documents (more are tried while the best is the first or last), and then also an untied head, which costs as little a
   token as the recipe's. The best of all these runs is what the recipe is compared with.
 * Where the machine was not quiet, that counts against the recipe: its seconds count as they were, those of a Trainer
-  run as if it had gone on all the time at the fastest pace of any Trainer run of the same model.
+  run as if it had gone on all the time at the fastest pace of any run of the same model.
 * Peak memory is that of one training process up to its last update, with everything tokenised before.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import signal
 import statistics
@@ -319,7 +320,7 @@ def measure_quality(facts: dict[str, Any], options: argparse.Namespace, folder: 
         settings["folder"] = str(folder)
         if model not in paces:
             trial = in_child(run_trainer, max_steps=max(2 * WARM_UPDATES, max_steps // 10), evaluate=False, **settings)
-            paces[model] = trial["seconds_per_update"]
+            paces[model] = min(trial["seconds_per_update"], *paces.values(), math.inf)  # untied costs no more than tied
         updates = max(2 * WARM_UPDATES, round(budget / paces[model]))
         runs.append(in_child(run_trainer, max_steps=updates, evaluate=True, **settings))
         paces[model] = min(paces[model], runs[-1]["seconds_per_update"])

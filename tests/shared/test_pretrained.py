@@ -86,7 +86,7 @@ def test_a_missing_file(folder, name):
         ("config.json", b"{}"),
         ("config.json", b"[]"),
         ("config.json", b'{"model_type": "no-such-type"}'),
-        ("config.json", b'{"model_type": "vit"}'),
+        pytest.param("config.json", b'{"model_type": "vit"}', marks=pytest.mark.slow),  # the message takes seconds
         ("model.safetensors", b""),
         ("model.safetensors", b"garbage" * 100),
     ],

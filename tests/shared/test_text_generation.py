@@ -56,11 +56,11 @@ def test_a_small_top_p_and_a_small_temperature_come_near_the_likeliest(model, to
 
 def test_all_tokens_can_be_drawn_not_the_fifty_likeliest_alone(model, tokenizer):
     drawn = set()
-    for seed in range(20):
+    for seed in range(8):
         ids = Ids()
         continue_prompt(model, tokenizer, "", seed, **{**OPTIONS, "max_new_tokens": 16}, streamer=ids)
         drawn |= set(ids.new)
-    assert len(drawn) > 200
+    assert len(drawn) > 100
 
 
 def test_the_begin_token_stands_before_the_prompt(model, tokenizer):
