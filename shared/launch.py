@@ -145,6 +145,22 @@ def node_main_first(accelerator: Any) -> Iterator[bool]:
         _wait(group)
 
 
+@contextlib.contextmanager
+def raise_together(accelerator: Any) -> Iterator[None]:
+    """Raise a `UsageError` of the block on every process; one that ended alone would leave the others in a traceback.
+
+    Every process enters this, also where the block does something on the main process only.
+    """
+    problem = None
+    try:
+        yield
+    except UsageError as error:
+        problem = error
+    problem = next(filter(None, gather_objects(accelerator, problem)), None)
+    if problem:
+        raise problem
+
+
 def on_any_process(accelerator: Any, flag: bool) -> bool:
     """Whether `flag` is true on at least one process. Every process calls this."""
     if accelerator.num_processes == 1:

@@ -43,7 +43,7 @@ def write_model_card(
             for key, value in metrics.items()
         ],
     )
-    rows = "\n".join(f"| `{key}` | {value:.6g} |" for key, value in metrics.items())
+    rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in metrics.items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     commit = f", commit `{record['git_commit'][:12]}`" if record["git_commit"] else ""
     text = f"""---

@@ -40,7 +40,7 @@ def continue_prompt(
     input_ids = torch.tensor([ids], device=model.device)
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature:  # without top_k = 0, generate would draw from the 50 likeliest
-        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 50}
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     was_training = model.training
     model.eval()
     torch.manual_seed(seed)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import psutil
 
 from tests.conftest import ROOT
 
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 # What the tests change in the configurations for GPUs: two processes, and float32, which shows real differences.
 ON_CPUS = ("--num_processes=2", "--mixed_precision=no")
 
@@ -26,8 +29,12 @@ def start(
         cwd: where it runs.
         environment: variables to add.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--main_process_port=0"]
+    command = [
+        *ACCELERATE,
+        "--config_file",
+        str(ROOT / "accelerate_configs" / f"{config}.yaml"),
+        "--main_process_port=0",
+    ]
     command += [*launcher, *map(str, program)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, **pipes)
@@ -53,3 +60,16 @@ def launch(config: str, *program: str | Path, **options: Any) -> tuple[int, str]
     process = start(config, *program, **options)
     output = finish(process)
     return process.returncode, output
+
+
+def assert_no_traceback(output: str) -> None:
+    """Of the program; the launcher's own comes after the program has ended."""
+    assert "Traceback" not in output.partition("torch/distributed/elastic")[0], output
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Return when `condition` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)

@@ -305,7 +305,7 @@ def measure_quality(facts: dict[str, Any], options: argparse.Namespace, folder: 
     run_dir, max_steps = folder / "recipe", facts["max_steps"]
     if options.seconds:
         max_steps = max(12, round(options.seconds / facts["seconds_per_update"]))
-    eval_every = max(1, max_steps // (4 if options.seconds else 25))
+    eval_every = max(1, max_steps // (2 if options.seconds else 25))
     execute([*LAUNCH, f"--output_dir={run_dir}", f"--max_steps={max_steps}", f"--eval_every={eval_every}"])
     entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     curve = [(e["perf/training_seconds"], e["eval/bits_per_byte"]) for e in entries if "eval/bits_per_byte" in e]

@@ -1,6 +1,8 @@
 """Three updates of the GPT recipe in float64, where a fault of accumulation or averaging cannot hide in rounding.
 
-    accelerate launch ... tests/recipes/float64_updates.py MICRO_BATCH_SIZE OUTPUT.safetensors
+    accelerate launch ... tests/recipes/float64_updates.py OUTPUT_FOLDER MICRO_BATCH_SIZE ...
+
+writes loss, gradient norm and weights for each micro-batch size into OUTPUT_FOLDER.
 """
 
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -39,6 +42,7 @@ def train(gpt: Any, micro_batch_size: int) -> dict[str, torch.Tensor]:
         weight_decay=0.1,
         max_grad_norm=0.1,
     )
+    reset_accelerate()
     accelerator = launch.start_accelerator(5, "", "", False)
     launch.set_accumulation(accelerator, ROWS, micro_batch_size)
     tokenizer = gpt.tokenization.train_byte_level_bpe(["the cat sees the dog " * 50], vocab_size=300, seq_length=32)
@@ -54,8 +58,15 @@ def train(gpt: Any, micro_batch_size: int) -> dict[str, torch.Tensor]:
     return {"loss": loss.double(), "norm": torch.tensor(norm, dtype=torch.float64), **results}
 
 
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 if __name__ == "__main__":
-    results = train(load_recipe("gpt/pretrain.py"), int(sys.argv[1]))
-    if torch.distributed.get_rank() == 0:
-        save_file(results, sys.argv[2])
+    recipe = load_recipe("gpt/pretrain.py")
+    for size in sys.argv[2:]:
+        results = train(recipe, int(size))
+        if torch.distributed.get_rank() == 0:
+            save_file(results, Path(sys.argv[1]) / f"{size}.safetensors")
     torch.distributed.destroy_process_group()

@@ -5,7 +5,6 @@ measured to move them by 3e-7. Resuming is held to the bit. FSDP2 runs through e
 """
 
 import json
-import math
 import shutil
 import signal
 import socket
@@ -16,16 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.launching import ON_CPUS, finish, launch, start
+from tests.launching import ON_CPUS, assert_no_traceback, finish, launch, start
 from tests.recipes import float64_updates
 
 RECIPE = ROOT / "recipes" / "gpt" / "pretrain.py"
 SHIM = Path(__file__).with_name("engine_shim.py")
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 32,
     "num_layers": 2,
     "num_heads": 2,
@@ -37,8 +35,8 @@ TINY = {
     "log_every": 1,
     "save_every": 3,
 }
-# Two micro-batches a process. Every update is clipped, and to so small a norm that AdamW, which cancels what all updates
-# are divided by, cannot hide it: its epsilon is then as large as the gradients.
+# Two micro-batches a process. Every update is clipped, to so small a norm that AdamW, which cancels what all gradients
+# are divided by, cannot hide it: its epsilon is then as large as they are.
 FIELDS = {
     "muon": TINY,
     "adamw": {**TINY, "optimizer": "adamw", "per_device_batch_size": 2, "max_grad_norm": 1e-5, "weight_decay": 0.1},
@@ -52,25 +50,24 @@ ENGINES = [
     ("deepspeed_zero2", "adamw"),
     ("deepspeed_zero3", "adamw"),
 ]
-MUON_ON_CPU, *OTHERS = (pytest.param(engine, id="-".join(engine)) for engine in ENGINES)
 pytestmark = pytest.mark.timeout(900)
 
 
 class Runs:
-    """Runs of this module, each made once: whole ones by engine and optimizer, and those of one process."""
+    """The runs that several tests look at, each made once."""
 
     def __init__(self, gpt: ModuleType, corpus: Path, folder: Path) -> None:
-        self.gpt, self.corpus, self.folder, self.whole = gpt, corpus, folder, {}
+        self.gpt, self.folder = gpt, folder
         self.common = {"data": str(corpus), "cache_dir": str(folder / "cache")}
 
     def flags(self, run_dir: Path, fields: dict[str, Any]) -> list[str]:
         return [f"--{name}={value}" for name, value in {**fields, **self.common, "output_dir": run_dir}.items()]
 
     def start(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
-        is_fsdp = engine == "fsdp2"
-        program = [SHIM] if is_fsdp or {"POISON", "SIGTERM_AT"} & options.keys() else []
-        environment = {"FSDP_ON_CPU": "1"} if is_fsdp else {}
-        return start(engine, *program, RECIPE, *self.flags(run_dir, fields), **environment, **options)
+        if engine == "fsdp2":
+            options["FSDP_ON_CPU"] = "1"
+        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
+        return start(engine, *shim, RECIPE, *self.flags(run_dir, fields), **options)
 
     def run(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> tuple[int, str]:
         process = self.start(engine, run_dir, fields, **options)
@@ -91,18 +88,13 @@ class Runs:
         return run_dir
 
     def run_here(self, run_dir: Path, fields: dict[str, Any]) -> None:
-        reset_accelerate()
+        float64_updates.reset_accelerate()
         handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             self.gpt.main(self.gpt.Config(**fields, **self.common, output_dir=str(run_dir)))
         finally:
             for number, handler in handlers:
                 signal.signal(number, handler)
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +158,157 @@ def test_the_losses_above_would_show_a_wrong_value(runs: Runs, fields: dict[str,
     """With what DeepSpeed clips to by itself, a wrong rate or one micro-batch too few, they differ far more."""
     loss, other = (metric(runs.of_one_process("adamw", **wrong), "train/loss") for wrong in ({}, fields))
     assert abs(loss[-1] / other[-1] - 1) > 1e-3
+
+
+@pytest.mark.slow
+def test_two_nodes_equal_one_process(runs: Runs, tmp_path: Path) -> None:
+    """Two launchers on this machine, each a node of one process."""
+    nodes = [
+        runs.start(
+            "multi_node", tmp_path / "run", FIELDS["adamw"], launcher=(*ON_CPUS, *address, f"--machine_rank={rank}")
+        )
+        for address in [("--main_process_ip=127.0.0.1", f"--main_process_port={free_port()}")]
+        for rank in (0, 1)
+    ]
+    outputs = [finish(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert_close(tmp_path / "run", runs.of_one_process("adamw"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero3"])
+def test_bfloat16_gradients_are_added_in_float32(runs: Runs, tmp_path: Path, engine: str) -> None:
+    """The norm of the first gradient, of one micro-batch or four; added in bfloat16 they differ by 1e-4."""
+    fields = {**FIELDS["adamw"], "max_steps": 1, "warmup_steps": 0}
+    norms = []
+    for micro_batch_size in (4, 1):
+        run_dir = tmp_path / f"run{micro_batch_size}"
+        bf16 = ("--num_processes=2", "--mixed_precision=bf16")
+        of_size = {**fields, "per_device_batch_size": micro_batch_size}
+        status, output = runs.run(engine, run_dir, of_size, launcher=bf16)
+        assert status == 0, output
+        norms += metric(run_dir, "train/grad_norm")
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_float64_updates_are_equal(gpt: ModuleType, tmp_path: Path) -> None:
+    """One batch of 8, two micro-batches of 4, two processes, and two with two micro-batches: the same to 1e-10."""
+    status, output = launch("multi_cpu", Path(float64_updates.__file__), tmp_path, "4", "2")
+    assert status == 0, output
+    results = [float64_updates.train(gpt, micro_batch_size) for micro_batch_size in (8, 4)]
+    results += [load_file(tmp_path / f"{micro_batch_size}.safetensors") for micro_batch_size in (4, 2)]
+    assert results[0]["norm"] > 0.2  # twice what it is clipped to
+    for result in results[1:]:
+        for name, value in result.items():
+            torch.testing.assert_close(value, results[0][name], rtol=1e-10, atol=1e-10)
+
+
+# -- stop, resume, another number of processes -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "optimizer", "signalled"),
+    [
+        ("multi_cpu", "muon", "2"),  # a scheduler signals the launcher
+        ("fsdp2", "muon", "2:1"),  # one process alone gets the signal
+        ("deepspeed_zero2", "adamw", "2:1"),
+        ("deepspeed_zero3", "adamw", "2:1"),
+    ],
+)
+def test_stopping_and_going_on_is_exact(
+    runs: Runs, tmp_path: Path, engine: str, optimizer: str, signalled: str
+) -> None:
+    whole, run_dir = runs.of_engine(engine, optimizer), tmp_path / "run"
+    fields = {**FIELDS[optimizer], "save_every": 0}
+    status, output = runs.run(engine, run_dir, fields, SIGTERM_AT=signalled)
+    assert status == 1, output  # of the launcher
+    assert "exitcode  : 75" in output
+    assert "stopped: saved at step 3 of 6" in output
+    assert_no_traceback(output)
+    assert metric(run_dir, "step") == [1, 2, 3]
+    status, output = runs.run(engine, run_dir, fields)
+    assert status == 0, output
+    assert_same(run_dir, whole)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_two(runs: Runs, tmp_path: Path) -> None:
+    run_dir = state_at(runs.of_engine("multi_cpu", "muon"), 3, tmp_path / "run")
+    runs.run_here(run_dir, FIELDS["muon"])
+    assert_close(run_dir, runs.of_one_process("muon"))
+
+
+@pytest.mark.slow
+def test_fsdp2_goes_on_with_fewer_processes(runs: Runs, tmp_path: Path) -> None:
+    run_dir = state_at(runs.of_engine("fsdp2", "muon"), 3, tmp_path / "run")
+    one = ("--num_processes=1", "--mixed_precision=no")
+    status, output = runs.run("fsdp2", run_dir, FIELDS["muon"], launcher=one)
+    assert status == 0, output
+    assert_close(run_dir, runs.of_one_process("muon"))
+
+
+@pytest.mark.slow
+def test_deepspeed_says_that_it_cannot_go_on_with_fewer_processes(runs: Runs, tmp_path: Path) -> None:
+    run_dir = state_at(runs.of_engine("deepspeed_zero2", "adamw"), 3, tmp_path / "run")
+    one = ("--num_processes=1", "--mixed_precision=no")
+    status, output = runs.run("deepspeed_zero2", run_dir, FIELDS["adamw"], launcher=one)
+    assert status == 1
+    assert "expected a checkpoint of 2 processes, got one of 1" not in output
+    assert "expected a checkpoint of 1 processes, got one of 2; DeepSpeed's ds_to_universal converts it" in output
+    assert_no_traceback(output)
+
+
+@pytest.mark.slow
+def test_other_data_is_refused_without_a_traceback(runs: Runs, tmp_path: Path) -> None:
+    run_dir = state_at(runs.of_engine("multi_cpu", "muon"), 3, tmp_path / "run")
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**record, "data_fingerprint": ["another"]}))
+    status, output = runs.run("multi_cpu", run_dir, FIELDS["muon"])
+    assert status == 1
+    assert "it holds a run on other data" in output
+    assert_no_traceback(output)
+
+
+# -- bad updates, bad input --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def poisoned(runs: Runs) -> dict[str, list[float]]:
+    """Losses of one process whose update 2 is not finite."""
+    run_dir = runs.folder / "poisoned"
+    status, output = runs.run("cpu", run_dir, FIELDS["adamw"], launcher=(), POISON="2")
+    assert status == 0, output
+    return {name: metric(run_dir, name) for name in ("train/loss", "train/skipped_updates", "eval/loss")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["multi_cpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_bad_update_on_one_process_is_skipped_on_all(
+    runs: Runs, poisoned: dict[str, list[float]], tmp_path: Path, engine: str
+) -> None:
+    """Rank 1's first of two micro-batches is bad; the other process must not step either."""
+    run_dir = tmp_path / "run"
+    status, output = runs.run(engine, run_dir, FIELDS["adamw"], POISON="2:1")
+    assert status == 0, output
+    assert metric(run_dir, "train/skipped_updates") == [0, 0, 1, 1, 1, 1]
+    assert metric(run_dir, "train/grad_norm")[2] is None
+    for name, values in poisoned.items():
+        assert metric(run_dir, name) == pytest.approx(values, rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_muon_under_deepspeed_is_refused(runs: Runs, tmp_path: Path) -> None:
+    status, output = runs.run("deepspeed_zero2", tmp_path / "run", FIELDS["muon"])
+    assert status == 1
+    assert output.count("error: optimizer: 'muon'") == 1
+    assert "use --optimizer adamw" in output
+    assert_no_traceback(output)
+    assert not (tmp_path / "run").exists()

@@ -53,7 +53,7 @@ FILES = ("model.safetensors", "optimizer.bin", "state.json")
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(
-    ["torch._dynamo", "torch._inductor", "torch.distributed.checkpoint.api", "accelerate", "safetensors.torch", "pytest"]
+    ["torch._dynamo", "torch._inductor", "torch.distributed.checkpoint.api", "accelerate", "safetensors.torch"]
 )
 
 
@@ -188,9 +188,7 @@ def accelerator() -> Accelerator:
 
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("point", POINTS)
-def test_sigkill_at_every_point_of_a_save_loses_nothing(
-    reference: Path, tmp_path: Path, point: str, keep: int
-) -> None:
+def test_sigkill_at_every_point_of_a_save_loses_nothing(reference: Path, tmp_path: Path, point: str, keep: int) -> None:
     run_dir = tmp_path / "run"
     assert run(Program(run_dir, keep=keep, fault=f"{point}:6")) == -signal.SIGKILL
     usable = newest_usable_checkpoint(run_dir)
@@ -294,7 +292,12 @@ def test_what_an_interrupted_save_left_is_removed_before_the_next_is_written(
         (folder / name / "deep").mkdir(parents=True)
     prepared(accelerator)
     save_state, seen = accelerator.save_state, []
-    monkeypatch.setattr(accelerator, "save_state", lambda *a, **k: (seen.extend(hidden_of(stopped)), save_state(*a, **k)))
+
+    def look_and_save(*arguments: Any, **options: Any) -> None:
+        seen.extend(hidden_of(stopped))
+        save_state(*arguments, **options)
+
+    monkeypatch.setattr(accelerator, "save_state", look_and_save)
     save_checkpoint(accelerator, stopped, 8, {}, 2)
     assert seen == [".tmp_step_00000008"]
     assert hidden_of(stopped) == []
@@ -430,7 +433,7 @@ def test_all_damaged_stops_the_run_now_and_at_the_next_start(stopped: Path) -> N
     assert str(stopped) in message
     assert "another output_dir" in message
     assert all(f"step_{step:08d}: model.safetensors has" in message for step in (2, 4, 6))
-    with pytest.raises(NoUsableCheckpoint, match="every checkpoint is damaged .*step_00000002.*another output_dir"):
+    with pytest.raises(NoUsableCheckpoint, match=r"every checkpoint is damaged .*step_00000002.*another output_dir"):
         newest_usable_checkpoint(stopped)
     assert run(Program(stopped)) == EXIT_NO_CHECKPOINT
     assert not (stopped / "trained.txt").exists()
@@ -497,7 +500,7 @@ def test_a_pickle_in_the_optimizer_state_never_runs(
     renew_manifest(checkpoint)
     assert damage(checkpoint) == ""
     prepared(accelerator)
-    with pytest.raises(UsageError, match="resume: .*step_00000006.*: expected a checkpoint of this model"):
+    with pytest.raises(UsageError, match=r"resume: .*step_00000006.*: expected a checkpoint of this model"):
         load_checkpoint(accelerator, checkpoint)
     assert not canary.exists()
 
@@ -563,9 +566,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(reference: Path, tmp_path: Pat
 
 def test_the_limits_above_hit_different_files(reference: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in checkpoint_of(reference, 4).iterdir()}
-    assert sizes["manifest.json"] > 300 > 0
-    assert 300 < sizes["model.safetensors"] < 1500 < sizes["optimizer.bin"]
-    assert 3000 < sizes["optimizer.bin"]
+    assert sizes["manifest.json"] > 300
+    assert 300 < sizes["model.safetensors"] < 1500
+    assert sizes["optimizer.bin"] > 3000
 
 
 # -- which one to go on from -------------------------------------------------------------------------------------------
@@ -575,9 +578,7 @@ def test_auto_takes_the_newest(accelerator: Accelerator, stopped: Path) -> None:
     assert find_checkpoint(accelerator, stopped, "auto") == checkpoint_of(stopped, 6)
 
 
-def test_going_back_to_an_earlier_one_drops_the_later_ones_at_the_next_save(
-    reference: Path, tmp_path: Path
-) -> None:
+def test_going_back_to_an_earlier_one_drops_the_later_ones_at_the_next_save(reference: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(reference, run_dir)
     (run_dir / "result.json").unlink()
@@ -614,7 +615,7 @@ def test_a_damaged_one_that_was_asked_for_is_refused(accelerator: Accelerator, s
     checkpoint = checkpoint_of(stopped, 4)
     DAMAGES["truncated"](checkpoint / "model.safetensors")
     for run_dir in (stopped, tmp_path / "new"):
-        with pytest.raises(UsageError, match="resume: .*step_00000004': expected .* whole: model.safetensors has"):
+        with pytest.raises(UsageError, match=r"resume: .*step_00000004': expected .* whole: model.safetensors has"):
             find_checkpoint(accelerator, run_dir, str(checkpoint))
     assert checkpoint.is_dir()
     assert run(Program(stopped, resume=str(checkpoint))) == EXIT_USAGE

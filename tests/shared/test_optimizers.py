@@ -1,7 +1,6 @@
 """Muon against its formulas written out, AdamW against torch's, and both through checkpoints."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ SHAPES = [(8, 8), (16, 4), (4, 16), (64, 48), (48, 64), (1, 5), (5, 1), (1, 1)]
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     torch.manual_seed(0)
-    yield
 
 
 def parameter(*shape: int) -> nn.Parameter:

@@ -18,7 +18,8 @@ def accelerator() -> Accelerator:
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
 def steps(folder: Path) -> list[int]:
@@ -74,9 +75,7 @@ def test_a_new_run_has_no_entries(accelerator, tmp_path):
 def test_numbers_that_json_has_no_word_for(accelerator, tmp_path):
     log = RunLog(accelerator, tmp_path, 0, 20)
     log.write(1, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/skipped_updates": 1})
-    assert entries(tmp_path) == [
-        {"step": 1, "train/loss": None, "train/grad_norm": None, "train/skipped_updates": 1}
-    ]
+    assert entries(tmp_path) == [{"step": 1, "train/loss": None, "train/grad_norm": None, "train/skipped_updates": 1}]
     [entry] = log.read()
     assert math.isnan(entry["train/loss"])
     RunLog(accelerator, tmp_path, 1, 20)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from shared.text_generation import continue_prompt
 
@@ -12,12 +13,15 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A model whose next token hardly depends on what came before: every token is about as likely as the others."""
+    """A model that ignores what came before: every token is always about as likely as the others."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 1024, "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=None, initializer_range=1e-3))
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=None, initializer_range=0.01))
+    nn.init.zeros_(model.transformer.ln_f.weight)
+    nn.init.ones_(model.transformer.ln_f.bias)
+    return model
 
 
 class Ids:
@@ -60,7 +64,7 @@ def test_all_tokens_can_be_drawn_not_the_fifty_likeliest_alone(model, tokenizer)
         ids = Ids()
         continue_prompt(model, tokenizer, "", seed, **{**OPTIONS, "max_new_tokens": 16}, streamer=ids)
         drawn |= set(ids.new)
-    assert len(drawn) > 100
+    assert len(drawn) > 60
 
 
 def test_the_begin_token_stands_before_the_prompt(model, tokenizer):
