@@ -97,6 +97,25 @@ def memory_per_device(
     }
 
 
+def cost_rows(
+    model: nn.Module, activations: int, optimizer_bytes_per_parameter: float, shares: dict[str, int]
+) -> dict[str, str]:
+    """`memory_per_device` and `checkpoint_bytes` as rows for `table`; the first three arguments are theirs.
+
+    Args:
+        model: see there.
+        activations: see there.
+        optimizer_bytes_per_parameter: see there.
+        shares: the three `_shared_by` of `memory_per_device`.
+    """
+    memory = memory_per_device(
+        model, activations=activations, optimizer_bytes_per_parameter=optimizer_bytes_per_parameter, **shares
+    )
+    rows = {f"memory: {name}": human_bytes(size) for name, size in memory.items()}
+    rows["memory: total"] = human_bytes(sum(memory.values()))
+    return {**rows, "one checkpoint": human_bytes(checkpoint_bytes(model, optimizer_bytes_per_parameter))}
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU, or on the machine for a CPU."""
     if device.type == "cuda":

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from shared.command_line import UsageError
+from shared.flops import peak_flops
 
 
 def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, deterministic: bool) -> Any:
@@ -189,9 +190,10 @@ def shared_by(accelerator: Any) -> dict[str, int]:
     }
 
 
-def compute_dtype(accelerator: Any) -> torch.dtype:
-    """The type in which matrix products are computed."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+def peak(accelerator: Any) -> float:
+    """Peak FLOP/s of one process's device in the precision of the run, see `flops.peak_flops`."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return peak_flops(accelerator.device, dtypes.get(accelerator.mixed_precision, torch.float32))
 
 
 def gather_objects(accelerator: Any, value: Any) -> list[Any]:

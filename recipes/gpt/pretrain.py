@@ -121,7 +121,7 @@ from shared.batches import micro_batches, to_device
 from shared.documents import open_corpora
 from shared.export import export_model
 from shared.figures import loss_curve
-from shared.flops import peak_flops, training_flops
+from shared.flops import training_flops
 from shared.model_card import write_model_card
 from shared.optimizers import MuonWithAdamW, set_learning_rates
 from shared.packing import IGNORED, PackedRows, fill_row, pack_corpus
@@ -430,7 +430,7 @@ def main(cfg: Config) -> None:
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private) if pushes else None
     profiler = trace_updates(run_dir / "profile") if cfg.profile else contextlib.nullcontext()
-    peak = peak_flops(accelerator.device, launch.compute_dtype(accelerator)) * accelerator.num_processes
+    peak = launch.peak(accelerator) * accelerator.num_processes
     throughput = Throughput(flops_per_sample=facts["flops_per_row"], peak_flops_total=peak)
     seconds_before = state.get("training_seconds", 0.0)
     model.train()
@@ -533,20 +533,13 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any]
         with dry_run.SavedForBackward(model) as saved:
             causal_lm_loss_sum(forward(model, shapes), shapes["labels"])
     optimizer_bytes = 8.0 if cfg.optimizer == "adamw" else 6.0  # two moments in float32; of matrices Muon keeps one
-    memory = dry_run.memory_per_device(
-        model,
-        activations=saved.num_bytes,
-        optimizer_bytes_per_parameter=optimizer_bytes,
-        **launch.shared_by(accelerator),
-    )
     rows = {name: str(value) for name, value in facts.items()}
-    rows |= {f"memory: {name}": dry_run.human_bytes(size) for name, size in memory.items()}
-    rows["one checkpoint"] = dry_run.human_bytes(dry_run.checkpoint_bytes(model, optimizer_bytes))
+    rows |= dry_run.cost_rows(model, saved.num_bytes, optimizer_bytes, launch.shared_by(accelerator))
     if cfg.push_to_hub:
         rows["hub"] = f"{hub.check_login(cfg.push_to_hub)}, token accepted"
-    peak = peak_flops(accelerator.device, launch.compute_dtype(accelerator))
-    is_quick = facts["flops_per_row"] * micro_batch_size < 2 * peak
-    if is_quick and 2 * sum(memory.values()) < dry_run.free_memory(accelerator.device):
+    seconds_at_peak = facts["flops_per_row"] * micro_batch_size / launch.peak(accelerator)
+    needed = (8 + optimizer_bytes) * facts["parameters"] + saved.num_bytes
+    if seconds_at_peak < 2 and 2 * needed < dry_run.free_memory(accelerator.device):
         seconds = time_micro_batch(cfg, accelerator, tokenizer, to_device(batch, accelerator.device))
         seconds *= accelerator.gradient_accumulation_steps
         rows["one update"] = dry_run.human_seconds(seconds)
