@@ -155,6 +155,8 @@ def check_config(cfg: Config) -> None:
     cli.expect(divides, "num_kv_heads", cfg.num_kv_heads, "a divisor of num_heads, or 0")
     for field in ("eval_fraction", "dropout"):
         cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
+    has_eval = cfg.eval_fraction > 0 or cfg.eval_data or cfg.data == "sample"
+    cli.expect(bool(has_eval), "eval_fraction", cfg.eval_fraction, "more than 0 where eval_data is not given")
     cli.positive_numbers("data_weights", cfg.data_weights, len(cfg.data.split(",")))
     cli.expect(0 < cfg.decay_fraction <= 1, "decay_fraction", cfg.decay_fraction, "a share in (0, 1]")
 

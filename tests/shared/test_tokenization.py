@@ -106,6 +106,9 @@ def test_blocks_end_at_line_ends_so_that_they_change_no_token_of_a_line(backend:
     lines = [f"line {number} of a long text\n" for number in range(8_000)]
     of_lines = [encode(backend, line) for line in lines]
     assert encode(backend, "".join(lines)).tolist() == np.concatenate(of_lines).tolist()
+    blocks = list(tokenization._blocks("".join(lines)))
+    assert len(blocks) > 1
+    assert all(block.endswith("\n") for block in blocks)
 
 
 def test_most_tokens_of_prose_are_more_than_a_byte(backend: Any, prose: list[str]) -> None:
