@@ -448,7 +448,7 @@ def main(cfg: Config) -> None:
         is_finite = math.isfinite(grad_norm)
         skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
 
-        is_last = step == cfg.max_steps or bad_in_a_row == cfg.max_bad_updates
+        is_last = step == cfg.max_steps or bad_in_a_row >= cfg.max_bad_updates
         is_stopping = launch.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
@@ -470,7 +470,7 @@ def main(cfg: Config) -> None:
                     pusher.push(run_dir, f"step {step}", f"step-{step}")
         if cfg.profile:
             profiler.step()
-        if bad_in_a_row == cfg.max_bad_updates:
+        if bad_in_a_row >= cfg.max_bad_updates:
             raise cli.TooManyNonFiniteUpdates(
                 f"{bad_in_a_row} updates in a row had no finite gradient, up to step {step}"
             )

@@ -486,6 +486,7 @@ def renew_manifest(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps({"files": sums}))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["pickle", "torch"])
 def test_a_pickle_in_the_optimizer_state_never_runs(
     accelerator: Accelerator, stopped: Path, tmp_path: Path, writer: str
