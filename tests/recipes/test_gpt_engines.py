@@ -77,8 +77,10 @@ class Runs:
     def of_engine(self, engine: str, optimizer: str) -> Path:
         run_dir = self.folder / f"{engine}-{optimizer}"
         if not run_dir.exists():
-            status, output = self.run(engine, run_dir, FIELDS[optimizer])
-            assert status == 0, output
+            process = self.start(engine, run_dir, FIELDS[optimizer])
+            self.of_one_process(optimizer)  # meanwhile
+            output = finish(process)
+            assert process.returncode == 0, output
         return run_dir
 
     def of_one_process(self, optimizer: str, **fields: Any) -> Path:
@@ -182,19 +184,18 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero3"])
-def test_bfloat16_gradients_are_added_in_float32(runs: Runs, tmp_path: Path, engine: str) -> None:
-    """The norm of the first gradient, of one micro-batch or four; added in bfloat16 they differ by 1e-4."""
-    fields = {**FIELDS["adamw"], "max_steps": 1, "warmup_steps": 0}
-    norms = []
-    for micro_batch_size in (4, 1):
-        run_dir = tmp_path / f"run{micro_batch_size}"
-        bf16 = ("--num_processes=2", "--mixed_precision=bf16")
-        of_size = {**fields, "per_device_batch_size": micro_batch_size}
-        status, output = runs.run(engine, run_dir, of_size, launcher=bf16)
-        assert status == 0, output
-        norms += metric(run_dir, "train/grad_norm")
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero1"])  # stage 1 has another optimizer in bfloat16
+def test_bfloat16_differs_little_and_resumes_exactly(runs: Runs, tmp_path: Path, engine: str) -> None:
+    """Products have three digits, and their errors mostly cancel: losses were measured to differ by 3e-5."""
+    bf16 = ("--num_processes=2", "--mixed_precision=bf16")
+    status, output = runs.run(engine, tmp_path / "run", FIELDS["adamw"], launcher=bf16)
+    assert status == 0, output
+    losses = metric(tmp_path / "run", "train/loss")
+    assert losses == pytest.approx(metric(runs.of_one_process("adamw"), "train/loss"), rel=3e-4)
+    resumed = state_at(tmp_path / "run", 3, tmp_path / "resumed")
+    status, output = runs.run(engine, resumed, FIELDS["adamw"], launcher=bf16)
+    assert status == 0, output
+    assert_same(resumed, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -230,7 +231,7 @@ def test_stopping_and_going_on_is_exact(
     fields = {**FIELDS[optimizer], "save_every": 0}
     status, output = runs.run(engine, run_dir, fields, SIGTERM_AT=signalled)
     assert status == 1, output  # of the launcher
-    assert "exitcode  : 75" in output
+    assert ("exitcode  : 75" in output) == (":" in signalled)  # a launcher that was signalled does not tell
     assert "stopped: saved at step 3 of 6" in output
     assert_no_traceback(output)
     assert metric(run_dir, "step") == [1, 2, 3]
@@ -281,27 +282,27 @@ def test_other_data_is_refused_without_a_traceback(runs: Runs, tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def poisoned(runs: Runs) -> dict[str, list[float]]:
-    """Losses of one process whose update 2 is not finite."""
+def poisoned(runs: Runs) -> Path:
+    """A run of one process whose update 2 is not finite."""
     run_dir = runs.folder / "poisoned"
     status, output = runs.run("cpu", run_dir, FIELDS["adamw"], launcher=(), POISON="2")
     assert status == 0, output
-    return {name: metric(run_dir, name) for name in ("train/loss", "train/skipped_updates", "eval/loss")}
+    return run_dir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["multi_cpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
-def test_bad_update_on_one_process_is_skipped_on_all(
-    runs: Runs, poisoned: dict[str, list[float]], tmp_path: Path, engine: str
-) -> None:
+def test_bad_update_on_one_process_is_skipped_on_all(runs: Runs, poisoned: Path, tmp_path: Path, engine: str) -> None:
     """Rank 1's first of two micro-batches is bad; the other process must not step either."""
     run_dir = tmp_path / "run"
     status, output = runs.run(engine, run_dir, FIELDS["adamw"], POISON="2:1")
     assert status == 0, output
     assert metric(run_dir, "train/skipped_updates") == [0, 0, 1, 1, 1, 1]
-    assert metric(run_dir, "train/grad_norm")[2] is None
-    for name, values in poisoned.items():
-        assert metric(run_dir, name) == pytest.approx(values, rel=1e-5), name
+    for name in ("train/loss", "train/grad_norm"):
+        values, expected = metric(run_dir, name), metric(poisoned, name)
+        assert values.pop(2) is expected.pop(2) is None  # what metrics.jsonl has for a value that is not finite
+        assert values == pytest.approx(expected, rel=1e-5)
+    assert metric(run_dir, "eval/loss") == pytest.approx(metric(poisoned, "eval/loss"), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -147,8 +148,7 @@ def test_accumulation_is_exact(gpt: ModuleType, tokenizer: Any, micro_batches: t
         accelerator, model, built = prepared(gpt, cfg, tokenizer, accumulation=len(sizes), dtype=torch.float64)
         edges = np.cumsum([0, *sizes])
         parts = [
-            {name: values[first:last] for name, values in whole.items()}
-            for first, last in zip(edges[:-1], edges[1:], strict=True)
+            {name: values[first:last] for name, values in whole.items()} for first, last in itertools.pairwise(edges)
         ]
         update = [gpt.train_update(cfg, accelerator, model, built, parts, step) for step in range(3)]
         results.append((update[-1][0].item(), update[-1][1], [parameter.detach() for parameter in model.parameters()]))

@@ -60,9 +60,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     from huggingface_hub import constants
 
     server = start_hub()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     # huggingface_hub read these from the environment when it was imported.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
