@@ -54,7 +54,7 @@ class Config(cli.RunControl):
     """Column of the text. "" = the only column that holds text, or the one called text."""
     tokenizer: str = ""
     """Folder or Hub id of a tokenizer. "" = the one of `init`, else a byte-level BPE trained on the data."""
-    vocab_size: int = 2048
+    vocab_size: int = 4096
     """Tokens of a tokenizer trained here; the model's vocabulary is this, padded to a multiple of 64."""
     seq_length: int = 256
     """Tokens of a row."""
