@@ -97,12 +97,17 @@ def set_accumulation(accelerator: Any, global_batch_size: int, per_device_batch_
 def set_deepspeed_values(accelerator: Any, micro_batch_size: int, max_grad_norm: float) -> None:
     """Give DeepSpeed the recipe's batch, accumulation and clipping; "auto" would become others. No-op elsewhere.
 
+    With stage 3 transformers would also shard a model while it loads it, before anybody has seen it whole. That is
+    ended, so call this before a model is built.
+
     Raises:
         UsageError: the accelerate config fixes a value that the recipe owns.
     """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
         return
+    from transformers.integrations import unset_hf_deepspeed_config
+
     config, accumulation = plugin.deepspeed_config, accelerator.gradient_accumulation_steps
     values = {
         "train_batch_size": micro_batch_size * accumulation * accelerator.num_processes,
@@ -116,6 +121,7 @@ def set_deepspeed_values(accelerator: Any, micro_batch_size: int, max_grad_norm:
         if fixed not in ("auto", value) and not is_default:
             raise UsageError(f"accelerate config: {key}: {fixed!r}: expected auto, the recipe sets it to {value}")
         config[key] = value
+    unset_hf_deepspeed_config()
     if accelerator.mixed_precision == "bf16":
         config.setdefault("communication_data_type", "fp32")
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")

@@ -199,6 +199,17 @@ def test_bfloat16_differs_little_and_resumes_exactly(runs: Runs, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_zero3_starts_from_a_whole_model(runs: Runs, tmp_path: Path) -> None:
+    """Left alone, transformers shards a model that it loads under ZeRO-3 before its FLOPs can be counted."""
+    fields = {**FIELDS["adamw"], "max_steps": 2, "init": str(runs.of_one_process("adamw"))}
+    process = runs.start("deepspeed_zero3", tmp_path / "run", fields)
+    runs.run_here(tmp_path / "one", fields)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert_close(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_float64_updates_are_equal(gpt: ModuleType, tmp_path: Path) -> None:
     """One batch of 8, two micro-batches of 4, two processes, and two with two micro-batches: the same to 1e-10."""
     status, output = launch("multi_cpu", Path(float64_updates.__file__), tmp_path, "4", "2")
