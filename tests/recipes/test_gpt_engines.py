@@ -1,7 +1,8 @@
 """The recipe under every engine that two CPU processes can run, against one process.
 
-Losses are held to 1e-5 of one process's: the sums are the same, but float32 adds them in another order, which was
-measured to move them by 3e-7. Resuming is held to the bit. FSDP2 runs through engine_shim.py, which says why.
+Losses and gradient norms are held to 1e-5 of one process's: the sums are the same, but float32 adds them in another
+order, which was measured to move them by 3e-7 (and weights by 2e-7). Resuming is held to the bit. FSDP2 runs through
+engine_shim.py, which says why.
 """
 
 import json
@@ -126,7 +127,7 @@ def assert_close(run_dir: Path, other: Path) -> None:
     for name in ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss"):
         assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
     for name, value in weights(run_dir).items():
-        torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-4)
+        torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5)
 
 
 def state_at(run_dir: Path, step: int, copy: Path) -> Path:
