@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, expect
 from shared.flops import peak_flops
 
 
@@ -33,6 +33,7 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         UsageError: what came up differs from what was asked for, or cannot train.
     """
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -48,6 +49,10 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
             os.environ["DS_ACCELERATOR"] = "cpu"
         elif world_size > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"
+    trackers = [name.strip() for name in report_to.split(",") if name.strip()]
+    available = [tracker.value for tracker in get_available_trackers()]
+    for name in trackers:
+        expect(name in available, "report_to", name, f"a tracker that is installed: {', '.join(available)}")
     process_group = InitProcessGroupKwargs(
         backend="gloo" if on_cpu and uses_deepspeed else None, timeout=datetime.timedelta(minutes=timeout_minutes)
     )
@@ -56,7 +61,7 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         fsdp_plugin=_fsdp_plugin(precision),
         kwargs_handlers=[process_group],
-        log_with=[name.strip() for name in report_to.split(",") if name.strip()] or None,
+        log_with=trackers or None,
         project_config=ProjectConfiguration(logging_dir=logging_dir),
     )
     _check_launch(accelerator, world_size, precision)

@@ -50,6 +50,7 @@ def continue_prompt(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=min(max_new_tokens, longest - len(ids)),
             pad_token_id=tokenizer.eos_token_id,
+            synced_gpus=torch.distributed.is_initialized(),  # with sharded weights all processes run equally often
             **drawing,
             **options,
         )

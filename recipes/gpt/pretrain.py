@@ -411,7 +411,8 @@ def main(cfg: Config) -> None:
         report_costs(cfg, accelerator, tokenizer, train, micro_batch_size)
         return
     pushes = bool(cfg.push_to_hub) and accelerator.is_main_process
-    hub_id = hub.check_push(cfg.push_to_hub, private=cfg.hub_private) if pushes else ""
+    with launch.raise_together(accelerator):
+        hub_id = hub.check_push(cfg.push_to_hub, private=cfg.hub_private) if pushes else ""
     model = build_model(cfg, tokenizer)
     facts = describe(cfg, accelerator, model, train)
     accelerator.print(dry_run.table(facts))
@@ -426,9 +427,10 @@ def main(cfg: Config) -> None:
     step, state = checkpoints.load_checkpoint(accelerator, checkpoint) if checkpoint else (0, {})
     skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
-    if accelerator.is_main_process:
-        record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
-        run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+    record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
+    with launch.raise_together(accelerator):
+        if accelerator.is_main_process:
+            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private) if pushes else None
     profiler = trace_updates(run_dir / "profile") if cfg.profile else contextlib.nullcontext()

@@ -451,6 +451,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "expected a folder that can be written": {"output_dir": str(tmp_path / "file" / "run")},
         "expected at most the 320 tokens of init": {"init": str(reference), "tokenizer": str(tmp_path / "tokenizer")},
         "hidden_size: 33": {"hidden_size": 33},
+        "report_to: 'paper': expected a tracker that is installed: ": {"report_to": "paper"},
         "eval_fraction: 0.0: expected more than 0": {"eval_fraction": 0.0},
         "data_weights": {"data_weights": "1,2"},
     }
