@@ -238,11 +238,11 @@ def test_the_record_has_no_token_no_home_folder_and_no_host_name(tmp_path, monke
             assert socket.gethostname() not in text or len(socket.gethostname()) < 4
 
 
-@pytest.mark.parametrize("home", ["/", "/root"])
+@pytest.mark.parametrize("home", ["/", "/srv"])
 def test_short_home_folders_do_not_spoil_the_record(tmp_path, monkeypatch, home):
     monkeypatch.setenv("HOME", home)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", "/data/root/x", "--resume", "/rootfs"])
-    assert record(tmp_path / "run")["command"] == ["pretrain.py", "--data", "/data/root/x", "--resume", "/rootfs"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", "/data/srv/x", "--resume", "/srvfs"])
+    assert record(tmp_path / "run")["command"] == ["pretrain.py", "--data", "/data/srv/x", "--resume", "/srvfs"]
 
 
 def test_facts_are_added_and_keep_their_values(tmp_path):
