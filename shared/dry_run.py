@@ -1,19 +1,19 @@
-"""What a run would cost, found without running it: memory of one device, size of a checkpoint, and a table of both.
+"""What a run would cost, found without running it: memory of one device, size of a checkpoint, time of an update.
 
 with without_memory():
     model = build_model(...)
-    input_ids = torch.zeros(8, 2048, dtype=torch.long)
-    with SavedForBackward(model) as saved:
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-memory = memory_per_device(model, activations=saved.num_bytes, optimizer_bytes_per_parameter=8)
+    sizes = costs(accelerator, model, {"input_ids": rows, "labels": rows}, optimizer_bytes_per_parameter=8)
 """
 
+import time
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shared import launch
 
 
 def without_memory() -> FakeTensorMode:
@@ -97,23 +97,64 @@ def memory_per_device(
     }
 
 
-def cost_rows(
-    model: nn.Module, activations: int, optimizer_bytes_per_parameter: float, shares: dict[str, int]
-) -> dict[str, str]:
-    """`memory_per_device` and `checkpoint_bytes` as rows for `table`; the first three arguments are theirs.
+def costs(
+    accelerator: Any, model: nn.Module, inputs: dict[str, Any], optimizer_bytes_per_parameter: float
+) -> dict[str, int]:
+    """Bytes that training needs on one device under the engine that came up, and on disk.
 
     Args:
-        model: see there.
-        activations: see there.
-        optimizer_bytes_per_parameter: see there.
-        shares: the three `_shared_by` of `memory_per_device`.
+        accelerator: knows the engine and the number of processes.
+        model: built `without_memory`, in which this is called.
+        inputs: one process's micro-batch, targets included, as the model's `forward` takes it; of tensors only shapes
+            are used.
+        optimizer_bytes_per_parameter: see `memory_per_device`.
+
+    Returns:
+        The entries of `memory_per_device` and their total as "memory: ...", and "one checkpoint".
     """
+    shapes = {
+        name: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=accelerator.mixed_precision == "bf16")
+    with SavedForBackward(model) as saved, autocast:
+        model(**shapes)
     memory = memory_per_device(
-        model, activations=activations, optimizer_bytes_per_parameter=optimizer_bytes_per_parameter, **shares
+        model,
+        activations=saved.num_bytes,
+        optimizer_bytes_per_parameter=optimizer_bytes_per_parameter,
+        **launch.shared_by(accelerator),
     )
-    rows = {f"memory: {name}": human_bytes(size) for name, size in memory.items()}
-    rows["memory: total"] = human_bytes(sum(memory.values()))
-    return {**rows, "one checkpoint": human_bytes(checkpoint_bytes(model, optimizer_bytes_per_parameter))}
+    sizes = {f"memory: {name}": size for name, size in {**memory, "total": sum(memory.values())}.items()}
+    return {**sizes, "one checkpoint": checkpoint_bytes(model, optimizer_bytes_per_parameter)}
+
+
+def can_time(accelerator: Any, num_flops: float, num_bytes: int) -> bool:
+    """Whether a micro-batch of `num_flops` is a matter of seconds here, and `num_bytes` fit into memory twice."""
+    return num_flops < 2 * launch.peak(accelerator) and 2 * num_bytes < free_memory(accelerator.device)
+
+
+def time_micro_batch(
+    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]
+) -> float:
+    """Seconds of one micro-batch and one optimizer step; two others before it warm up. Changes the model.
+
+    Args:
+        accelerator: nothing was prepared with it so far.
+        model: not prepared; gives its loss, as transformers' models do where they get labels.
+        optimizer: of this model.
+        inputs: as in `costs`.
+    """
+    model, optimizer = accelerator.prepare(model, optimizer)
+    started = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        loss = model(**inputs).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+    return time.perf_counter() - started
 
 
 def free_memory(device: torch.device) -> int:

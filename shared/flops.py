@@ -1,7 +1,9 @@
 """Floating-point operations: how many a training step needs, and how many a device could do."""
 
+import contextlib
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,17 +44,19 @@ def training_flops(model: nn.Module, inputs: dict[str, Any]) -> float:
     appendix B), and what gradient checkpointing computes twice counts once. All weights count as trained.
 
     Nothing is computed and nothing allocated: the model runs on tensors that have shapes and no data, so it may be on
-    any device, huge, or built on the meta device. Its weights, buffers and mode stay as they are.
+    any device, huge, or built on the meta device. Its weights, buffers and mode stay as they are. A transformers model
+    runs with sdpa here if its own attention is a kernel whose operations cannot be counted.
 
     Args:
-        model: before `torch.compile` and `accelerator.prepare`; its attention in PyTorch (eager or sdpa).
+        model: before `torch.compile` and `accelerator.prepare`.
         inputs: keyword arguments of its `forward`; of tensors only shapes and types are used.
 
     Raises:
         RuntimeError: shapes or branches inside `forward` depend on the values of a tensor.
     """
     # sdpa's own kernel for CPUs is one that the counter does not know; MATH is two plain matrix products.
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    kernel = sdpa_kernel(SDPBackend.MATH)
+    with FakeTensorMode(allow_non_fake_inputs=True), kernel, _attention_by_sdpa(model), torch.no_grad():
         tensors = (*model.named_parameters(), *model.named_buffers())
         state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors}
         arguments = {
@@ -62,6 +66,19 @@ def training_flops(model: nn.Module, inputs: dict[str, Any]) -> float:
         with FlopCounterMode(display=False) as counter:
             functional_call(model, state, (), arguments)
     return 3.0 * counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def _attention_by_sdpa(model: Any) -> Iterator[None]:
+    given = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if given in (None, "eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(given)
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:

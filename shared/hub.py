@@ -106,13 +106,16 @@ class _Push:
 
 
 class HubPusher:
-    """Pushes a run's loadable files in the background; neither `push` nor `close` raises what goes wrong."""
+    """Pushes a run's loadable files in the background; neither `push` nor `close` raises what goes wrong.
+
+    One without a repository does nothing: that of a run that is not pushed, or of all processes but the main one.
+    """
 
     def __init__(self, repo_id: str, private: bool) -> None:
         """Start the thread that uploads.
 
         Args:
-            repo_id: the full id that `check_push` returned.
+            repo_id: the full id that `check_push` returned; "" = push nothing.
             private: for the command that `close` prints; the repository is there already.
         """
         self._repo_id, self._private = repo_id, private
@@ -123,7 +126,8 @@ class HubPusher:
         self._waiting: _Push | None = None
         self._closed = False
         self._changed = threading.Condition()
-        threading.Thread(target=self._work, name="push_to_hub", daemon=True).start()
+        if repo_id:
+            threading.Thread(target=self._work, name="push_to_hub", daemon=True).start()
 
     def push(self, folder: Path, message: str, tag: str = "") -> None:
         """Copy the loadable files of `folder` to the temporary folder (TMPDIR) and return; they are uploaded later.
@@ -133,6 +137,8 @@ class HubPusher:
             message: of the commit.
             tag: name that the commit gets, such as step-1000. A tag that exists stays where it is. "" = none.
         """
+        if not self._repo_id:
+            return
         self._folder = folder
         self._newest += 1
         push = _Push(self._newest, Path(self._copies.name) / str(self._newest), message, tag)

@@ -1,9 +1,9 @@
 """Start-up: one `Accelerator` that is what the launcher asked for, or one clear message.
 
-What accelerate gets wrong on CPUs is mended here: `accelerate launch` leaves one thread a process, a multi-GPU
-configuration without GPUs starts processes that each believe they are alone, and DeepSpeed wants NCCL. With bfloat16,
-FSDP2 and DeepSpeed would also add gradients up in bfloat16, so that more micro-batches or GPUs would mean less exact
-ones; here they add them in float32, as DDP does.
+What goes wrong on CPUs is mended here: `accelerate launch` leaves one thread a process, a multi-GPU configuration
+without GPUs starts processes that each believe they are alone, DeepSpeed wants NCCL, and freed memory goes back to the
+system at every update. With bfloat16, FSDP2 and DeepSpeed would also add gradients up in bfloat16, so that more
+micro-batches or GPUs would mean less exact ones; here they add them in float32, as DDP does.
 """
 
 import contextlib
@@ -45,6 +45,7 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
     if on_cpu:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, usable_cores() // local_processes))
+        _keep_freed_memory()
         if uses_deepspeed:
             os.environ["DS_ACCELERATOR"] = "cpu"
         elif world_size > 1:
@@ -247,6 +248,19 @@ def follow_launcher() -> None:
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep what tensors free, for the next ones.
+
+    By default it gives large blocks back to the system at once, and each update then waits for the system to hand the
+    same pages out again, zeroed: for a GPT of 2M parameters that was a fifth to a third of the time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _has_accelerator() -> bool:

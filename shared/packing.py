@@ -141,14 +141,14 @@ def fill_row(stretches: list[np.ndarray], seq_length: int, pad_token_id: int) ->
 
 def pack_corpus(
     documents: Texts, tokenizer: Any, *, seq_length: int, eval_fraction: float, cache_dir: Path, num_processes: int
-) -> dict[str, PackedRows]:
-    """Tokenise and pack a corpus, or find that done: its splits "train" and "eval" as rows.
+) -> tuple[PackedRows, PackedRows]:
+    """Tokenise and pack a corpus, or find that done: rows to train on and rows to evaluate on.
 
     Args:
         documents: texts with a `fingerprint`.
         tokenizer: a fast transformers tokenizer.
         seq_length: tokens of a row.
-        eval_fraction: share of the documents held out for "eval".
+        eval_fraction: share of the documents held out for evaluation.
         cache_dir: this node's folder for tokenised data.
         num_processes: tokenising processes.
 
@@ -158,10 +158,11 @@ def pack_corpus(
     key = cache_key(documents.fingerprint, tokenization.fingerprint(tokenizer), eval_fraction)
     folder = cache_dir / "tokens" / key
     build_token_cache(folder, documents, tokenizer, eval_fraction=eval_fraction, num_processes=num_processes)
-    caches = {split: open_token_cache(folder, split) for split in SPLITS}
-    for cache in caches.values():
+    caches = [open_token_cache(folder, split) for split in SPLITS]
+    for cache in caches:
         build_row_index(cache, seq_length)
-    return {split: open_packed_rows(cache, seq_length, tokenizer.eos_token_id) for split, cache in caches.items()}
+    train, held_out = (open_packed_rows(cache, seq_length, tokenizer.eos_token_id) for cache in caches)
+    return train, held_out
 
 
 def build_row_index(cache: TokenCache, seq_length: int) -> None:

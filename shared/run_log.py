@@ -49,6 +49,13 @@ class RunLog:
         else:
             self._bar.set_postfix_str(shown)
 
+    def write_samples(self, step: int, text: str) -> None:
+        """Keep what the model made at `step` in samples/."""
+        if self._accelerator.is_main_process:
+            file = self._file.with_name("samples") / f"step_{step:08d}.txt"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text + "\n", encoding="utf-8")
+
     def say(self, text: str) -> None:
         """Print without breaking the bar."""
         if self._accelerator.is_main_process:

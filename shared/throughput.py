@@ -15,7 +15,7 @@ class Throughput:
         peak_flops_total: peak FLOP/s of all devices of the run together.
     """
 
-    def __init__(self, *, flops_per_sample: float, peak_flops_total: float) -> None:
+    def __init__(self, flops_per_sample: float, peak_flops_total: float) -> None:
         self._flops_per_sample = flops_per_sample
         self._peak_flops_total = peak_flops_total
         self._paused_at: float | None = None

@@ -55,8 +55,10 @@ class TokenCache:
         return open_token_cache, (self.folder.parent, self.folder.name)
 
 
-def default_cache_dir() -> Path:
-    """HF_HOME/pretraining_recipes, or a folder for temporary files where HF_HOME cannot be written."""
+def cache_folder(cache_dir: str) -> Path:
+    """`cache_dir`; for "" HF_HOME/pretraining_recipes, or a folder for temporary files where that cannot be written."""
+    if cache_dir:
+        return Path(cache_dir)
     import tempfile
 
     from huggingface_hub.constants import HF_HOME

@@ -62,18 +62,18 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, seq_length: 
     )
 
 
-def find_or_train(cache_dir: Path, sources: Sequence[Texts], vocab_size: int, seq_length: int) -> str:
-    """Train a tokenizer on the beginnings of `sources`, or find it in the cache; written aside and renamed.
+def load_or_train(name: str, sources: Sequence[Texts], *, vocab_size: int, seq_length: int, cache_dir: Path) -> Any:
+    """Load the tokenizer `name`, or for "" one that is trained on the beginnings of `sources` and kept in the cache.
 
     Args:
-        cache_dir: this node's cache folder.
+        name: see `load_tokenizer`.
         sources: corpora; the same number of characters is read of each, `TRAINING_CHARACTERS` in all.
         vocab_size: see `train_byte_level_bpe`.
         seq_length: see `train_byte_level_bpe`.
-
-    Returns:
-        Its folder.
+        cache_dir: this node's cache folder.
     """
+    if name:
+        return load_tokenizer(name)
     key = repr(([source.fingerprint for source in sources], vocab_size, seq_length))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
@@ -81,7 +81,7 @@ def find_or_train(cache_dir: Path, sources: Sequence[Texts], vocab_size: int, se
         tokenizer = train_byte_level_bpe(itertools.chain.from_iterable(beginnings), vocab_size, seq_length)
         with written_aside(folder) as aside:
             tokenizer.save_pretrained(aside)
-    return str(folder)
+    return load_tokenizer(str(folder))
 
 
 def load_tokenizer(name: str) -> Any:

@@ -108,7 +108,6 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
 
 import contextlib
 import math
-import time
 
 import numpy as np
 import torch
@@ -133,7 +132,7 @@ from shared.sample_order import samples_of_update
 from shared.stopping import StopSignals
 from shared.text_generation import continue_prompt
 from shared.throughput import Throughput
-from shared.token_cache import default_cache_dir
+from shared.token_cache import cache_folder
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
@@ -167,29 +166,28 @@ def check_config(cfg: Config) -> None:
 
 def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[PackedRows]]:
     """The tokenizer, what to train on (packed rows, or streams), and packed rows to evaluate on."""
+    columns = {"config": cfg.data_config, "text_column": cfg.text_column}
     open_training = streaming.open_streams if cfg.streaming else open_corpora
-    texts = open_training(cfg.data, config=cfg.data_config, split=cfg.data_split, text_column=cfg.text_column)
+    texts = open_training(cfg.data, split=cfg.data_split, **columns)
     eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
-    eval_options = {"config": cfg.data_config, "split": cfg.eval_split, "text_column": cfg.text_column}
-    eval_texts = open_corpora(eval_data, **eval_options) if eval_data else []
+    eval_texts = open_corpora(eval_data, split=cfg.eval_split, **columns) if eval_data else []
     fraction = 0.0 if eval_texts else cfg.eval_fraction
-    cache_dir = Path(cfg.cache_dir) if cfg.cache_dir else default_cache_dir()
-    options = {"seq_length": cfg.seq_length, "cache_dir": cache_dir, "num_processes": launch.usable_cores()}
     with launch.node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
-        if not name:
-            name = tokenization.find_or_train(cache_dir, texts, cfg.vocab_size, cfg.seq_length)
-        tokenizer = tokenization.load_tokenizer(name)
+        options = {"cache_dir": cache_folder(cfg.cache_dir), "seq_length": cfg.seq_length}
+        tokenizer = tokenization.load_or_train(name, texts, vocab_size=cfg.vocab_size, **options)
+        options |= {"tokenizer": tokenizer, "num_processes": launch.usable_cores()}
         if cfg.streaming:
-            eval_texts = eval_texts or [stream.held_out(fraction) for stream in texts]
             train = [stream.leaving_out(fraction) for stream in texts]
+            eval_texts = eval_texts or [stream.held_out(fraction) for stream in texts]
             evals = []
         else:
-            packed = [pack_corpus(source, tokenizer, eval_fraction=fraction, **options) for source in texts]
-            train, evals = [splits["train"] for splits in packed], [splits["eval"] for splits in packed]
+            train, evals = zip(
+                *[pack_corpus(source, eval_fraction=fraction, **options) for source in texts], strict=True
+            )
         if eval_texts:
-            evals = [pack_corpus(source, tokenizer, eval_fraction=0.0, **options)["train"] for source in eval_texts]
-    return tokenizer, train, evals
+            evals = [pack_corpus(source, eval_fraction=0.0, **options)[0] for source in eval_texts]
+    return tokenizer, list(train), list(evals)
 
 
 class Updates(torch.utils.data.Dataset):
@@ -239,8 +237,6 @@ def open_updates(
 
 def build_model(cfg: Config, tokenizer: Any) -> Any:
     """A model from `init`, or a new one of the chosen architecture, in float32."""
-    if cfg.init != "scratch":
-        return load_model(cfg, tokenizer)
     sizes = {
         "vocab_size": math.ceil(len(tokenizer) / 64) * 64,  # tensor cores want multiples
         "hidden_size": cfg.hidden_size,
@@ -254,8 +250,12 @@ def build_model(cfg: Config, tokenizer: Any) -> Any:
         "pad_token_id": None,
         "attn_implementation": cfg.attention,
     }
+    builders = {"nanochat": build_nanochat, "gpt2": build_gpt2, "llama": build_llama}
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    return {"nanochat": build_nanochat, "gpt2": build_gpt2, "llama": build_llama}[cfg.architecture](cfg, sizes)
+    model = builders[cfg.architecture](cfg, sizes) if cfg.init == "scratch" else load_model(cfg, tokenizer)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
 
 
 def build_nanochat(cfg: Config, sizes: dict[str, Any]) -> Any:
@@ -352,18 +352,11 @@ def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size
     return {"eval/loss": loss, "eval/perplexity": math.exp(loss), "eval/bits_per_byte": float(bits_per_byte)}
 
 
-def write_samples(cfg: Config, accelerator: Any, model: Any, tokenizer: Any, step: int) -> str:
-    """A continuation of each of `PROMPTS`, also in samples/; every process takes part, since weights may be sharded."""
-    bare = accelerator.unwrap_model(model)
-    options = {"max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95}
+def sample(cfg: Config, accelerator: Any, model: Any, tokenizer: Any) -> str:
+    """A continuation of each of `PROMPTS`; every process takes part, since weights may be sharded."""
+    bare, options = accelerator.unwrap_model(model), {"max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95}
     seeds = [derive_seed(cfg.seed, "sample", index) for index in range(len(PROMPTS))]
-    texts = [continue_prompt(bare, tokenizer, *pair, **options) for pair in zip(PROMPTS, seeds, strict=True)]
-    samples = "\n\n".join(texts)
-    if accelerator.is_main_process:
-        folder = Path(cfg.output_dir, "samples")
-        folder.mkdir(exist_ok=True)
-        (folder / f"step_{step:08d}.txt").write_text(samples + "\n", encoding="utf-8")
-    return samples
+    return "\n\n".join(continue_prompt(bare, tokenizer, *pair, **options) for pair in zip(PROMPTS, seeds, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,7 +401,8 @@ def main(cfg: Config) -> None:
 
     tokenizer, train, eval_sources = open_data(cfg, accelerator)
     if cfg.dry_run:
-        report_costs(cfg, accelerator, tokenizer, train, micro_batch_size)
+        [batch, *_], _ = next(open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, 0, []))
+        report_costs(cfg, accelerator, tokenizer, train, to_device(batch, accelerator.device))
         return
     pushes = bool(cfg.push_to_hub) and accelerator.is_main_process
     with launch.raise_together(accelerator):
@@ -416,8 +410,6 @@ def main(cfg: Config) -> None:
     model = build_model(cfg, tokenizer)
     facts = describe(cfg, accelerator, model, train)
     accelerator.print(dry_run.table(facts))
-    if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable()
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
@@ -432,10 +424,9 @@ def main(cfg: Config) -> None:
         if accelerator.is_main_process:
             run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
-    pusher = hub.HubPusher(hub_id, cfg.hub_private) if pushes else None
+    pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else contextlib.nullcontext()
-    peak = launch.peak(accelerator) * accelerator.num_processes
-    throughput = Throughput(flops_per_sample=facts["flops_per_row"], peak_flops_total=peak)
+    throughput = Throughput(facts["flops_per_row"], launch.peak(accelerator) * accelerator.num_processes)
     seconds_before = state.get("training_seconds", 0.0)
     model.train()
     while step < cfg.max_steps:
@@ -460,7 +451,7 @@ def main(cfg: Config) -> None:
         with throughput.pause():
             if step == cfg.max_steps or is_due(step, cfg.eval_every):
                 metrics |= evaluate(accelerator, model, eval_sources, micro_batch_size)
-                write_samples(cfg, accelerator, model, tokenizer, step)
+                log.write_samples(step, sample(cfg, accelerator, model, tokenizer))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
@@ -468,8 +459,7 @@ def main(cfg: Config) -> None:
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
             if is_due(step, cfg.push_every):
                 export_model(accelerator, model, tokenizer, run_dir)
-                if pusher:
-                    pusher.push(run_dir, f"step {step}", f"step-{step}")
+                pusher.push(run_dir, f"step {step}", f"step-{step}")
         if cfg.profile:
             profiler.step()
         if bad_in_a_row >= cfg.max_bad_updates:
@@ -480,7 +470,7 @@ def main(cfg: Config) -> None:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
     export_model(accelerator, model, tokenizer, run_dir)
-    samples = write_samples(cfg, accelerator, model, tokenizer, step)
+    samples = sample(cfg, accelerator, model, tokenizer)
     if accelerator.is_main_process:
         flops = facts["flops_per_row"] * cfg.global_batch_size * step
         results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
@@ -489,8 +479,8 @@ def main(cfg: Config) -> None:
         write_model_card(run_dir, run_dir.name, "text-generation", USAGE, record, log.last_evaluation(), samples)
         log.say(f"\n{samples}\n\n{log.last_evaluation()}\nmodel, card, loss curve and metrics: {run_dir}/")
         log.say(f"generate: python recipes/gpt/generate.py --model {run_dir}")
-        if pusher:
-            pusher.push(run_dir, f"step {step}")
+        pusher.push(run_dir, f"step {step}")
+        if cfg.push_to_hub:
             log.say(pusher.close(timeout_seconds=600) or f"pushed to {hub_id}")
     log.close()
     accelerator.end_training()
@@ -510,57 +500,35 @@ def learning_rate_factor(cfg: Config, step: int) -> float:
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
-    row = {"input_ids": torch.zeros(1, cfg.seq_length, dtype=torch.int64), "use_cache": False}
-    model.set_attn_implementation("sdpa")  # whose operations can be counted
-    flops_per_row = training_flops(model, row)
-    model.set_attn_implementation(cfg.attention)
+    row = torch.zeros(1, cfg.seq_length, dtype=torch.int64)
     rows = 0 if cfg.streaming else sum(len(source) for source in train)
     return {
         "parameters": model.num_parameters(),
-        "flops_per_row": flops_per_row,
+        "flops_per_row": training_flops(model, {"input_ids": row, "use_cache": False}),
         "tokens_per_update": cfg.global_batch_size * cfg.seq_length,
         "updates_per_epoch": round(rows / cfg.global_batch_size, 1) if rows else "unknown, streamed",
         **launch.describe(accelerator),
-        "hardware": run_folder.hardware(),
     }
 
 
-def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any], micro_batch_size: int) -> None:
+def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any], batch: dict[str, Tensor]) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    batches, _ = next(open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, 0, []))
-    batch = {name: torch.as_tensor(values) for name, values in batches[0].items()}
-    first_row = tokenizer.decode(batch["input_ids"][0])
+    inputs = {**batch, "use_cache": False}
     with dry_run.without_memory():
         model = build_model(replace(cfg, attention="sdpa"), tokenizer)
-        facts = describe(replace(cfg, attention="sdpa"), accelerator, model, train)
-        shapes = {name: torch.zeros(values.shape, dtype=torch.int64) for name, values in batch.items()}
-        with dry_run.SavedForBackward(model) as saved:
-            causal_lm_loss_sum(forward(model, shapes), shapes["labels"])
-    optimizer_bytes = 8.0 if cfg.optimizer == "adamw" else 6.0  # two moments in float32; of matrices Muon keeps one
-    rows = {name: str(value) for name, value in facts.items()}
-    rows |= dry_run.cost_rows(model, saved.num_bytes, optimizer_bytes, launch.shared_by(accelerator))
+        facts = describe(cfg, accelerator, model, train)
+        # Two moments in float32; of matrices Muon keeps one.
+        costs = dry_run.costs(accelerator, model, inputs, 8.0 if cfg.optimizer == "adamw" else 6.0)
+    rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
     if cfg.push_to_hub:
         rows["hub"] = f"{hub.check_login(cfg.push_to_hub)}, token accepted"
-    seconds_at_peak = facts["flops_per_row"] * micro_batch_size / launch.peak(accelerator)
-    needed = (8 + optimizer_bytes) * facts["parameters"] + saved.num_bytes
-    if seconds_at_peak < 2 and 2 * needed < dry_run.free_memory(accelerator.device):
-        seconds = time_micro_batch(cfg, accelerator, tokenizer, to_device(batch, accelerator.device))
+    if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
+        model = build_model(cfg, tokenizer)
+        seconds = dry_run.time_micro_batch(accelerator, model, build_optimizer(cfg, model), inputs)
         seconds *= accelerator.gradient_accumulation_steps
         rows["one update"] = dry_run.human_seconds(seconds)
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
-    accelerator.print(f"first row: {first_row}\n\n{dry_run.table(rows)}")
-
-
-def time_micro_batch(cfg: Config, accelerator: Any, tokenizer: Any, batch: dict[str, Tensor]) -> float:
-    """Seconds of one real micro-batch with its share of the optimizer; the first two runs warm up."""
-    model = build_model(cfg, tokenizer)
-    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
-    accelerator.gradient_accumulation_steps, accumulation = 1, accelerator.gradient_accumulation_steps
-    for step in range(3):
-        started = time.perf_counter()
-        train_update(cfg, accelerator, model, optimizer, [batch], step)
-    accelerator.gradient_accumulation_steps = accumulation
-    return time.perf_counter() - started
+    accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{dry_run.table(rows)}")
 
 
 if __name__ == "__main__":

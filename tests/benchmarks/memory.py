@@ -75,7 +75,7 @@ def tokenise_and_pack(corpus: Path) -> None:
     say("ready")
     texts = open_texts(str(corpus), config="", split="", text_column="")
     options = {"seq_length": SEQ_LENGTH, "eval_fraction": 0.01, "num_processes": TOKENISING_PROCESSES}
-    rows = pack_corpus(texts, tokenizer, cache_dir=cache_dir, **options)["train"]
+    rows = pack_corpus(texts, tokenizer, cache_dir=cache_dir, **options)[0]
     for row in range(len(rows)):
         rows.read(row)
 

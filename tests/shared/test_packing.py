@@ -138,9 +138,9 @@ def test_the_label_of_padding_is_the_one_that_torch_leaves_out() -> None:
 def test_rows_of_a_corpus_hold_all_of_it(tokenizer: Any, tmp_path: Path) -> None:
     texts = open_texts("sample_eval", config="", split="", text_column="text")
     options = {"seq_length": 256, "eval_fraction": 0.1, "cache_dir": tmp_path, "num_processes": 1}
-    rows_of = pack_corpus(texts, tokenizer, **options)
+    splits = pack_corpus(texts, tokenizer, **options)
     begin, end = special_ids(tokenizer)
-    for rows in rows_of.values():
+    for rows in splits:
         samples = [rows.read(row) for row in range(len(rows))]
         inputs, labels = (np.concatenate([sample[name] for sample in samples]) for name in ("input_ids", "labels"))
         is_target = labels != IGNORED
@@ -153,13 +153,13 @@ def test_rows_of_a_corpus_hold_all_of_it(tokenizer: Any, tmp_path: Path) -> None
         )
         assert np.sum(inputs[is_target] == begin) == np.sum(labels == end) == len(documents) > 0
         assert rows.cache.num_bytes > 0
-    assert sum(len(rows.cache.ends) for rows in rows_of.values()) == 25
+    assert sum(len(rows.cache.ends) for rows in splits) == 25
 
 
 def test_another_process_maps_the_rows_itself(tokenizer: Any, tmp_path: Path) -> None:
     texts = open_texts("sample_eval", config="", split="", text_column="text")
     options = {"seq_length": 64, "eval_fraction": 0.1, "cache_dir": tmp_path, "num_processes": 1}
-    rows = pack_corpus(texts, tokenizer, **options)["train"]
+    rows = pack_corpus(texts, tokenizer, **options)[0]
     message = pickle.dumps(rows)
     again = pickle.loads(message)
     assert len(message) < 1000
@@ -171,7 +171,7 @@ def test_another_process_maps_the_rows_itself(tokenizer: Any, tmp_path: Path) ->
 def test_an_empty_split_has_no_rows(tokenizer: Any, tmp_path: Path) -> None:
     texts = open_texts("sample_eval", config="", split="", text_column="text")
     options = {"seq_length": 64, "eval_fraction": 0.0, "cache_dir": tmp_path, "num_processes": 1}
-    assert len(pack_corpus(texts, tokenizer, **options)["eval"]) == 0
+    assert len(pack_corpus(texts, tokenizer, **options)[1]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def waste(document_ends: np.ndarray, seq_length: int) -> float:
 def test_little_of_the_prose_s_rows_is_empty(data: str, seq_length: int, tokenizer: Any, tmp_path: Path) -> None:
     texts = open_texts(data, config="", split="", text_column="text")
     options = {"seq_length": seq_length, "eval_fraction": 0.0, "cache_dir": tmp_path, "num_processes": 2}
-    ends_of_documents = pack_corpus(texts, tokenizer, **options)["train"].cache.ends
+    ends_of_documents = pack_corpus(texts, tokenizer, **options)[0].cache.ends
     assert waste(ends_of_documents, seq_length) < (0.01 if data == "sample" else 0.03)
 
 

@@ -230,7 +230,7 @@ def test_held_out_documents_come_from_the_beginning(monkeypatch: pytest.MonkeyPa
 def test_held_out_documents_can_be_packed(tokenizer: Any, tmp_path: Path) -> None:
     held_out = TextStream("made up", shards_of(3, documents_each=40)).held_out(0.3)
     options = {"seq_length": 64, "eval_fraction": 0.0, "cache_dir": tmp_path, "num_processes": 1}
-    rows = pack_corpus(held_out, tokenizer, **options)["train"]
+    rows = pack_corpus(held_out, tokenizer, **options)[0]
     assert sorted(documents_in([rows.read(row) for row in range(len(rows))], tokenizer)) == sorted(held_out)
 
 

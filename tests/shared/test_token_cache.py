@@ -22,7 +22,7 @@ from shared import token_cache
 from shared.command_line import UsageError
 from shared.documents import open_texts
 from shared.packing import pack_corpus
-from shared.token_cache import SPLITS, build_token_cache, content_share, default_cache_dir, open_token_cache
+from shared.token_cache import SPLITS, build_token_cache, cache_folder, content_share, open_token_cache
 from shared.tokenization import decode_bytes, encode, special_ids, to_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -181,9 +181,9 @@ def test_the_name_changes_with_data_tokenizer_and_settings(tokenizer: Any, tmp_p
     def name(seq_length: int = 16, eval_fraction: float = 0.1, which: Any = tokenizer, processes: int = 1) -> str:
         texts = open_texts(str(tmp_path / "data.txt"), config="", split="", text_column="")
         options = {"seq_length": seq_length, "eval_fraction": eval_fraction, "num_processes": processes}
-        rows = pack_corpus(texts, which, cache_dir=tmp_path / "cache", **options)
-        assert rows["train"].fingerprint == rows["eval"].fingerprint
-        return rows["train"].fingerprint
+        train, held_out = pack_corpus(texts, which, cache_dir=tmp_path / "cache", **options)
+        assert train.fingerprint == held_out.fingerprint
+        return train.fingerprint
 
     first = name()
     assert name(seq_length=32) == name(processes=2) == first  # rows lie beside the same tokens
@@ -285,10 +285,11 @@ def test_the_cache_lies_in_the_home_of_the_hub_where_that_can_be_written(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    assert default_cache_dir() == tmp_path / "home" / "pretraining_recipes"
+    assert cache_folder("elsewhere") == Path("elsewhere")
+    assert cache_folder("") == tmp_path / "home" / "pretraining_recipes"
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
-    assert default_cache_dir().name == f"pretraining_recipes_{os.getuid()}"
+    assert cache_folder("").name == f"pretraining_recipes_{os.getuid()}"
 
 
 @pytest.mark.slow

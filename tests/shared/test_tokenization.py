@@ -21,8 +21,8 @@ from shared.tokenization import (
     END_OF_TEXT,
     decode_bytes,
     encode,
-    find_or_train,
     fingerprint,
+    load_or_train,
     load_tokenizer,
     special_ids,
     to_bytes,
@@ -162,24 +162,22 @@ def test_training_survives_any_bytes_and_a_corpus_with_too_few_merges() -> None:
 
 
 def test_a_tokenizer_is_trained_once_and_found_again(prose: list[str], tmp_path: Path) -> None:
-    corpus = Corpus(text[:3000] for text in prose[:2])
-    folder = Path(find_or_train(tmp_path, [corpus], 300, 64))
+    corpus, other = Corpus(text[:3000] for text in prose[:2]), Corpus(["other " * 100])
+    sizes = {"vocab_size": 300, "seq_length": 64}
+    folder = Path(load_or_train("", [corpus], **sizes, cache_dir=tmp_path).name_or_path)
     written = (folder / "tokenizer.json").stat().st_mtime_ns
-    assert find_or_train(tmp_path, [corpus], 300, 64) == str(folder)
+    assert load_or_train("", [corpus], **sizes, cache_dir=tmp_path).name_or_path == str(folder)
     assert (folder / "tokenizer.json").stat().st_mtime_ns == written
-    others = {
-        find_or_train(tmp_path, [corpus], 301, 64),
-        find_or_train(tmp_path, [corpus], 300, 65),
-        find_or_train(tmp_path, [Corpus(["other " * 100])], 300, 64),
-    }
-    assert len(others | {str(folder)}) == 4
+    for sources, changed in (([corpus], {"vocab_size": 301}), ([corpus], {"seq_length": 65}), ([other], {})):
+        load_or_train("", sources, **(sizes | changed), cache_dir=tmp_path)
+    assert len(list(folder.parent.iterdir())) == 4
     assert all(not path.name.startswith(".") for path in folder.parent.iterdir())
 
 
 def test_each_corpus_is_trained_on_however_large_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "TRAINING_CHARACTERS", 2000)
     corpora = [Corpus(["aardvark " * 1000] * 3), Corpus(["zebra " * 1000] * 3)]
-    vocabulary = load_tokenizer(find_or_train(tmp_path, corpora, 300, 64)).get_vocab()
+    vocabulary = load_or_train("", corpora, vocab_size=300, seq_length=64, cache_dir=tmp_path).get_vocab()
     assert {"Ġaardvark", "Ġzebra"} <= set(vocabulary)
 
 
