@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, expect
 
 
 def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> Any:
@@ -26,3 +26,25 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
     except Exception as error:  # hub, format and shape errors have no common class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
+
+
+def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -> Any:
+    """The causal language model that `init` names, in float32.
+
+    Args:
+        name: see `load_pretrained`.
+        tokenizer: whose ids it will see.
+        seq_length: tokens of a row.
+        attention: transformers' name of the attention kernel.
+
+    Raises:
+        UsageError: it is not there, or the tokenizer or the rows do not fit it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = load_pretrained(AutoModelForCausalLM, name, "init", attn_implementation=attention)
+    known, longest = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
+    expected = f"at most the {known} tokens of init, not {len(tokenizer)}"
+    expect(len(tokenizer) <= known, "tokenizer", tokenizer.name_or_path, expected)
+    expect(seq_length <= longest, "seq_length", seq_length, f"at most {longest}, the longest row of init")
+    return model

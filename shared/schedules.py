@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step that return a factor in [0, 1] of the peak rate."""
+"""What happens when: learning rates as factors in [0, 1] of the peak rate, and what is due; functions of the step."""
 
 import math
 
@@ -22,3 +22,8 @@ def warmup_cosine(step: int, max_steps: int, warmup_steps: int, final_fraction: 
     progress = max(0.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     cosine = final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return min(warmup(step, warmup_steps), cosine)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 = never, happens after `step`."""
+    return every > 0 and step % every == 0

@@ -119,20 +119,19 @@ from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, str
 from shared.batches import micro_batches, to_device
 from shared.documents import open_corpora
 from shared.export import export_model
-from shared.figures import loss_curve
 from shared.flops import training_flops
-from shared.model_card import write_model_card
 from shared.optimizers import MuonWithAdamW, set_learning_rates
 from shared.packing import IGNORED, PackedRows, fill_row, pack_corpus
-from shared.pretrained import load_pretrained
+from shared.pretrained import load_causal_lm
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed
+from shared.report import write_report
 from shared.run_log import RunLog
-from shared.sample_order import samples_of_update
 from shared.stopping import StopSignals
 from shared.text_generation import continue_prompt
 from shared.throughput import Throughput
 from shared.token_cache import cache_folder
+from shared.updates import Updates
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
@@ -143,13 +142,16 @@ print(pipeline("text-generation", "path/of/this/folder")("The President of the U
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
     cli.check_run_control(cfg)
-    for field in ("num_layers", "num_heads", "global_batch_size", "max_steps"):
+    for field in ("num_layers", "num_heads", "hidden_size", "global_batch_size", "max_steps"):
         cli.expect(getattr(cfg, field) >= 1, field, getattr(cfg, field), "at least 1")
+    for field in ("per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm", "num_kv_heads"):
+        cli.expect(getattr(cfg, field) >= 0, field, getattr(cfg, field), "0 or more")
+    for field in ("learning_rate", "muon_learning_rate"):
+        cli.expect(getattr(cfg, field) > 0, field, getattr(cfg, field), "more than 0")
     cli.expect(cfg.seq_length >= 2, "seq_length", cfg.seq_length, "at least 2, a token to see and one to predict")
     cli.expect(cfg.vocab_size > 256, "vocab_size", cfg.vocab_size, "more than the 256 bytes and the end token")
-    cli.expect(
-        cfg.hidden_size % (2 * cfg.num_heads) == 0, "hidden_size", cfg.hidden_size, "a multiple of 2 x num_heads"
-    )
+    is_even = cfg.hidden_size % (2 * cfg.num_heads) == 0  # RoPE turns pairs
+    cli.expect(is_even, "hidden_size", cfg.hidden_size, "a multiple of 2 x num_heads")
     divides = cfg.num_heads % (cfg.num_kv_heads or cfg.num_heads) == 0
     cli.expect(divides, "num_kv_heads", cfg.num_kv_heads, "a divisor of num_heads, or 0")
     for field in ("eval_fraction", "dropout"):
@@ -190,31 +192,10 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[Packe
     return tokenizer, list(train), list(evals)
 
 
-class Updates(torch.utils.data.Dataset):
-    """Item `step` is what update `step` sees on this process: its micro-batches of int64 arrays (B, T).
-
-    It depends on the seed and `step` alone, so a resumed run needs nothing else.
-    """
-
-    def __init__(self, sources: list[PackedRows], micro_batch_size: int, order: dict[str, Any]) -> None:
-        self.sources, self.micro_batch_size, self.order = sources, micro_batch_size, order
-
-    def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[Any]]:
-        samples = samples_of_update(step, [len(rows) for rows in self.sources], **self.order)
-        rows = [self.sources[source].read(row) for source, _, row in samples]
-        return micro_batches(rows, self.micro_batch_size), []
-
-
 def open_updates(
-    cfg: Config,
-    accelerator: Any,
-    tokenizer: Any,
-    train: list[Any],
-    micro_batch_size: int,
-    step: int,
-    streams: list[Any],
+    cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any], batch_size: int, step: int, streams: list[Any]
 ) -> Any:
-    """Updates from `step` on, each this process's micro-batches and where its streams are after it."""
+    """Updates from `step` on: each this process's micro-batches of at most (B, T), and its streams' states after it."""
     order = {
         "weights": cli.positive_numbers("data_weights", cfg.data_weights, len(train)),
         "seed": cfg.seed,
@@ -223,10 +204,10 @@ def open_updates(
         "num_processes": accelerator.num_processes,
     }
     if cfg.streaming:
-        dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, micro_batch_size, order, step, streams)
+        dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, batch_size, order, step, streams)
         options = {"num_workers": min(1, cfg.num_workers)}
     else:
-        dataset = Updates(train, micro_batch_size, order)
+        dataset = Updates(train, batch_size, order)
         options = {"num_workers": cfg.num_workers, "sampler": range(step, cfg.max_steps)}
     return iter(DataLoader(dataset, batch_size=None, pin_memory=accelerator.device.type == "cuda", **options))
 
@@ -252,7 +233,10 @@ def build_model(cfg: Config, tokenizer: Any) -> Any:
     }
     builders = {"nanochat": build_nanochat, "gpt2": build_gpt2, "llama": build_llama}
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    model = builders[cfg.architecture](cfg, sizes) if cfg.init == "scratch" else load_model(cfg, tokenizer)
+    if cfg.init == "scratch":
+        model = builders[cfg.architecture](cfg, sizes)
+    else:
+        model = load_causal_lm(cfg.init, tokenizer, cfg.seq_length, cfg.attention)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
@@ -279,18 +263,6 @@ def build_llama(cfg: Config, sizes: dict[str, Any]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=cfg.dropout))
-
-
-def load_model(cfg: Config, tokenizer: Any) -> Any:
-    """The model of `init`; raises `UsageError` if the tokenizer or the rows do not fit it."""
-    from transformers import AutoModelForCausalLM
-
-    model = load_pretrained(AutoModelForCausalLM, cfg.init, "init", attn_implementation=cfg.attention)
-    known, longest = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
-    name = cfg.tokenizer or cfg.init
-    cli.expect(len(tokenizer) <= known, "tokenizer", name, f"at most the {known} tokens of init, not {len(tokenizer)}")
-    cli.expect(cfg.seq_length <= longest, "seq_length", cfg.seq_length, f"at most {longest}, the longest row of init")
-    return model
 
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
@@ -449,15 +421,15 @@ def main(cfg: Config) -> None:
             metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped, **throughput.read("tokens")}
         seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
-            if step == cfg.max_steps or is_due(step, cfg.eval_every):
+            if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
                 metrics |= evaluate(accelerator, model, eval_sources, micro_batch_size)
                 log.write_samples(step, sample(cfg, accelerator, model, tokenizer))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
-            if is_last or is_stopping or is_due(step, cfg.save_every):
+            if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
                 state["streams"] = launch.gather_objects(accelerator, streams)
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
-            if is_due(step, cfg.push_every):
+            if schedules.is_due(step, cfg.push_every):
                 export_model(accelerator, model, tokenizer, run_dir)
                 pusher.push(run_dir, f"step {step}", f"step-{step}")
         if cfg.profile:
@@ -474,21 +446,13 @@ def main(cfg: Config) -> None:
     if accelerator.is_main_process:
         flops = facts["flops_per_row"] * cfg.global_batch_size * step
         results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
-        record = run_folder.update_run_record(run_dir, results)
-        loss_curve(log.read(), run_dir / "figures" / "loss.png")
-        write_model_card(run_dir, run_dir.name, "text-generation", USAGE, record, log.last_evaluation(), samples)
-        log.say(f"\n{samples}\n\n{log.last_evaluation()}\nmodel, card, loss curve and metrics: {run_dir}/")
-        log.say(f"generate: python recipes/gpt/generate.py --model {run_dir}")
+        write_report(log, run_dir, "text-generation", USAGE, results, samples)
         pusher.push(run_dir, f"step {step}")
-        if cfg.push_to_hub:
-            log.say(pusher.close(timeout_seconds=600) or f"pushed to {hub_id}")
+    if hub_id:
+        log.say(pusher.close(timeout_seconds=600) or f"pushed to {hub_id}")
+    log.say(f"generate: python recipes/gpt/generate.py --model {run_dir}")
     log.close()
     accelerator.end_training()
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps, 0 = never, happens after `step`."""
-    return every > 0 and step % every == 0
 
 
 def learning_rate_factor(cfg: Config, step: int) -> float:

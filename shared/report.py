@@ -1,0 +1,30 @@
+"""What a finished run says of itself: run.json completed, loss curve, model card, and a summary on the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from shared.figures import loss_curve
+from shared.model_card import write_model_card
+from shared.run_folder import update_run_record
+from shared.run_log import RunLog
+
+
+def write_report(
+    log: RunLog, run_dir: Path, pipeline_tag: str, usage: str, results: dict[str, Any], samples: str
+) -> None:
+    """Write it all from the run's own measurements. The main process calls this.
+
+    Args:
+        log: has the run's metrics.
+        run_dir: the run folder; run.json and the exported model are there already.
+        pipeline_tag: the Hub's task name, such as text-generation.
+        usage: Python that loads the model.
+        results: steps, training_seconds and training_flops, added to run.json.
+        samples: what the model made, as plain text.
+    """
+    record = update_run_record(run_dir, results)
+    loss_curve(log.read(), run_dir / "figures" / "loss.png")
+    evaluation = log.last_evaluation()
+    write_model_card(run_dir, run_dir.name, pipeline_tag, usage, record, evaluation, samples)
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in evaluation.items())
+    log.say(f"\n{samples}\n\n{shown}\nmodel, card, loss curve and metrics: {run_dir}/")

@@ -1,0 +1,39 @@
+"""What update t sees, for corpora that are read by index; `streaming.StreamedUpdates` is the same for streams."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from shared.batches import micro_batches
+from shared.sample_order import samples_of_update
+
+
+class Samples(Protocol):
+    """Anything whose samples are read by index."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """One sample, the same at every call."""
+
+
+class Updates(torch.utils.data.Dataset):
+    """Item `step` is what update `step` sees on this process; it depends on the order's seed and `step` alone.
+
+    So a resumed run needs nothing else, and neither data workers nor the number of processes change a global batch.
+
+    Args:
+        sources: one or more sets of samples.
+        micro_batch_size: samples of a micro-batch.
+        order: weights, seed, global_batch_size, rank and num_processes, see `samples_of_update`.
+    """
+
+    def __init__(self, sources: list[Samples], micro_batch_size: int, order: dict[str, Any]) -> None:
+        self._sources, self._micro_batch_size, self._order = sources, micro_batch_size, order
+
+    def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[Any]]:
+        """The micro-batches of update `step`, and the states of its streams: none."""
+        drawn = samples_of_update(step, [len(source) for source in self._sources], **self._order)
+        samples = [self._sources[source].read(index) for source, _, index in drawn]
+        return micro_batches(samples, self._micro_batch_size), []

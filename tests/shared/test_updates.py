@@ -1,0 +1,60 @@
+"""Updates are the samples that the order names, as micro-batches, however many workers read them."""
+
+import itertools
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from shared.sample_order import samples_of_update
+from shared.updates import Updates
+
+
+class Numbers:
+    """Samples that hold their own index, shifted so that sources differ."""
+
+    def __init__(self, size: int, shift: int) -> None:
+        self.size, self.shift = size, shift
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        return {"input_ids": np.array([self.shift + index])}
+
+
+SOURCES = [Numbers(10, 0), Numbers(7, 100)]
+
+
+def order(rank: int = 0, num_processes: int = 1) -> dict[str, object]:
+    common = {"weights": [1.0, 2.0], "seed": 3, "global_batch_size": 12}
+    return {**common, "rank": rank, "num_processes": num_processes}
+
+
+def numbers(batches: list[dict[str, np.ndarray]]) -> list[int]:
+    return [int(number) for batch in batches for number in batch["input_ids"][:, 0]]
+
+
+def test_an_update_holds_the_samples_of_the_order() -> None:
+    updates = Updates(SOURCES, 4, order())
+    for step in (0, 5):
+        batches, states = updates[step]
+        assert [batch["input_ids"].shape for batch in batches] == [(4, 1)] * 3
+        drawn = samples_of_update(step, [10, 7], **order())
+        assert numbers(batches) == [100 * source + index for source, _, index in drawn]
+        assert states == []
+
+
+def test_processes_share_the_same_global_batch() -> None:
+    whole = numbers(Updates(SOURCES, 12, order())[4][0])
+    shares = [numbers(Updates(SOURCES, 2, order(rank, 3))[4][0]) for rank in range(3)]
+    assert [len(share) for share in shares] == [4, 4, 4]
+    assert list(itertools.chain.from_iterable(shares)) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(workers: int) -> None:
+    loader = DataLoader(Updates(SOURCES, 4, order()), batch_size=None, sampler=range(3, 7), num_workers=workers)
+    found = [[batch["input_ids"].flatten().tolist() for batch in batches] for batches, _ in loader]
+    alone = [Updates(SOURCES, 4, order())[step][0] for step in range(3, 7)]
+    assert found == [[batch["input_ids"].flatten().tolist() for batch in batches] for batches in alone]
