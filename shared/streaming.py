@@ -20,7 +20,7 @@ from shared import tokenization
 from shared.batches import micro_batches
 from shared.command_line import UsageError
 from shared.documents import LocalTexts, Texts, hub_errors, local_path, open_texts, pick_text_column, text_columns
-from shared.packing import BestFitPacker, cut, fill_row
+from shared.packing import MAX_WASTE, BestFitPacker, cut, fill_row
 from shared.randomness import derive_seed, shuffled_indices
 from shared.sample_order import mixture_sources, positions_of_update
 from shared.token_cache import content_share
@@ -136,25 +136,25 @@ def stream_rows(
     window_start: StreamState = {**state, "rows": 0}
     used = state["rows"]
     while True:
-        stretches: list[np.ndarray] = []
-        packer = BestFitPacker(seq_length)
+        window: list[np.ndarray] = []
+        packer = BestFitPacker(seq_length, MAX_WASTE)
         rows, num_tokens = [], 0
         window_end = window_start
         while num_tokens < WINDOW_ROWS * seq_length:
             document, window_end = next(documents)
             ids = np.concatenate([[begin], tokenization.encode(tokenizer.backend_tokenizer, document), [end]])
+            window.append(ids)
+            for piece in cut(num_tokens, num_tokens + len(ids), seq_length):
+                rows += packer.add(piece)
             num_tokens += len(ids)
-            for first, length in cut(0, len(ids), seq_length):
-                stretches.append(ids[first : first + length + 1])
-                closed = packer.add((len(stretches) - 1, length))
-                rows += [closed] if closed else []
         rows += packer.flush()
+        tokens = np.concatenate(window)
         window_seed = derive_seed(
             seed, "window", window_start["epoch"], window_start["shard"], window_start["document"]
         )
         order = shuffled_indices(np.arange(len(rows)), len(rows), derive_seed(window_seed, rank))
         for position in range(used, len(rows)):
-            row = [stretches[index] for index, _ in rows[order[position]]]
+            row = [tokens[start : start + length + 1] for start, length in rows[order[position]]]
             yield fill_row(row, seq_length, end), {**window_start, "rows": position + 1}
         window_start, used = window_end, 0
 

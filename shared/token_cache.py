@@ -29,7 +29,7 @@ from shared import tokenization
 from shared.atomic_folder import written_aside
 from shared.command_line import UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "eval")
 _BATCH_CHARACTERS = 1 << 20
 
@@ -85,13 +85,13 @@ def build_token_cache(
 
     Documents whose `content_share` is below `eval_fraction` go to the eval split, and so do the first one and its
     equals, so that it is never empty. Equal documents share a split, and neither the order of the others nor the
-    number of processes matters; 0 keeps the eval split empty.
+    number of processes matters; 0 keeps the eval split empty, 1 the train split.
 
     Args:
         folder: the cache folder to make.
         documents: texts; empty ones are passed over.
         tokenizer: a fast transformers tokenizer.
-        eval_fraction: share of the documents held out, in [0, 1).
+        eval_fraction: share of the documents held out, in [0, 1].
         num_processes: tokenising processes.
 
     Raises:
@@ -110,7 +110,7 @@ def build_token_cache(
         summary = {split: writer.close() for split, writer in writers.items()}
         if first_share is None:
             raise UsageError("data: expected at least one document, got none")
-        if not summary["train"]["documents"]:
+        if eval_fraction < 1 and not summary["train"]["documents"]:
             raise UsageError(
                 f"data: expected documents to train on, but all {summary['eval']['documents']} (equal ones stay "
                 "together) are held out; with eval_fraction 0, or with eval_data set, none is"

@@ -188,7 +188,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[Packe
                 *[pack_corpus(source, eval_fraction=fraction, **options) for source in texts], strict=True
             )
         if eval_texts:
-            evals = [pack_corpus(source, eval_fraction=0.0, **options)[0] for source in eval_texts]
+            evals = [pack_corpus(source, eval_fraction=1.0, **options)[1] for source in eval_texts]
     return tokenizer, list(train), list(evals)
 
 

@@ -161,7 +161,8 @@ def documents_of_a_pass(shards: Sequence[Shard], processes: int, rank: int, epoc
     return [document for document, _ in itertools.takewhile(lambda pair: pair[1]["epoch"] == epoch, documents)]
 
 
-def test_every_token_of_a_pass_is_in_its_rows(tokenizer: Any) -> None:
+def test_every_document_of_a_pass_is_in_its_rows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "MAX_WASTE", 1.0)  # so that documents stay whole
     shards = shards_of(4)
     rows = rows_of_a_pass(shards, tokenizer, 1, 0, seq_length=64)
     documents = [document for shard in shards for document in shard]
@@ -202,7 +203,8 @@ def test_rows_have_the_form_of_cached_rows(tokenizer: Any) -> None:
 # Held-out documents
 
 
-def test_held_out_documents_are_never_trained_on(tokenizer: Any) -> None:
+def test_held_out_documents_are_never_trained_on(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "MAX_WASTE", 1.0)  # so that documents stay whole
     stream = TextStream("made up", shards_of(4, documents_each=40))
     held_out = set(stream.held_out(0.2))
     trained = {
@@ -229,8 +231,8 @@ def test_held_out_documents_come_from_the_beginning(monkeypatch: pytest.MonkeyPa
 
 def test_held_out_documents_can_be_packed(tokenizer: Any, tmp_path: Path) -> None:
     held_out = TextStream("made up", shards_of(3, documents_each=40)).held_out(0.3)
-    options = {"seq_length": 64, "eval_fraction": 0.0, "cache_dir": tmp_path, "num_processes": 1}
-    rows = pack_corpus(held_out, tokenizer, **options)[0]
+    options = {"seq_length": 64, "eval_fraction": 1.0, "cache_dir": tmp_path, "num_processes": 1}
+    rows = pack_corpus(held_out, tokenizer, **options)[1]
     assert sorted(documents_in([rows.read(row) for row in range(len(rows))], tokenizer)) == sorted(held_out)
 
 
@@ -290,9 +292,13 @@ def test_little_of_the_rows_is_empty(
     assert np.mean([np.mean(row["labels"] == IGNORED) for row, _ in found]) < 0.03
 
 
-def test_little_of_the_rows_of_web_pages_is_empty(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_little_of_the_rows_of_web_pages_is_empty(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    """The narrower, the more documents are a bit longer than half a row."""
     monkeypatch.setattr(streaming, "WINDOW_ROWS", 512)
-    lengths = np.random.default_rng(0).lognormal(np.log(500) - 0.5, 1.0, 3000).astype(int)
+    lengths = np.random.default_rng(0).lognormal(np.log(600) - spread**2 / 2, spread, 3000).astype(int)
     shard = Shard(["a" * max(1, length) for length in lengths])
     token_of_a = len(tokenizer.backend_tokenizer.encode("a" * 1000, add_special_tokens=False))
     assert token_of_a > 200
