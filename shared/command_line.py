@@ -22,6 +22,7 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may requeue the same command
 EXIT_NON_FINITE = 76
 EXIT_NO_CHECKPOINT = 77
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 ConfigT = TypeVar("ConfigT")
 
@@ -179,6 +180,8 @@ def exit_codes() -> Iterator[None]:
         message, status = f"error: {error}", EXIT_NON_FINITE
     except NoUsableCheckpoint as error:
         message, status = f"error: {error}", EXIT_NO_CHECKPOINT
+    except KeyboardInterrupt:
+        message, status = "stopped: by Ctrl-C, without saving", EXIT_INTERRUPTED
     if status:
         if is_speaking_process():
             sys.stdout.flush()

@@ -209,6 +209,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer_json: str, begin: int, end: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the first process ends the others
     if sys.platform == "linux":  # else the workers of a killed run would wait for work for ever
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

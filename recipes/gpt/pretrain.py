@@ -364,7 +364,6 @@ def main(cfg: Config) -> None:
     run_dir = Path(cfg.output_dir)
     run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
     launch.follow_launcher()
-    stop = StopSignals()
     accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
     micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
     launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
@@ -400,6 +399,7 @@ def main(cfg: Config) -> None:
     profiler = trace_updates(run_dir / "profile") if cfg.profile else contextlib.nullcontext()
     throughput = Throughput(facts["flops_per_row"], launch.peak(accelerator) * accelerator.num_processes)
     seconds_before = state.get("training_seconds", 0.0)
+    stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
     while step < cfg.max_steps:
         with throughput.waiting_for_data():

@@ -77,10 +77,11 @@ def results_of(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-def launch(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def launch(*arguments: str, start_new_session: bool = False, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "recipes" / "gpt" / "pretrain.py"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd="/", env={**os.environ, **environment}, **pipes)
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, cwd="/", env=environment, start_new_session=start_new_session, **pipes)
 
 
 def flags(**fields: Any) -> list[str]:
@@ -302,6 +303,29 @@ def test_signal_saves_and_the_same_command_goes_on(corpus: Path, reference: Path
     saved = [entry["step"] for entry in metrics_of(run_dir)]
     assert saved == list(range(1, len(saved) + 1))
     assert (run_dir / "checkpoints" / f"step_{saved[-1]:08d}" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_ends_the_run_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    """While a large corpus is tokenised; a terminal sends Ctrl-C to the tokenising processes too."""
+    (tmp_path / "large.txt").write_text("a sentence of some words, and another one; " * 3_000_000)
+    arguments = flags(**TINY, data=tmp_path / "large.txt", output_dir=tmp_path / "run", cache_dir=tmp_path / "cache")
+    tokenizer = tokenization.train_byte_level_bpe(["a sentence of some words"], vocab_size=300, seq_length=32)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    process = launch(*arguments, f"--tokenizer={tmp_path / 'tokenizer'}", start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache" / "tokens").glob(".*/train/tokens.bin")):
+        assert time.monotonic() < deadline, process.poll()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    if number == signal.SIGINT:
+        assert process.returncode == cli.EXIT_INTERRUPTED
+        assert errors.strip().splitlines()[-1] == "stopped: by Ctrl-C, without saving"
+    else:
+        assert process.returncode == -signal.SIGTERM
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from shared import command_line
 from shared.command_line import (
+    EXIT_INTERRUPTED,
     EXIT_NO_CHECKPOINT,
     EXIT_NON_FINITE,
     EXIT_STOPPED,
@@ -390,6 +391,7 @@ def test_redact():
         (RunStopped("saved at step 3"), EXIT_STOPPED, "stopped: saved at step 3\n"),
         (TooManyNonFiniteUpdates("10 updates"), EXIT_NON_FINITE, "error: 10 updates\n"),
         (NoUsableCheckpoint("all damaged"), EXIT_NO_CHECKPOINT, "error: all damaged\n"),
+        (KeyboardInterrupt(), EXIT_INTERRUPTED, "stopped: by Ctrl-C, without saving\n"),
         (UsageError(f"two\nlines {TOKEN}"), EXIT_USAGE, "error: two lines hf_***\n"),
     ],
 )
@@ -404,11 +406,11 @@ def test_exit_codes(capsys, monkeypatch, error, status, line):
 
 
 def test_the_exit_statuses_differ():
-    assert len({0, 1, EXIT_USAGE, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT}) == 6
+    assert len({0, 1, EXIT_USAGE, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT, EXIT_INTERRUPTED}) == 7
     assert EXIT_USAGE == 2
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(5), OSError("disk full")])
+@pytest.mark.parametrize("error", [ValueError("x"), GeneratorExit(), SystemExit(5), OSError("disk full")])
 def test_other_exceptions_pass(capsys, error):
     with pytest.raises(type(error)) as caught, exit_codes():
         raise error
