@@ -173,7 +173,8 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        message, status = f"error: {error}", EXIT_USAGE
+        # One raised in a data worker comes with that process's traceback as a part of its text.
+        message, status = f"error: {str(error).strip().rpartition('UsageError: ')[2]}", EXIT_USAGE
     except RunStopped as error:
         message, status = f"stopped: {error}", EXIT_STOPPED
     except TooManyNonFiniteUpdates as error:

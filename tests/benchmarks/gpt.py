@@ -194,7 +194,7 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
 
     recipe, cfg = load_recipe(flags)
     seconds = dict.fromkeys(("forward", "backward", "optimizer", "clipping"), 0.0)
-    times, parts = [], []
+    times, parts, processor = [], [], []
     train_update = recipe.train_update
 
     def timed(part: str, function: Callable) -> Callable:
@@ -209,6 +209,7 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     def counted(*args: Any) -> Any:
         result = train_update(*args)
         times.append(time.perf_counter())
+        processor.append(time.process_time())
         parts.append(dict(seconds))
         if len(times) == updates:
             raise EnoughUpdates
@@ -225,7 +226,8 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     except EnoughUpdates:
         elapsed = times[-1] - times[WARM_UPDATES - 1]
         shares = {part: (parts[-1][part] - parts[WARM_UPDATES - 1][part]) / elapsed for part in seconds}
-        return {**speed(times), "peak_bytes": peak_bytes(), "shares": shares}
+        cores = (processor[-1] - processor[WARM_UPDATES - 1]) / elapsed
+        return {**speed(times), "peak_bytes": peak_bytes(), "shares": shares, "cores": cores}
     raise SystemExit(f"the recipe ended before {updates} updates")
 
 
@@ -413,7 +415,11 @@ def measure_overhead(facts: dict[str, Any], options: argparse.Namespace, folder:
     run = in_child(run_recipe, flags=flags, updates=loop_updates(facts, options))
     outside = 1 - sum(run["shares"][part] for part in ("forward", "backward", "optimizer"))
     measured = f"{outside:.1%} (gradient clipping {run['shares']['clipping']:.1%})"
-    return run, [("share of an update outside forward, backward and optimizer", measured, "at most 3 %")]
+    cores = f"{run['cores']:.2f} of {len(os.sched_getaffinity(0))}"
+    return run, [
+        ("share of an update outside forward, backward and optimizer", measured, "at most 3 %"),
+        ("cores that training keeps busy: processor time by time", cores, "all"),
+    ]
 
 
 def measure_resume(facts: dict[str, Any], options: argparse.Namespace, folder: Path) -> tuple[dict, list[Row]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -403,6 +404,21 @@ def test_exit_codes(capsys, monkeypatch, error, status, line):
             raise error
         assert caught.value.code == status
         assert capsys.readouterr() == ("", expected)
+
+
+class _Refusing(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise UsageError("data: 'x': expected documents")
+
+
+def test_an_error_of_a_data_worker_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as caught, exit_codes():
+        list(torch.utils.data.DataLoader(_Refusing(), batch_size=None, num_workers=1))
+    assert caught.value.code == EXIT_USAGE
+    assert capsys.readouterr() == ("", "error: data: 'x': expected documents\n")
 
 
 def test_the_exit_statuses_differ():
