@@ -11,6 +11,7 @@ import difflib
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may requeue the same command
 EXIT_NON_FINITE = 76
 EXIT_NO_CHECKPOINT = 77
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 ConfigT = TypeVar("ConfigT")
 
@@ -80,7 +80,7 @@ class RunControl:
     profile: bool = False
     """Write a torch trace of three updates to OUTPUT_DIR/profile/."""
     dry_run: bool = False
-    """Check everything, say what the run would cost, train nothing, leave nothing."""
+    """Check everything, say what the run would cost, train nothing, leave nothing in output_dir."""
     push_to_hub: str = ""
     """Hub repository id to push the model to, such as me/my-gpt. "" = do not push."""
     hub_private: bool = True
@@ -99,6 +99,13 @@ def expect(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise `UsageError` naming the field, its value and what was expected, unless `condition` holds."""
     if not condition:
         raise UsageError(f"{field}: {value!r}: expected {expected}")
+
+
+def expect_at_least(config: object, least: float, *fields: str) -> None:
+    """`expect` each of these fields to be `least` or more."""
+    for field in fields:
+        value = getattr(config, field)
+        expect(value >= least, field, value, f"at least {least:g}")
 
 
 def positive_numbers(field: str, text: str, count: int) -> list[float]:
@@ -127,12 +134,8 @@ def check_run_control(config: RunControl) -> None:
     Raises:
         UsageError: a number is out of range, or a field holds an access token, which would end up in files.
     """
-    for field in ("log_every", "keep_checkpoints", "max_bad_updates"):
-        value = getattr(config, field)
-        expect(value >= 1, field, value, "at least 1")
-    for field in ("seed", "eval_every", "save_every", "push_every", "num_workers"):
-        value = getattr(config, field)
-        expect(value >= 0, field, value, "0 or more")
+    expect_at_least(config, 1, "log_every", "keep_checkpoints", "max_bad_updates")
+    expect_at_least(config, 0, "seed", "eval_every", "save_every", "push_every", "num_workers")
     expect(config.timeout_minutes > 0, "timeout_minutes", config.timeout_minutes, "more than 0")
     expect(
         not config.push_every or bool(config.push_to_hub),
@@ -168,8 +171,12 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn the exceptions above into one line on stderr and the exit status of CONTRIBUTING's table."""
+    """Turn the exceptions above into one line on stderr and the exit status of CONTRIBUTING's table.
+
+    Ctrl-C ends the process at once, without a traceback, unless something else is set up inside.
+    """
     status = 0
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     except UsageError as error:
@@ -181,8 +188,8 @@ def exit_codes() -> Iterator[None]:
         message, status = f"error: {error}", EXIT_NON_FINITE
     except NoUsableCheckpoint as error:
         message, status = f"error: {error}", EXIT_NO_CHECKPOINT
-    except KeyboardInterrupt:
-        message, status = "stopped: by Ctrl-C, without saving", EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
     if status:
         if is_speaking_process():
             sys.stdout.flush()

@@ -26,6 +26,7 @@ COMPRESSION_SUFFIXES = (".gz", ".xz", ".zst")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 UNSEPARATED_CHARACTERS = 1 << 16
 _SEPARATOR_WITHIN = 1 << 24  # characters of a .txt in which a separator must come, or it counts as one without
+_READ_FOR_FINGERPRINT = 1 << 26  # bytes of a file up to which its content is read for the fingerprint
 _SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
 _SAMPLE = Path(__file__).parent / "data" / "prose"
 SAMPLES = {"sample": _SAMPLE / "train.parquet", "sample_eval": _SAMPLE / "eval.parquet"}
@@ -51,9 +52,13 @@ class LocalTexts:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a file is added, removed, renamed, resized or written again."""
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        return hashlib.sha256(repr((stats, self.text_column)).encode()).hexdigest()[:16]
+        """Changes when a file is added, removed, renamed or resized, or when its content changes.
+
+        A small file's content is read, so that a copy or a new clone counts as the same; a large one's change shows in
+        the time when it was written.
+        """
+        versions = [(file.name, _version_of(file)) for file in self.files]
+        return hashlib.sha256(repr((versions, self.text_column)).encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[str]:
         for file in self.files:
@@ -163,6 +168,14 @@ def text_columns(records: Iterable[dict[str, Any]]) -> dict[str, bool]:
         for name, value in record.items():
             types.setdefault(name, set()).add(type(value))
     return {name: found <= {str, type(None)} for name, found in types.items()}
+
+
+def _version_of(file: Path) -> tuple[object, ...]:
+    status = file.stat()
+    if status.st_size > _READ_FOR_FINGERPRINT:
+        return status.st_size, status.st_mtime_ns
+    with file.open("rb") as stream:
+        return status.st_size, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _format_of(file: Path) -> str:

@@ -130,31 +130,33 @@ def costs(
 
 
 def can_time(accelerator: Any, num_flops: float, num_bytes: int) -> bool:
-    """Whether a micro-batch of `num_flops` is a matter of seconds here, and `num_bytes` fit into memory twice."""
-    return num_flops < 2 * launch.peak(accelerator) and 2 * num_bytes < free_memory(accelerator.device)
+    """Whether a micro-batch of `num_flops` is a matter of seconds and `num_bytes` fit into memory twice, everywhere."""
+    is_slow = num_flops > 2 * launch.peak(accelerator) or 2 * num_bytes > free_memory(accelerator.device)
+    return not launch.on_any_process(accelerator, is_slow)
 
 
-def time_micro_batch(
-    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]
-) -> float:
-    """Seconds of one micro-batch and one optimizer step; two others before it warm up. Changes the model.
+def time_update(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> float:
+    """Seconds of one update, from the second of two micro-batches with an optimizer step each. Changes the model.
 
     Args:
-        accelerator: nothing was prepared with it so far.
+        accelerator: knows the accumulation; nothing was prepared with it so far.
         model: not prepared; gives its loss, as transformers' models do where they get labels.
         optimizer: of this model.
         inputs: as in `costs`.
     """
+    accumulation, accelerator.gradient_accumulation_steps = accelerator.gradient_accumulation_steps, 1
     model, optimizer = accelerator.prepare(model, optimizer)
-    started = 0.0
-    for _ in range(3):
+    for _ in range(2):
         started = time.perf_counter()
         loss = model(**inputs).loss
         accelerator.backward(loss)
+        loss.item()  # waits for the device
+        micro_batch_done = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
-        loss.item()  # waits for the device
-    return time.perf_counter() - started
+        next(iter(model.parameters())).sum().item()
+    accelerator.gradient_accumulation_steps = accumulation
+    return accumulation * (micro_batch_done - started) + time.perf_counter() - micro_batch_done
 
 
 def free_memory(device: torch.device) -> int:
@@ -187,11 +189,6 @@ def table(rows: dict[str, str]) -> str:
 def human_bytes(num_bytes: float) -> str:
     """Bytes in binary units and three digits: 1.5 GiB."""
     return _scaled(num_bytes, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
-
-
-def human_count(count: float) -> str:
-    """A count in three digits: 124M; beyond trillions as a power of ten: 4e+19."""
-    return _scaled(count, 1000, ("", "k", "M", "B", "T"))
 
 
 def human_seconds(seconds: float) -> str:

@@ -40,6 +40,11 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
     if precision not in ("no", "bf16"):
         raise UsageError(f"accelerate config: mixed_precision: {precision!r}: expected no or bf16")
     on_cpu = not _has_accelerator()
+    if on_cpu and precision == "bf16" and not _asked("ACCELERATE_USE_CPU"):
+        raise UsageError(
+            "accelerate config: mixed_precision: 'bf16': expected a GPU, none was found; for bf16 on a CPU set "
+            "ACCELERATE_USE_CPU=true, else use accelerate_configs/cpu.yaml"
+        )
     uses_deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if on_cpu:
@@ -188,6 +193,7 @@ def describe(accelerator: Any) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "accumulation": accelerator.gradient_accumulation_steps,
         "precision": accelerator.mixed_precision,
+        "device": str(accelerator.device),
     }
 
 
@@ -204,8 +210,7 @@ def shared_by(accelerator: Any) -> dict[str, int]:
 
 def peak(accelerator: Any) -> float:
     """Peak FLOP/s of one process's device in the precision of the run, see `flops.peak_flops`."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return peak_flops(accelerator.device, dtypes.get(accelerator.mixed_precision, torch.float32))
+    return peak_flops(accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
 
 
 def gather_objects(accelerator: Any, value: Any) -> list[Any]:

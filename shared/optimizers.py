@@ -16,11 +16,13 @@ from torch.optim.adamw import adamw
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) and AdamW (Loshchilov and Hutter 2019).
 
-    Each parameter group carries `use_muon`. Groups with it hold matrices (2-D) and read `lr`, `momentum` and
-    `weight_decay`; the others read `lr`, `betas`, `eps` and `weight_decay`. Weight decay is decoupled in both.
+    Each parameter group carries `use_muon`. Groups with it hold matrices (2-D) and read `lr`, `momentum`,
+    `weight_decay` and `stored_transposed`; the others read `lr`, `betas`, `eps` and `weight_decay`. Weight decay is
+    decoupled in both.
 
     Args:
-        groups: parameter groups, each with "params", "lr" and "use_muon".
+        groups: parameter groups, each with "params", "lr" and "use_muon"; a Muon group whose matrices are (in, out), as
+            in the library's GPT-2, and not (out, in) says "stored_transposed": True.
         momentum: Nesterov momentum of the Muon groups.
         betas: decay rates of AdamW's moments.
         eps: AdamW's epsilon.
@@ -39,9 +41,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float = 1e-10,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {"momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay, "use_muon": False}
+        of_muon = {"use_muon": False, "momentum": momentum, "stored_transposed": False}
         # fused: torch then puts AdamW's step counters back on the device when a state is loaded.
-        super().__init__(groups, {**defaults, "fused": True})
+        of_adamw = {"betas": betas, "eps": eps, "fused": True}
+        super().__init__(groups, {**of_muon, **of_adamw, "weight_decay": weight_decay})
         for group in self.param_groups:
             if group["use_muon"] and any(parameter.ndim != 2 for parameter in group["params"]):
                 raise ValueError("Muon groups take matrices only; give the rest to an AdamW group")
@@ -69,7 +72,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for (rows, columns), alike in updates.items():
             directions = orthogonalize(torch.stack([direction for _, direction in alike]))
             # A wide or tall matrix moves by the same root-mean-square per entry of its output (Jordan et al. 2024).
-            rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+            outputs_an_input = columns / rows if group["stored_transposed"] else rows / columns
+            rate = group["lr"] * max(1.0, outputs_an_input) ** 0.5
             for (parameter, _), direction in zip(alike, directions, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(_placed_like(direction.to(parameter.dtype), parameter), alpha=-rate)
@@ -129,6 +133,15 @@ def _placed_like(whole: Tensor, parameter: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor  # half a second, for sharded parameters only
 
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that AdamW or `MuonWithAdamW` will keep in float32: two moments, of Muon's matrices one."""
+    return sum(
+        (4 if group.get("use_muon") else 8) * parameter.numel()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from shared.command_line import UsageError, expect
+from shared.tokenization import num_ids
 
 
 def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> Any:
@@ -44,7 +45,7 @@ def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -
 
     model = load_pretrained(AutoModelForCausalLM, name, "init", attn_implementation=attention)
     known, longest = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
-    expected = f"at most the {known} tokens of init, not {len(tokenizer)}"
-    expect(len(tokenizer) <= known, "tokenizer", tokenizer.name_or_path, expected)
+    expected = f"at most the {known} tokens of init, not {num_ids(tokenizer)}"
+    expect(num_ids(tokenizer) <= known, "tokenizer", tokenizer.name_or_path, expected)
     expect(seq_length <= longest, "seq_length", seq_length, f"at most {longest}, the longest row of init")
     return model

@@ -16,7 +16,7 @@ class StopSignals:
         del frame
         self._received = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @property
     def received(self) -> bool:

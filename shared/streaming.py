@@ -272,6 +272,8 @@ class StreamedUpdates(torch.utils.data.IterableDataset):
     ) -> None:
         self._streams, self._tokenizer, self._seq_length = streams, tokenizer, seq_length
         self._micro_batch_size, self._order, self._step = micro_batch_size, order, step
+        if any(len(saved) != len(streams) for saved in states):
+            raise UsageError(f"resume: expected a checkpoint of a run over {len(streams)} streams, got another one")
         of_streams = zip(*states, strict=True) if states else [[] for _ in streams]
         self._states = [resumed_state(list(saved), order["rank"], order["num_processes"]) for saved in of_streams]
 
@@ -295,6 +297,14 @@ class StreamedUpdates(torch.utils.data.IterableDataset):
             sources, _ = mixture_sources(positions, order["weights"], order["seed"])
             update = []
             for source in sources.tolist():
-                row, states[source] = next(rows[source])
+                row, states[source] = self._next(rows[source])
                 update.append(row)
             yield micro_batches(update, self._micro_batch_size), list(states)
+
+    def _next(self, rows: Iterator[tuple[dict[str, np.ndarray], StreamState]]) -> Any:
+        try:
+            return next(rows)
+        except UsageError as error:
+            if self._order["rank"]:  # whose errors are not shown at the end, since most are those of all processes
+                logger.error("process %d: %s", self._order["rank"], error)
+            raise

@@ -100,8 +100,7 @@ def build_token_cache(
     if folder.exists():
         return
     with written_aside(folder) as aside:
-        vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
-        writers = {split: _SplitWriter(aside / split, vocab_size) for split in SPLITS}
+        writers = {split: _SplitWriter(aside / split, tokenization.num_ids(tokenizer)) for split in SPLITS}
         first_share = None
         for ids, num_bytes, share in _tokenize(documents, tokenizer, num_processes):
             first_share = share if first_share is None else first_share
@@ -209,7 +208,6 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer_json: str, begin: int, end: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the first process ends the others
     if sys.platform == "linux":  # else the workers of a killed run would wait for work for ever
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -72,13 +72,16 @@ def load_or_train(name: str, sources: Sequence[Texts], *, vocab_size: int, seq_l
         seq_length: see `train_byte_level_bpe`.
         cache_dir: this node's cache folder.
     """
+    from tqdm import tqdm
+
     if name:
         return load_tokenizer(name)
     key = repr(([source.fingerprint for source in sources], vocab_size, seq_length))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
         beginnings = [_beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]
-        tokenizer = train_byte_level_bpe(itertools.chain.from_iterable(beginnings), vocab_size, seq_length)
+        documents = tqdm(itertools.chain.from_iterable(beginnings), desc="training a tokenizer", unit="doc", delay=2)
+        tokenizer = train_byte_level_bpe(documents, vocab_size, seq_length)
         with written_aside(folder) as aside:
             tokenizer.save_pretrained(aside)
     return load_tokenizer(str(folder))
@@ -149,6 +152,11 @@ def decode_bytes(backend: Any, ids: Iterable[int]) -> bytes:
         is_bytes = all(character in byte_of for character in token)
         parts.append(bytes(byte_of[character] for character in token) if is_bytes else token.encode())
     return b"".join(parts)
+
+
+def num_ids(tokenizer: Any) -> int:
+    """One more than the largest id, which is more than `len(tokenizer)` where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def special_ids(tokenizer: Any) -> tuple[int, int]:

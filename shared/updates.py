@@ -1,5 +1,6 @@
 """What update t sees, for corpora that are read by index; `streaming.StreamedUpdates` is the same for streams."""
 
+import signal
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,3 +38,13 @@ class Updates(torch.utils.data.Dataset):
         drawn = samples_of_update(step, [len(source) for source in self._sources], **self._order)
         samples = [self._sources[source].read(index) for source, _, index in drawn]
         return micro_batches(samples, self._micro_batch_size), []
+
+
+def ignore_signals(worker: int) -> None:
+    """Let data workers live on when a signal goes to all processes of a run: the update it stops after needs them.
+
+    They end with the training process.
+    """
+    del worker
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -7,7 +7,7 @@ CPU cores in minutes; recipes/gpt/README.md has the measured results and what di
     accelerate launch recipes/gpt/pretrain.py
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/gpt/pretrain.py \
         --config recipes/gpt/configs/gpt2_124m.yaml
-    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/gpt/pretrain.py \
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/gpt/pretrain.py \
         --config recipes/gpt/configs/llama_1b.yaml
 """
 
@@ -33,6 +33,8 @@ class Config(cli.RunControl):
     """The run folder; on several nodes it must be one that all of them see."""
     eval_every: int = 250
     """Updates between two evaluations; 0 = only at the end."""
+    save_every: int = 250
+    """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
 
     data: str = "sample"
     """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas."""
@@ -73,10 +75,10 @@ class Config(cli.RunControl):
     """Key and value heads of nanochat and llama. 0 = num_heads."""
     dropout: float = 0.0
     """Dropout probability: everywhere in gpt2, of attention weights in the others. 0 = none."""
-    attention: Literal["sdpa", "flex_attention", "flash_attention_2"] = "sdpa"
-    """Attention kernel; on GPUs flex_attention or flash_attention_2 skip what other documents hold."""
+    attention: Literal["sdpa", "flex_attention"] = "sdpa"
+    """Attention kernel; flex_attention, for GPUs, skips what other documents of a row hold."""
     init: str = "scratch"
-    """scratch, or a run folder or Hub id whose weights to start from (continued pre-training)."""
+    """scratch, or a run folder or Hub id to start from (continued pre-training): its weights, sizes and dropout."""
 
     global_batch_size: int = 6
     """Rows of one update, over all processes and micro-batches."""
@@ -106,7 +108,6 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
 
-import contextlib
 import math
 
 import numpy as np
@@ -114,13 +115,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, streaming, tokenization
 from shared.batches import micro_batches, to_device
 from shared.documents import open_corpora
 from shared.export import export_model
 from shared.flops import training_flops
-from shared.optimizers import MuonWithAdamW, set_learning_rates
+from shared.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
 from shared.packing import IGNORED, PackedRows, fill_row, pack_corpus
 from shared.pretrained import load_causal_lm
 from shared.profiling import trace_updates
@@ -131,7 +133,7 @@ from shared.stopping import StopSignals
 from shared.text_generation import continue_prompt
 from shared.throughput import Throughput
 from shared.token_cache import cache_folder
-from shared.updates import Updates
+from shared.updates import Updates, ignore_signals
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
@@ -142,10 +144,9 @@ print(pipeline("text-generation", "path/of/this/folder")("The President of the U
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
     cli.check_run_control(cfg)
-    for field in ("num_layers", "num_heads", "hidden_size", "global_batch_size", "max_steps"):
-        cli.expect(getattr(cfg, field) >= 1, field, getattr(cfg, field), "at least 1")
-    for field in ("per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm", "num_kv_heads"):
-        cli.expect(getattr(cfg, field) >= 0, field, getattr(cfg, field), "0 or more")
+    cli.expect_at_least(cfg, 1, "num_layers", "num_heads", "hidden_size", "global_batch_size", "max_steps")
+    cli.expect_at_least(cfg, 0, "num_kv_heads", "intermediate_size", "per_device_batch_size")
+    cli.expect_at_least(cfg, 0, "warmup_steps", "weight_decay", "max_grad_norm")
     for field in ("learning_rate", "muon_learning_rate"):
         cli.expect(getattr(cfg, field) > 0, field, getattr(cfg, field), "more than 0")
     cli.expect(cfg.seq_length >= 2, "seq_length", cfg.seq_length, "at least 2, a token to see and one to predict")
@@ -187,7 +188,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[Packe
             train, evals = zip(
                 *[pack_corpus(source, eval_fraction=fraction, **options) for source in texts], strict=True
             )
-        if eval_texts:
+        if eval_texts and not cfg.dry_run:
             evals = [pack_corpus(source, eval_fraction=1.0, **options)[1] for source in eval_texts]
     return tokenizer, list(train), list(evals)
 
@@ -209,7 +210,8 @@ def open_updates(
     else:
         dataset = Updates(train, batch_size, order)
         options = {"num_workers": cfg.num_workers, "sampler": range(step, cfg.max_steps)}
-    return iter(DataLoader(dataset, batch_size=None, pin_memory=accelerator.device.type == "cuda", **options))
+    options |= {"pin_memory": accelerator.device.type == "cuda", "worker_init_fn": ignore_signals}
+    return iter(DataLoader(dataset, batch_size=None, **options))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def open_updates(
 def build_model(cfg: Config, tokenizer: Any) -> Any:
     """A model from `init`, or a new one of the chosen architecture, in float32."""
     sizes = {
-        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,  # tensor cores want multiples
+        "vocab_size": math.ceil(tokenization.num_ids(tokenizer) / 64) * 64,  # tensor cores want multiples
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size or 4 * cfg.hidden_size,
         "num_hidden_layers": cfg.num_layers,
@@ -280,7 +282,9 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
         ]
         kept = [group for group in groups if group["params"]]
         return torch.optim.AdamW(kept, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
-    matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
+    is_transposed = model.config.model_type == "gpt2"  # the library stores its matrices as (in, out)
+    of_muon = {"use_muon": True, "stored_transposed": is_transposed}
+    matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, **of_muon}
     rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
     return MuonWithAdamW([matrices, rest])
 
@@ -310,7 +314,8 @@ def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size
     model.eval()
     nll, num_targets = 0.0, 0
     for rows in sources:
-        for first in range(0, len(rows), batch_size * accelerator.num_processes):
+        starts = range(0, len(rows), batch_size * accelerator.num_processes)
+        for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=not accelerator.is_main_process):
             mine = range(first + accelerator.process_index * batch_size, len(rows))[:batch_size]
             # A process that has no row left takes an empty one: all must run equally often.
             samples = [rows.read(row) for row in mine] or [fill_row([], rows.seq_length, rows.pad_token_id)]
@@ -321,7 +326,7 @@ def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size
     nll, num_targets = np.sum(launch.gather_objects(accelerator, (nll, num_targets)), axis=0)
     bits_per_byte = nll / math.log(2) / sum(rows.cache.num_bytes for rows in sources)
     loss = float(nll / num_targets)
-    return {"eval/loss": loss, "eval/perplexity": math.exp(loss), "eval/bits_per_byte": float(bits_per_byte)}
+    return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss)), "eval/bits_per_byte": float(bits_per_byte)}
 
 
 def sample(cfg: Config, accelerator: Any, model: Any, tokenizer: Any) -> str:
@@ -363,21 +368,25 @@ def main(cfg: Config) -> None:
     check_config(cfg)
     run_dir = Path(cfg.output_dir)
     run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
+    if cfg.dry_run:
+        cfg = replace(cfg, streaming=True)  # the beginning of the data is enough
     launch.follow_launcher()
     accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
     micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
     launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
     if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
         raise cli.UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
+    has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
+    cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
+    pushes = bool(cfg.push_to_hub) and accelerator.is_main_process
+    with launch.raise_together(accelerator):
+        hub_id = hub.check_login(cfg.push_to_hub) if pushes else ""
 
     tokenizer, train, eval_sources = open_data(cfg, accelerator)
     if cfg.dry_run:
         [batch, *_], _ = next(open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, 0, []))
         report_costs(cfg, accelerator, tokenizer, train, to_device(batch, accelerator.device))
         return
-    pushes = bool(cfg.push_to_hub) and accelerator.is_main_process
-    with launch.raise_together(accelerator):
-        hub_id = hub.check_push(cfg.push_to_hub, private=cfg.hub_private) if pushes else ""
     model = build_model(cfg, tokenizer)
     facts = describe(cfg, accelerator, model, train)
     accelerator.print(dry_run.table(facts))
@@ -385,18 +394,20 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    launch.check_shared_folder(accelerator, run_dir)
     checkpoint = checkpoints.find_checkpoint(accelerator, run_dir, cfg.resume)
+    launch.check_shared_folder(accelerator, run_dir)
     step, state = checkpoints.load_checkpoint(accelerator, checkpoint) if checkpoint else (0, {})
     skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
     with launch.raise_together(accelerator):
+        if pushes:
+            hub.check_push(hub_id, private=cfg.hub_private)
         if accelerator.is_main_process:
             run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
-    profiler = trace_updates(run_dir / "profile") if cfg.profile else contextlib.nullcontext()
+    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
     throughput = Throughput(facts["flops_per_row"], launch.peak(accelerator) * accelerator.num_processes)
     seconds_before = state.get("training_seconds", 0.0)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
@@ -432,7 +443,7 @@ def main(cfg: Config) -> None:
             if schedules.is_due(step, cfg.push_every):
                 export_model(accelerator, model, tokenizer, run_dir)
                 pusher.push(run_dir, f"step {step}", f"step-{step}")
-        if cfg.profile:
+        if profiler:
             profiler.step()
         if bad_in_a_row >= cfg.max_bad_updates:
             raise cli.TooManyNonFiniteUpdates(
@@ -481,16 +492,13 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any]
     with dry_run.without_memory():
         model = build_model(replace(cfg, attention="sdpa"), tokenizer)
         facts = describe(cfg, accelerator, model, train)
-        # Two moments in float32; of matrices Muon keeps one.
-        costs = dry_run.costs(accelerator, model, inputs, 8.0 if cfg.optimizer == "adamw" else 6.0)
+        optimizer_bytes = state_bytes(build_optimizer(cfg, model)) / facts["parameters"]
+        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
-    if cfg.push_to_hub:
-        rows["hub"] = f"{hub.check_login(cfg.push_to_hub)}, token accepted"
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, tokenizer)
-        seconds = dry_run.time_micro_batch(accelerator, model, build_optimizer(cfg, model), inputs)
-        seconds *= accelerator.gradient_accumulation_steps
-        rows["one update"] = dry_run.human_seconds(seconds)
+        seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
+        rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{dry_run.table(rows)}")
 

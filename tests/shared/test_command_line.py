@@ -1,7 +1,9 @@
 """Flags and YAML give the same configuration or the same one line, whatever a user writes."""
 
+import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +18,6 @@ from hypothesis import strategies as st
 
 from shared import command_line
 from shared.command_line import (
-    EXIT_INTERRUPTED,
     EXIT_NO_CHECKPOINT,
     EXIT_NON_FINITE,
     EXIT_STOPPED,
@@ -354,7 +355,7 @@ def test_to_yaml_holds_every_field_but_the_file_and_the_dry_run():
     [
         ({"log_every": 0}, "log_every: 0: expected at least 1"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: 0: expected at least 1"),
-        ({"seed": -1}, "seed: -1: expected 0 or more"),
+        ({"seed": -1}, "seed: -1: expected at least 0"),
         ({"timeout_minutes": 0}, "timeout_minutes: 0: expected more than 0"),
         ({"push_every": 5}, "push_every: 5: expected push_to_hub to be set as well"),
         ({"data": f"x{TOKEN}"}, "data: 'xhf_***': expected no access token; use `hf auth login` or HF_TOKEN"),
@@ -392,7 +393,6 @@ def test_redact():
         (RunStopped("saved at step 3"), EXIT_STOPPED, "stopped: saved at step 3\n"),
         (TooManyNonFiniteUpdates("10 updates"), EXIT_NON_FINITE, "error: 10 updates\n"),
         (NoUsableCheckpoint("all damaged"), EXIT_NO_CHECKPOINT, "error: all damaged\n"),
-        (KeyboardInterrupt(), EXIT_INTERRUPTED, "stopped: by Ctrl-C, without saving\n"),
         (UsageError(f"two\nlines {TOKEN}"), EXIT_USAGE, "error: two lines hf_***\n"),
     ],
 )
@@ -421,8 +421,18 @@ def test_an_error_of_a_data_worker_is_one_line_too(capsys):
     assert capsys.readouterr() == ("", "error: data: 'x': expected documents\n")
 
 
+def test_ctrl_c_is_as_before_at_the_end(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    for error in (None, ValueError("x"), UsageError("y")):
+        with contextlib.suppress(ValueError, SystemExit), exit_codes():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+            if error:
+                raise error
+        assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_the_exit_statuses_differ():
-    assert len({0, 1, EXIT_USAGE, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT, EXIT_INTERRUPTED}) == 7
+    assert len({0, 1, EXIT_USAGE, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT}) == 6
     assert EXIT_USAGE == 2
 
 

@@ -19,6 +19,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared import documents
 from shared.command_line import UsageError
 from shared.documents import (
     DOCUMENT_SEPARATOR,
@@ -410,9 +411,22 @@ def test_a_fingerprint_changes_with_the_files_and_with_the_column(tmp_path: Path
     seen.add(texts(tmp_path).fingerprint)
     write(tmp_path / "c.jsonl", '{"text": "bb"}')
     seen.add(texts(tmp_path).fingerprint)
-    os.utime(tmp_path / "c.jsonl", ns=(1, 1))
+    write(tmp_path / "c.jsonl", '{"text": "cc"}')
     seen.add(texts(tmp_path).fingerprint)
     assert len(seen) == 6
+
+
+def test_a_fingerprint_is_that_of_a_copy_unless_the_file_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "a"}')
+    first = texts(tmp_path).fingerprint
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    assert texts(tmp_path).fingerprint == first
+    monkeypatch.setattr(documents, "_READ_FOR_FINGERPRINT", 3)
+    seen = {texts(tmp_path).fingerprint}
+    os.utime(tmp_path / "a.jsonl", ns=(2, 2))
+    assert texts(tmp_path).fingerprint not in seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------

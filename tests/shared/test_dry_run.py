@@ -2,21 +2,24 @@ import contextlib
 import resource
 import sys
 import time
+import types
 
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from safetensors.torch import save_model
 from torch import nn
 
 from shared.dry_run import (
     SavedForBackward,
     checkpoint_bytes,
+    costs,
     human_bytes,
-    human_count,
     human_seconds,
     memory_per_device,
     table,
+    time_update,
     without_memory,
 )
 
@@ -223,6 +226,36 @@ def test_a_billion_parameters_in_seconds_and_no_memory():
     assert memory["activations"] > 22 * 10 * hidden_states
 
 
+def test_costs_are_those_of_the_parts():
+    accelerator = Accelerator(cpu=True)
+    with without_memory():
+        found = costs(accelerator, gpt2(), packed_batch(), 8)
+    model = gpt2()
+    with SavedForBackward(model) as saved:
+        model(**packed_batch())
+    memory = memory_per_device(model, activations=saved.num_bytes, optimizer_bytes_per_parameter=8)
+    assert {name: found[f"memory: {name}"] for name in memory} == memory
+    assert found["memory: total"] == sum(memory.values())
+    assert found["one checkpoint"] == checkpoint_bytes(model, 8)
+
+
+def test_an_update_is_timed_with_all_its_micro_batches():
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, **inputs):
+            time.sleep(0.1)
+            return types.SimpleNamespace(loss=self.weight.sum())
+
+    accelerator, model = Accelerator(cpu=True), Slow()
+    accelerator.gradient_accumulation_steps = 5
+    seconds = time_update(accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1), {})
+    assert 0.5 <= seconds < 2
+    assert accelerator.gradient_accumulation_steps == 5
+
+
 def test_table_aligns_values():
     lines = table({"parameters": "1.8M", "a checkpoint": "21.6 MiB", "note": ""}).splitlines()
     assert lines == ["parameters    1.8M", "a checkpoint  21.6 MiB", "note"]
@@ -235,22 +268,6 @@ def test_table_aligns_values():
 )
 def test_human_bytes(value, text):
     assert human_bytes(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (999.4, "999"),
-        (999.6, "1k"),
-        (1_800_000, "1.8M"),
-        (124_439_808, "124M"),
-        (1.1e9, "1.1B"),
-        (4e19, "4e+19"),
-    ],
-)
-def test_human_count(value, text):
-    assert human_count(value) == text
 
 
 @pytest.mark.parametrize(

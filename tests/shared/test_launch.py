@@ -75,7 +75,12 @@ def started(monkeypatch: pytest.MonkeyPatch, accelerator: Any, **environment: st
             "DeepSpeed was asked for, but MULTI_CPU came up: it needs GPUs here",
         ),
         (stand_in(), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 1: expected 2"),
-        (stand_in(), {"ACCELERATE_MIXED_PRECISION": "bf16"}, "precision bf16 was asked for, got no"),
+        (
+            stand_in(),
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"},
+            "precision bf16 was asked for, got no",
+        ),
+        (stand_in(), {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: 'bf16': expected a GPU, none was found"),
         (stand_in(), {"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: 'fp16': expected no or bf16"),
     ],
 )
@@ -104,6 +109,7 @@ def test_what_was_asked_for_is_accepted(
 
 def test_fsdp2_adds_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    asked["ACCELERATE_USE_CPU"] = "true"
     policy = started(monkeypatch, stand_in(1, "FSDP", "bf16"), **asked)["fsdp_plugin"].mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
@@ -164,7 +170,7 @@ def test_deepspeed_values_that_the_recipe_owns_are_refused(fixed: dict[str, Any]
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
 def test_freed_memory_is_used_again() -> None:
-    """32 MB are freed and taken again 20 times: 8,192 pages each time, unless the process keeps them."""
+    """32 MB are freed and taken again 40 times: 8,192 pages each time, unless the process keeps them."""
     program = """
 import resource, sys, torch
 from shared import launch
@@ -173,7 +179,7 @@ if sys.argv[1] == "kept":
 def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 before = pages()
-for _ in range(20):
+for _ in range(40):
     torch.ones(8 << 20)
 print(pages() - before)
 """
@@ -182,8 +188,8 @@ print(pages() - before)
         command = [sys.executable, "-c", program, name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
         counts[name] = int(done.stdout)
-    assert counts["kept"] < 5 * 8192  # the heap grows once or twice
-    assert counts["by default"] > 15 * 8192
+    assert counts["kept"] < 10 * 8192  # the heap grows a few times
+    assert counts["by default"] > 35 * 8192
 
 
 # -- real processes ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from shared.optimizers import MuonWithAdamW, orthogonalize, set_learning_rates
+from shared.optimizers import MuonWithAdamW, orthogonalize, set_learning_rates, state_bytes
 
 SHAPES = [(8, 8), (16, 4), (4, 16), (64, 48), (48, 64), (1, 5), (5, 1), (1, 1)]
 
@@ -107,6 +107,30 @@ def test_muon_equals_its_formulas_written_out(shape):
         expected = expected * (1 - 0.03 * 0.1) - 0.03 * scale * newton_schulz(nesterov)
         assert torch.allclose(weights.detach().double(), expected, atol=1e-5)
         assert torch.equal(weights.grad, gradient)
+
+
+def test_a_matrix_stored_transposed_moves_as_the_matrix_does():
+    matrix = parameter(16, 4)
+    stored = nn.Parameter(matrix.detach().T.contiguous())
+    matrix.grad = torch.randn(16, 4)
+    stored.grad = matrix.grad.T.contiguous()
+    groups = [
+        {"params": [matrix], "lr": 0.02, "use_muon": True},
+        {"params": [stored], "lr": 0.02, "use_muon": True, "stored_transposed": True},
+    ]
+    MuonWithAdamW(groups).step()
+    torch.testing.assert_close(stored.T, matrix, rtol=0, atol=1e-6)
+
+
+def test_bytes_of_the_state_are_those_that_it_takes():
+    matrix, vector = parameter(6, 4), parameter(5)
+    groups = [{"params": [matrix], "lr": 0.02, "use_muon": True}, {"params": [vector], "lr": 0.01}]
+    for optimizer in (MuonWithAdamW(groups), torch.optim.AdamW([matrix, vector])):
+        expected = state_bytes(optimizer)
+        matrix.grad, vector.grad = torch.ones(6, 4), torch.ones(5)
+        optimizer.step()
+        tensors = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+        assert expected == sum(tensor.numel() * 4 for tensor in tensors)
 
 
 def test_matrices_of_one_shape_do_not_mix():

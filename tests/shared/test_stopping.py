@@ -66,8 +66,7 @@ def test_a_second_ctrl_c_ends_at_once(start):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
-    assert out == ""
-    assert "KeyboardInterrupt" in err
+    assert (out, err) == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,22 @@ def test_rows_have_the_form_of_cached_rows(tokenizer: Any) -> None:
         )
 
 
+def test_states_of_another_run_are_refused(tokenizer: Any) -> None:
+    streams = [TextStream("a", shards_of(2)), TextStream("b", shards_of(2))]
+    order = {"weights": [1.0, 1.0], "seed": 0, "global_batch_size": 2, "rank": 0, "num_processes": 1}
+    for states in ([[]], [[start_of_stream(1)]]):  # of a run that did not stream, and of one over one stream
+        with pytest.raises(UsageError, match=r"^resume: expected a checkpoint of a run over 2 streams"):
+            streaming.StreamedUpdates(streams, tokenizer, 16, 1, order, 0, states)
+
+
+def test_an_error_that_one_process_alone_sees_is_shown(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    order = {"weights": [1.0], "seed": 0, "global_batch_size": 2, "rank": 1, "num_processes": 2}
+    updates = streaming.StreamedUpdates([TextStream("a", [Shard(["only one"])])], tokenizer, 16, 1, order, 0, [])
+    with pytest.raises(UsageError, match="got none for process 1"):
+        next(iter(updates))
+    assert "process 1: data: expected documents" in caplog.text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Held-out documents
 
