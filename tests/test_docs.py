@@ -31,7 +31,7 @@ def test_the_readmes_have_commands_and_configs_are_found() -> None:
 def test_commands_of_the_gpt_readme_run_in_order(tmp_path: Path) -> None:
     """As written, from the repository's root, with an empty home; the run folders go to a temporary folder.
 
-    The first command must have learned more about held-out text than a general-purpose compressor knows of all of it.
+    The first command must reach the README's goal; a general-purpose compressor, `xz -9e`, needs 1.89 bits a byte.
     """
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path / "home")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
@@ -45,7 +45,7 @@ def test_commands_of_the_gpt_readme_run_in_order(tmp_path: Path) -> None:
         result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
     entries = [json.loads(line) for line in (tmp_path / "outputs/gpt/metrics.jsonl").read_text().splitlines()]
-    assert entries[-1]["eval/bits_per_byte"] < 1.89  # `xz -9e` on the whole text
+    assert entries[-1]["eval/bits_per_byte"] <= 1.45
 
 
 def test_relative_links_lead_somewhere() -> None:

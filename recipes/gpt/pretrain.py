@@ -67,7 +67,7 @@ class Config(cli.RunControl):
     """Width of the residual stream."""
     intermediate_size: int = 0
     """Width inside the MLP. 0 = 4 x hidden_size."""
-    num_layers: int = 4
+    num_layers: int = 3
     """Transformer blocks."""
     num_heads: int = 2
     """Attention heads."""
@@ -80,17 +80,17 @@ class Config(cli.RunControl):
     init: str = "scratch"
     """scratch, or a run folder or Hub id to start from (continued pre-training): its weights, sizes and dropout."""
 
-    global_batch_size: int = 6
+    global_batch_size: int = 12
     """Rows of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
     """Rows of one micro-batch on one process. 0 = the process's whole share of the global batch."""
-    max_steps: int = 1000
+    max_steps: int = 850
     """Optimizer updates."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 0.02
     """Peak rate of AdamW."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: float = 0.016
     """Peak rate of Muon."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices (adamw: of embeddings too, as Radford et al. do). 0 = none."""
@@ -100,7 +100,7 @@ class Config(cli.RunControl):
     """wsd = warm up, hold, fall linearly to 0 over decay_fraction; cosine = warm up, fall to a tenth."""
     warmup_steps: int = 20
     """Updates over which the rate rises. 0 = none."""
-    decay_fraction: float = 0.6
+    decay_fraction: float = 1.0
     """Share of the updates over which wsd falls."""
 
 

@@ -41,6 +41,7 @@ PLAIN = [sys.executable, str(RECIPE)]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
 # The smallest model there is: its updates take milliseconds, so 10,000 of them take less than a minute.
 TINY = ["--hidden_size=16", "--num_layers=1", "--num_heads=1", "--seq_length=16", "--global_batch_size=2"]
+NO_PAUSES = ["--eval_every=0", "--save_every=0"]
 WARM_UPDATES = 5  # not counted in rates
 OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 Row = tuple[str, str, str]  # what, measured, goal
@@ -378,7 +379,7 @@ def measure_loop(facts: dict[str, Any], options: argparse.Namespace, folder: Pat
     updates = loop_updates(facts, options)
     pairs = []
     for turn in range(3):
-        flags = [f"--output_dir={folder / f'loop_{turn}'}", "--optimizer=adamw", "--weight_decay=0.1"]
+        flags = [f"--output_dir={folder / f'loop_{turn}'}", "--optimizer=adamw", "--weight_decay=0.1", *NO_PAUSES]
         ours = in_child(run_recipe, flags=flags, updates=updates)
         settings = {"model": "recipe", "learning_rate": 1e-3, "max_steps": updates, "evaluate": False}
         theirs = in_child(run_trainer, folder=str(folder), rows_per_update=facts["rows_per_update"], **settings)
@@ -411,7 +412,7 @@ def loop_updates(facts: dict[str, Any], options: argparse.Namespace) -> int:
 
 def measure_overhead(facts: dict[str, Any], options: argparse.Namespace, folder: Path) -> tuple[dict, list[Row]]:
     """Share of an update that is none of: forward pass with loss, backward pass, optimizer step. Clipping counts."""
-    flags = [f"--output_dir={folder / 'overhead'}"]
+    flags = [f"--output_dir={folder / 'overhead'}", *NO_PAUSES]
     run = in_child(run_recipe, flags=flags, updates=loop_updates(facts, options))
     outside = 1 - sum(run["shares"][part] for part in ("forward", "backward", "optimizer"))
     measured = f"{outside:.1%} (gradient clipping {run['shares']['clipping']:.1%})"
@@ -429,7 +430,7 @@ def measure_resume(facts: dict[str, Any], options: argparse.Namespace, folder: P
     near, far = 10, 200 if options.seconds else 10_000
     common = [
         *TINY,
-        "--eval_every=0",
+        *NO_PAUSES,
         f"--tokenizer={facts['tokenizer']}",
         f"--eval_data={eval_data}",
         f"--cache_dir={folder / 'tiny'}",
@@ -507,7 +508,7 @@ def main() -> None:
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     facts = in_child(prepare, folder=str(folder))
-    trial = in_child(run_recipe, flags=[f"--output_dir={folder / 'pace'}"], updates=4 * WARM_UPDATES)
+    trial = in_child(run_recipe, flags=[f"--output_dir={folder / 'pace'}", *NO_PAUSES], updates=4 * WARM_UPDATES)
     facts["seconds_per_update"] = trial["seconds_per_update"]
     say(f"{facts['hardware']}, commit {commit}, parameters {facts['parameters']}")
     raw: dict[str, Any] = {"commit": commit, "facts": facts, "rows": []}

@@ -32,13 +32,14 @@ def measure(config: str, updates: int, per_device_batch_size: int) -> dict[str, 
             "data_config": "",
             "text_column": "",
             "tokenizer": "",
-            "vocab_size": 50304,
             "max_steps": updates,
             "warmup_steps": 5,
             "log_every": 1,
             "eval_every": 0,
             "save_every": 0,
         }
+        if config == "gpt2_124m":  # whose tokenizer comes from the Hub and has 50,257 tokens
+            flags["vocab_size"] = 50257
         if per_device_batch_size:
             flags["per_device_batch_size"] = per_device_batch_size
         subprocess.run([*LAUNCH, *(f"--{name}={value}" for name, value in flags.items())], check=True)
