@@ -48,7 +48,7 @@ def check_push(repo_id: str, *, private: bool) -> str:
         private: whether a repository that this creates is private; one that exists stays as it is.
 
     Returns:
-        The full id, `owner/name`.
+        The full id, `owner/name`; "" for "", which asks for nothing.
 
     Raises:
         UsageError: the id is malformed, there is no valid token, no permission, or no answer.
@@ -63,19 +63,19 @@ def check_push(repo_id: str, *, private: bool) -> str:
             logger.warning("%s exists and is public: what is pushed will be public", full_id)
         return full_id
 
-    return _checked(repo_id, prepare)
+    return _checked(repo_id, prepare) if repo_id else ""
 
 
 def check_login(repo_id: str) -> str:
     """What `check_push` can find out without creating anything: the form of the id, and whether the token is known.
 
     Returns:
-        The full id, `owner/name`.
+        The full id, `owner/name`; "" for "", which asks for nothing.
 
     Raises:
         UsageError: the id is malformed, there is no valid token, or no answer.
     """
-    return _checked(repo_id, lambda: _full_id(_client(CHECK_TIMEOUT_SECONDS), repo_id))
+    return _checked(repo_id, lambda: _full_id(_client(CHECK_TIMEOUT_SECONDS), repo_id)) if repo_id else ""
 
 
 def _full_id(api: Any, repo_id: str) -> str:

@@ -378,9 +378,8 @@ def main(cfg: Config) -> None:
         raise cli.UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
     has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
     cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
-    pushes = bool(cfg.push_to_hub) and accelerator.is_main_process
     with launch.raise_together(accelerator):
-        hub_id = hub.check_login(cfg.push_to_hub) if pushes else ""
+        hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
     tokenizer, train, eval_sources = open_data(cfg, accelerator)
     if cfg.dry_run:
@@ -401,8 +400,7 @@ def main(cfg: Config) -> None:
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
     with launch.raise_together(accelerator):
-        if pushes:
-            hub.check_push(hub_id, private=cfg.hub_private)
+        hub.check_push(hub_id, private=cfg.hub_private)
         if accelerator.is_main_process:
             run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)

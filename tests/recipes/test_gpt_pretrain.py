@@ -463,14 +463,15 @@ def test_push_reaches_the_hub_and_loads_in_a_clean_process(corpus: Path, referen
     hub.stop()
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
 def test_a_hub_that_does_not_answer_stops_the_run_before_training(
-    gpt: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpt: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
 ) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(cli.UsageError, match="push_to_hub: 'a/b'"):
-        run(gpt, config_of(gpt, corpus, tmp_path / "run", push_to_hub="a/b"))
+        run(gpt, config_of(gpt, corpus, tmp_path / "run", push_to_hub="a/b", dry_run=dry_run))
     assert not (tmp_path / "run").exists()
 
 

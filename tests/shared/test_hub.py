@@ -18,7 +18,7 @@ import pytest
 
 from shared import hub as hub_module
 from shared.command_line import RunControl, UsageError
-from shared.hub import HubPusher, check_push
+from shared.hub import HubPusher, check_login, check_push
 from tests.hub_server import TOKEN, Hub, start_hub
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,20 @@ def test_existing_public_repository_is_said_to_be_public(hub: Hub, caplog: pytes
     assert "is public" in caplog.text
 
 
-@pytest.mark.parametrize("repo_id", ["", "a/b/c", "me/my gpt", "../me", "me/my--gpt", "me/my\ngpt", "me/my-gpt.git"])
+def test_login_is_checked_without_creating_anything(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_login("my-gpt") == REPO
+    assert not hub.repositories
+    monkeypatch.setenv("HF_TOKEN", "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")
+    with pytest.raises(UsageError, match=r"^push_to_hub: 'my-gpt': expected a valid token.*$"):
+        check_login("my-gpt")
+
+
+def test_no_id_asks_for_nothing(hub: Hub) -> None:
+    assert check_login("") == check_push("", private=True) == ""
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "me/my gpt", "../me", "me/my--gpt", "me/my\ngpt", "me/my-gpt.git"])
 def test_malformed_id_is_refused_before_any_request(hub: Hub, repo_id: str) -> None:
     with pytest.raises(UsageError, match=r"^push_to_hub: '.*': expected an id such as me/my-gpt \(.*\)$"):
         check_push(repo_id, private=True)
