@@ -366,7 +366,7 @@ def measure_quality(facts: dict[str, Any], options: argparse.Namespace, folder: 
     raw = {"curve": curve, "trainer": runs, "paces": paces, "seconds_to_reach": reached, "shorter": shorter}
     return raw, [
         (
-            "training time of a recipe run that ends at the best Trainer run's bits a byte, as a share of that run's time",
+            "training time of a recipe run to the best Trainer run's bits a byte, as a share of that run's time",
             f"{sooner} ({seconds:.0f} s to {bits:.4f}, {trainer_seconds:.0f} s to {target:.4f} by {label})",
             "at most 0.20",
         ),
