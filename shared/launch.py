@@ -40,12 +40,12 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
     if precision not in ("no", "bf16"):
         raise UsageError(f"accelerate config: mixed_precision: {precision!r}: expected no or bf16")
     on_cpu = not _has_accelerator()
-    if on_cpu and precision == "bf16" and not _asked("ACCELERATE_USE_CPU"):
+    uses_deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
+    if on_cpu and precision == "bf16" and not (uses_deepspeed or _asked("ACCELERATE_USE_CPU")):
         raise UsageError(
             "accelerate config: mixed_precision: 'bf16': expected a GPU, none was found; for bf16 on a CPU set "
             "ACCELERATE_USE_CPU=true, else use accelerate_configs/cpu.yaml"
         )
-    uses_deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if on_cpu:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
