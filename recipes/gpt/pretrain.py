@@ -315,7 +315,8 @@ def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size
     nll, num_targets = 0.0, 0
     for rows in sources:
         starts = range(0, len(rows), batch_size * accelerator.num_processes)
-        for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=not accelerator.is_main_process):
+        is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
+        for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
             mine = range(first + accelerator.process_index * batch_size, len(rows))[:batch_size]
             # A process that has no row left takes an empty one: all must run equally often.
             samples = [rows.read(row) for row in mine] or [fill_row([], rows.seq_length, rows.pad_token_id)]
