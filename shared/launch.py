@@ -259,7 +259,7 @@ def _keep_freed_memory() -> None:
     """Make glibc keep what tensors free, for the next ones.
 
     By default it gives large blocks back to the system at once, and each update then waits for the system to hand the
-    same pages out again, zeroed: for a GPT of 2M parameters that was a fifth to a third of the time.
+    same pages out again, zeroed, which for a small model is a good part of its time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
