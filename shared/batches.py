@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IGNORED = -100  # label of what is no target, torch's default ignore_index
+
 
 def micro_batches(samples: list[dict[str, np.ndarray]], micro_batch_size: int) -> list[dict[str, np.ndarray]]:
     """Stack samples of (...) into batches of (micro_batch_size, ...), in order; the last may be smaller."""

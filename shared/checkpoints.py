@@ -19,13 +19,45 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException  # of BaseException, which `except Exception` misses
 
 from shared.command_line import NoUsableCheckpoint, UsageError
-from shared.launch import gather_objects
+from shared.launch import check_shared_folder, gather_objects
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 SHARDED_ENGINES = ("DEEPSPEED", "FSDP")
+
+
+def resume_run(accelerator: Any, run_dir: Path, resume: str, previous_phase: Path | None) -> tuple[int, dict[str, Any]]:
+    """Fill the prepared model and optimizer from the checkpoint to go on from. Every process calls this.
+
+    Args:
+        accelerator: its prepared model and optimizer are filled.
+        run_dir: the run folder, which all nodes must see; made here.
+        resume: see `find_checkpoint`.
+        previous_phase: run folder whose newest checkpoint this run begins with, at step 0; None = with the model and
+            optimizer as they are.
+
+    Returns:
+        step: optimizer updates done; 0 at the beginning.
+        state: what `save_checkpoint` was given; empty at the beginning.
+
+    Raises:
+        NoUsableCheckpoint, UsageError: see `find_checkpoint`, `load_checkpoint` and `check_shared_folder`.
+    """
+    checkpoint = find_checkpoint(accelerator, run_dir, resume)
+    before = None
+    if previous_phase and not checkpoint:
+        before = find_checkpoint(accelerator, previous_phase, "auto")
+        if accelerator.distributed_type.value in SHARDED_ENGINES:
+            raise UsageError(
+                f"init_optimizer: a checkpoint of {accelerator.distributed_type.value} from another run: "
+                "expected another engine, its files can run code"
+            )
+    check_shared_folder(accelerator, run_dir)
+    if before:
+        load_checkpoint(accelerator, before)
+    return load_checkpoint(accelerator, checkpoint) if checkpoint else (0, {})
 
 
 def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:

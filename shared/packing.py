@@ -19,13 +19,13 @@ import numpy as np
 
 from shared import tokenization
 from shared.atomic_folder import written_aside
+from shared.batches import IGNORED
 from shared.documents import Texts
 from shared.token_cache import SPLITS, TokenCache, build_token_cache, cache_key, map_file, open_token_cache
 
 OPEN_ROWS = 1024
 MAX_WASTE = 0.02  # share of the tokens of training rows that may stay empty before documents are cut
 Piece = tuple[int, int]  # (first input token, number of input tokens)
-IGNORED = -100  # label of padding, torch's default ignore_index
 
 
 @dataclasses.dataclass

@@ -49,3 +49,28 @@ def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -
     expect(num_ids(tokenizer) <= known, "tokenizer", tokenizer.name_or_path, expected)
     expect(seq_length <= longest, "seq_length", seq_length, f"at most {longest}, the longest row of init")
     return model
+
+
+def check_sizes(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
+    """Refuse a model to start from whose kind or sizes are not the configuration's.
+
+    Args:
+        name: see `load_pretrained`.
+        sizes: what its config.json must say, such as model_type and hidden_size.
+        tokenizer: whose ids it will see.
+
+    Raises:
+        UsageError: it is not there, or says something else, or has too few token embeddings.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # hub and format errors have no common class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"init: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
+    for size, value in sizes.items():
+        found = getattr(config, size, None)
+        expect(found == value, "init", name, f"a model with {size} {value}, as configured, got {found}")
+    expected = f"at most the {config.vocab_size} tokens of init, not {num_ids(tokenizer)}"
+    expect(num_ids(tokenizer) <= config.vocab_size, "tokenizer", tokenizer.name_or_path, expected)

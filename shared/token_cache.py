@@ -5,21 +5,15 @@
                         /summary.json
 
 The key covers the data, the tokenizer and the settings. A folder is written aside and renamed, so it is complete or
-absent, and two runs that build the same one do no harm. Memory stays flat: the reader hands over about 1 MiB of text
-at a time, at most a few pieces are on their way, and results are appended to the files as they come back in order.
+absent, and two runs that build the same one do no harm. Memory stays flat: results are appended to the files as they
+come back from the processes, in order.
 """
 
-import collections
-import concurrent.futures
-import ctypes
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,10 +22,10 @@ import numpy as np
 from shared import tokenization
 from shared.atomic_folder import written_aside
 from shared.command_line import UsageError
+from shared.document_pool import map_documents
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "eval")
-_BATCH_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,56 +156,21 @@ class _SplitWriter:
 
 def _tokenize(documents: Iterable[str], tokenizer: Any, num_processes: int) -> Iterator[tuple[np.ndarray, int, float]]:
     """Yield (ids with begin and end token, number of bytes, content share) of each document, in order."""
-    from tqdm import tqdm
-
-    begin, end = tokenization.special_ids(tokenizer)
-    state = (tokenizer.backend_tokenizer.to_str(), begin, end)
-    # Forked children see only numpy and tokenizers' own state; spawning would import the recipe again in each.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_processes, context, _start_worker, state) as pool:
-        results = _in_order(pool, _encode_batch, _batches(documents), limit=2 * num_processes + 1)
-        with tqdm(unit="B", unit_scale=True, desc="tokenising", delay=2) as progress:
-            for batch in results:
-                yield from batch
-                progress.update(sum(num_bytes for _, num_bytes, _ in batch))
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        if not document:
-            continue
-        batch.append(document)
-        size += len(document)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _in_order(
-    pool: concurrent.futures.Executor, function: Callable, arguments: Iterator[Any], limit: int
-) -> Iterator[Any]:
-    """Map in order with at most `limit` arguments read ahead; `Executor.map` would read them all."""
-    waiting: collections.deque = collections.deque()
-    for argument in arguments:
-        waiting.append(pool.submit(function, argument))
-        if len(waiting) >= limit:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    arguments = (tokenizer.backend_tokenizer.to_str(), *tokenization.special_ids(tokenizer))
+    return map_documents(
+        _encode_batch,
+        documents,
+        start=_start_worker,
+        arguments=arguments,
+        num_processes=num_processes,
+        description="tokenising",
+    )
 
 
 _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer_json: str, begin: int, end: int) -> None:
-    if sys.platform == "linux":  # else the workers of a killed run would wait for work for ever
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
     from tokenizers import Tokenizer
 
     _worker.update(backend=Tokenizer.from_str(tokenizer_json), begin=begin, end=end)

@@ -79,7 +79,7 @@ def load_or_train(name: str, sources: Sequence[Texts], *, vocab_size: int, seq_l
     key = repr(([source.fingerprint for source in sources], vocab_size, seq_length))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
-        beginnings = [_beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]
+        beginnings = [beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]
         documents = tqdm(itertools.chain.from_iterable(beginnings), desc="training a tokenizer", unit="doc", delay=2)
         tokenizer = train_byte_level_bpe(documents, vocab_size, seq_length)
         with written_aside(folder) as aside:
@@ -88,10 +88,22 @@ def load_or_train(name: str, sources: Sequence[Texts], *, vocab_size: int, seq_l
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load a tokenizer from a folder or the Hub; no code that comes with it is run.
+    """Load a tokenizer of causal language models from a folder or the Hub.
 
     Raises:
-        UsageError: it is not there, has no fast version, or has no token that ends a document.
+        UsageError: see `load_fast`; or it has no token that ends a document.
+    """
+    tokenizer = load_fast(name)
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"tokenizer: {name!r}: expected one with an end token (eos_token)")
+    return tokenizer
+
+
+def load_fast(name: str) -> Any:
+    """Load any tokenizer from a folder or the Hub; no code that comes with it is run, and it neither cuts nor pads.
+
+    Raises:
+        UsageError: it is not there, or has no fast version.
     """
     from transformers import AutoTokenizer
 
@@ -102,8 +114,6 @@ def load_tokenizer(name: str) -> Any:
         raise UsageError(f"tokenizer: {name!r}: expected a tokenizer's folder or Hub id: {reason}") from error
     if not tokenizer.is_fast:
         raise UsageError(f"tokenizer: {name!r}: expected one with a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"tokenizer: {name!r}: expected one with an end token (eos_token)")
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut or pad all that they encode
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -165,7 +175,8 @@ def special_ids(tokenizer: Any) -> tuple[int, int]:
     return begin, tokenizer.eos_token_id
 
 
-def _beginning(documents: Iterable[str], characters: int) -> Iterator[str]:
+def beginning(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """The first so many characters of a corpus, the last document cut."""
     for document in documents:
         yield document[:characters]
         characters -= len(document)

@@ -118,12 +118,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, streaming, tokenization
-from shared.batches import micro_batches, to_device
+from shared.batches import IGNORED, micro_batches, to_device
 from shared.documents import open_corpora
 from shared.export import export_model
 from shared.flops import training_flops
 from shared.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
-from shared.packing import IGNORED, PackedRows, fill_row, pack_corpus
+from shared.packing import PackedRows, fill_row, pack_corpus
 from shared.pretrained import load_causal_lm
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed
@@ -394,9 +394,7 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    checkpoint = checkpoints.find_checkpoint(accelerator, run_dir, cfg.resume)
-    launch.check_shared_folder(accelerator, run_dir)
-    step, state = checkpoints.load_checkpoint(accelerator, checkpoint) if checkpoint else (0, {})
+    step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
     skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}

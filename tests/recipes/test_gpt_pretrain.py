@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from shared import command_line as cli
 from shared import streaming, tokenization
-from shared.packing import IGNORED
+from shared.batches import IGNORED
 from tests.conftest import ROOT
 from tests.hub_server import TOKEN, start_hub
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared import packing
+from shared.batches import IGNORED
 from shared.documents import open_texts
-from shared.packing import IGNORED, MAX_WASTE, OPEN_ROWS, BestFitPacker, Piece, cut, fill_row, pack, pack_corpus
+from shared.packing import MAX_WASTE, OPEN_ROWS, BestFitPacker, Piece, cut, fill_row, pack, pack_corpus
 from shared.tokenization import encode, special_ids
 
 LENGTHS = st.lists(st.integers(1, 90), max_size=60)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from shared import streaming
+from shared.batches import IGNORED
 from shared.command_line import UsageError
 from shared.documents import DOCUMENT_SEPARATOR, open_texts
-from shared.packing import IGNORED, pack_corpus
+from shared.packing import pack_corpus
 from shared.streaming import (
     StreamedUpdates,
     StreamState,

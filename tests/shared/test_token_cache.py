@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from shared import token_cache
+from shared import document_pool, token_cache
 from shared.command_line import UsageError
 from shared.documents import open_texts
 from shared.packing import pack_corpus
@@ -64,7 +64,7 @@ def test_every_document_is_there_with_its_tokens_and_bytes(tokenizer: Any, tmp_p
 def test_the_number_of_processes_changes_no_byte(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 1000)  # many batches, so that processes can overtake
+    monkeypatch.setattr(document_pool, "_BATCH_CHARACTERS", 1000)  # many batches, so that processes can overtake
     alone, many = (build(tmp_path / str(n), DOCUMENTS, tokenizer, num_processes=n) for n in (1, 3))
     assert files(alone) == files(many)
     assert set(files(alone)) == {"summary.json"} | {f"{s}/{n}.bin" for s in SPLITS for n in ("tokens", "documents")}
@@ -72,7 +72,7 @@ def test_the_number_of_processes_changes_no_byte(
 
 
 def test_few_documents_are_read_ahead(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(document_pool, "_BATCH_CHARACTERS", 1)
     handed_over, written = 0, []
 
     def documents() -> Iterator[str]:
@@ -208,7 +208,7 @@ def test_what_is_there_is_not_built_again(tokenizer: Any, tmp_path: Path) -> Non
 
 
 def test_an_error_half_way_leaves_nothing(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(document_pool, "_BATCH_CHARACTERS", 1000)
 
     def documents() -> Iterator[str]:
         yield from DOCUMENTS
@@ -222,7 +222,7 @@ def test_an_error_half_way_leaves_nothing(tokenizer: Any, tmp_path: Path, monkey
 def test_a_kill_half_way_leaves_nothing_that_looks_complete_and_no_process(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(document_pool, "_BATCH_CHARACTERS", 1000)
 
     def documents() -> Iterator[str]:
         yield from DOCUMENTS

@@ -268,4 +268,4 @@ def resaved(tokenizer: Any, folder: Path, **special_tokens: str | None) -> Any:
 
 def test_the_beginning_of_a_corpus_is_exactly_as_long_as_asked() -> None:
     endless = itertools.cycle(["abc", "", "defgh"])
-    assert "".join(tokenization._beginning(endless, 10)) == "abcdefghab"
+    assert "".join(tokenization.beginning(endless, 10)) == "abcdefghab"

@@ -1,0 +1,657 @@
+"""Pre-train BERT with a WordPiece tokenizer from scratch: masked language modelling and next sentence prediction.
+
+Papers: Devlin et al. 2019 (BERT), Shoeybi et al. 2020 (the pre-norm block of Megatron, the default), Wettig et al. 2023
+(how much to mask), You et al. 2020 (LAMB). With no arguments it trains on the embedded prose on two CPU cores in
+minutes; recipes/bert/README.md has the measured results and what differs from the papers.
+
+    accelerate launch recipes/bert/pretrain.py
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/bert/pretrain.py \
+        --config recipes/bert/configs/bert_base_phase1.yaml
+"""
+
+# Shapes: B pairs of a micro-batch, T tokens of a row, M masked positions of a row, H width, V vocabulary.
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import command_line as cli
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(cli.RunControl):
+    """Fields of the method; RunControl has those that every recipe shares."""
+
+    output_dir: str = "outputs/bert"
+    """The run folder; on several nodes it must be one that all of them see."""
+    eval_every: int = 500
+    """Updates between two evaluations; 0 = only at the end."""
+    save_every: int = 500
+    """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
+
+    data: str = "sample"
+    """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id."""
+    data_config: str = ""
+    """Configuration of a Hub data set. "" = its only one."""
+    data_split: str = "train"
+    """Split of a Hub data set."""
+    eval_data: str = ""
+    """Data to evaluate on, in the same forms. "" = hold out eval_fraction of the documents."""
+    eval_split: str = "validation"
+    """Split of eval_data if it is a Hub data set."""
+    eval_fraction: float = 0.05
+    """Share of the documents held out where eval_data is not given; chosen by their content."""
+    text_column: str = ""
+    """Column of the text. "" = the only column that holds text, or the one called text."""
+    language: str = "en"
+    """Code of the language, for splitting text into sentences."""
+    one_sentence_per_line: bool = False
+    """The text is split already: a line is a sentence, and a blank line ends a document."""
+    tokenizer: str = ""
+    """Folder or Hub id of a tokenizer. "" = the one of `init`, else a WordPiece trained on the data."""
+    vocab_size: int = 4096
+    """Tokens of a tokenizer trained here; the model's vocabulary is this, padded to a multiple of 64."""
+    lowercase: bool = True
+    """Whether a tokenizer trained here ignores case and accents."""
+    seq_length: int = 64
+    """Tokens of a row: [CLS] A [SEP] B [SEP]."""
+    short_fraction: float = 0.1
+    """Share of the pairs that are made shorter, to a random length."""
+    mask_fraction: float = 0.3
+    """Share of the tokens to predict in training; evaluation always has 0.15."""
+    whole_word_masking: bool = True
+    """Mask all tokens of a word together in training; evaluation always masks tokens one by one."""
+
+    architecture: Literal["megatron", "bert"] = "megatron"
+    """Which block: megatron (pre-norm, Shoeybi et al. 2020) or bert (post-norm, Devlin et al. 2019)."""
+    hidden_size: int = 192
+    """Width of the residual stream."""
+    intermediate_size: int = 0
+    """Width inside the MLP. 0 = 4 x hidden_size."""
+    num_layers: int = 3
+    """Transformer blocks."""
+    num_heads: int = 3
+    """Attention heads."""
+    max_positions: int = 128
+    """Rows of the table of positions: the longest row that this model, or a next phase of it, can see."""
+    dropout: float = 0.0
+    """Dropout probability of attention weights and of each block's outputs. 0 = none."""
+    init: str = "scratch"
+    """scratch, or a run folder or Hub id to start from (next phase, continued pre-training): its weights and sizes."""
+    init_optimizer: bool = False
+    """Start with the optimizer's state of `init` too, a run folder with a checkpoint; the step begins at 0."""
+
+    global_batch_size: int = 32
+    """Pairs of one update, over all processes and micro-batches."""
+    per_device_batch_size: int = 0
+    """Pairs of one micro-batch on one process. 0 = the process's whole share of the global batch."""
+    max_steps: int = 2000
+    """Optimizer updates."""
+    optimizer: Literal["muon", "adamw", "lamb"] = "muon"
+    """muon = Muon for hidden matrices and AdamW for the rest; adamw or lamb = that one for all."""
+    learning_rate: float = 0.002
+    """Peak rate of AdamW or LAMB."""
+    muon_learning_rate: float = 0.008
+    """Peak rate of Muon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of all but biases and norms (muon: of its matrices only). 0 = none."""
+    max_grad_norm: float = 1.0
+    """Norm to which the update's gradient is clipped. 0 = no clipping."""
+    warmup_steps: int = 50
+    """Updates over which the rate rises; then it falls linearly to 0. 0 = none."""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import math
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, tokenization, wordpiece
+from shared.batches import IGNORED, micro_batches, to_device
+from shared.documents import open_texts
+from shared.export import export_model
+from shared.flops import training_flops
+from shared.metrics import Accuracy
+from shared.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
+from shared.pretrained import check_sizes, load_pretrained
+from shared.profiling import trace_updates
+from shared.randomness import derive_seed
+from shared.report import write_report
+from shared.run_log import RunLog
+from shared.sentence_cache import split_corpus
+from shared.sentence_pairs import NUM_SPECIAL, SentencePairs
+from shared.stopping import StopSignals
+from shared.throughput import Throughput
+from shared.token_cache import cache_folder
+from shared.updates import ignore_signals
+
+EVAL_MASK_FRACTION = 0.15  # Devlin et al. 2019, section 3.1: what published accuracies are measured at
+EVAL_SEED = 0  # of the pairs and masks to evaluate on, so that runs of any seed compare
+NUM_SAMPLES = 4
+USAGE = """from transformers import pipeline
+
+print(pipeline("fill-mask", "path/of/this/folder")("The President of the United [MASK]."))"""
+
+
+def check_config(cfg: Config) -> None:
+    """Raise `UsageError` for what can be told wrong from the fields alone."""
+    cli.check_run_control(cfg)
+    cli.expect_at_least(cfg, 1, "num_layers", "num_heads", "hidden_size", "global_batch_size", "max_steps")
+    cli.expect_at_least(cfg, 0, "intermediate_size", "per_device_batch_size")
+    cli.expect_at_least(cfg, 0, "warmup_steps", "weight_decay", "max_grad_norm")
+    for field in ("learning_rate", "muon_learning_rate"):
+        cli.expect(getattr(cfg, field) > 0, field, getattr(cfg, field), "more than 0")
+    cli.expect(cfg.seq_length >= 8, "seq_length", cfg.seq_length, "at least 8, for two segments and 3 special tokens")
+    cli.expect(cfg.seq_length <= cfg.max_positions, "seq_length", cfg.seq_length, "at most max_positions")
+    cli.expect(cfg.hidden_size % cfg.num_heads == 0, "hidden_size", cfg.hidden_size, "a multiple of num_heads")
+    for field in ("eval_fraction", "dropout", "short_fraction"):
+        cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
+    cli.expect(0 < cfg.mask_fraction < 1, "mask_fraction", cfg.mask_fraction, "a share in (0, 1)")
+    has_eval = cfg.eval_fraction > 0 or cfg.eval_data or cfg.data == "sample"
+    cli.expect(bool(has_eval), "eval_fraction", cfg.eval_fraction, "more than 0 where eval_data is not given")
+    is_run = cfg.init != "scratch" and (Path(cfg.init) / "checkpoints").is_dir()
+    cli.expect(is_run or not cfg.init_optimizer, "init", cfg.init, "a run folder with checkpoints for init_optimizer")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, SentencePairs]:
+    """The tokenizer, and the pairs to train on and to evaluate on."""
+    columns = {"config": cfg.data_config, "text_column": cfg.text_column}
+    texts = open_texts(cfg.data, split=cfg.data_split, **columns)
+    eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
+    eval_texts = open_texts(eval_data, split=cfg.eval_split, **columns) if eval_data else None
+    fraction = 0.0 if eval_texts else cfg.eval_fraction
+    with launch.node_main_first(accelerator):
+        name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
+        sizes = {"vocab_size": cfg.vocab_size, "seq_length": cfg.max_positions, "lowercase": cfg.lowercase}
+        cache_dir = cache_folder(cfg.cache_dir)
+        tokenizer = wordpiece.load_or_train(name, texts, **sizes, cache_dir=cache_dir)
+        options = {"language": cfg.language, "one_sentence_per_line": cfg.one_sentence_per_line}
+        options |= {"cache_dir": cache_dir, "num_processes": launch.usable_cores()}
+        train, held_out = split_corpus(texts, tokenizer, eval_fraction=fraction, **options)
+        if eval_texts:
+            _, held_out = split_corpus(eval_texts, tokenizer, eval_fraction=1.0, **options)
+        ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+        pairs = SentencePairs(train, ids, cfg.seq_length, cfg.short_fraction, cfg.seed)
+        eval_pairs = SentencePairs(held_out, ids, cfg.seq_length, cfg.short_fraction, EVAL_SEED)
+        pairs.epoch(0), eval_pairs.epoch(0)
+    return tokenizer, pairs, eval_pairs
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What masking needs to know of a tokenizer."""
+
+    mask_token_id: int
+    is_special: np.ndarray  # bool (V,)
+    continues_word: np.ndarray  # bool (V,): whether a token continues the word before it
+    ordinary_ids: np.ndarray  # int64, of all tokens that are not special
+
+
+def look_up(tokenizer: Any) -> Vocabulary:
+    """The special tokens, and those that continue a word."""
+    ids = np.array(sorted(tokenizer.get_vocab().values()))
+    is_special = np.isin(np.arange(tokenization.num_ids(tokenizer)), tokenizer.all_special_ids)
+    continues_word = wordpiece.continues_word(tokenizer)
+    return Vocabulary(tokenizer.mask_token_id, is_special, continues_word, ids[~is_special[ids]])
+
+
+def mask_tokens(
+    row: dict[str, np.ndarray], vocabulary: Vocabulary, fraction: float, whole_words: bool, seed: int
+) -> dict[str, np.ndarray]:
+    """Hide `fraction` of a pair's tokens (Devlin et al. 2019, section 3.1 and appendix A.1).
+
+    Of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay. With `whole_words` the tokens of a word are
+    chosen together: words in random order, each if it still fits, as in the released code.
+
+    Returns:
+        The row with input_ids (T,) changed, masked_positions (M,) and their labels (M,). M is the same for all rows; a
+        place that is left has the label -100.
+    """
+    draw = np.random.Generator(np.random.Philox(key=seed))
+    ids = row["input_ids"].copy()
+    texts = np.flatnonzero((row["attention_mask"] == 1) & ~vocabulary.is_special[ids])
+    follows_text = np.diff(texts, prepend=-1) == 1
+    begins_word = ~(vocabulary.continues_word[ids[texts]] & follows_text) if whole_words else np.full(len(texts), True)
+    words = np.split(texts, np.flatnonzero(begins_word)[1:])
+    number = max(1, round(len(texts) * fraction))
+    chosen: list[int] = []
+    for word in draw.permutation(len(words)).tolist():
+        if len(chosen) + len(words[word]) <= number:
+            chosen += words[word].tolist()
+        if len(chosen) == number:
+            break
+    positions = np.sort(np.array(chosen, dtype=np.int64))
+    num_places = max(1, round((len(ids) - NUM_SPECIAL) * fraction))
+    masked_positions, labels = np.zeros(num_places, dtype=np.int64), np.full(num_places, IGNORED, dtype=np.int64)
+    masked_positions[: len(positions)], labels[: len(positions)] = positions, ids[positions]
+    fate = draw.random(len(positions))
+    random_ids = draw.choice(vocabulary.ordinary_ids, len(positions))
+    ids[positions] = np.where(fate < 0.8, vocabulary.mask_token_id, np.where(fate < 0.9, random_ids, ids[positions]))
+    return {**row, "input_ids": ids, "masked_positions": masked_positions, "labels": labels}
+
+
+def cut_padding(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch without columns that none of its rows needs."""
+    ends = dict.fromkeys(("input_ids", "token_type_ids", "attention_mask"), int(batch["attention_mask"].sum(1).max()))
+    ends |= dict.fromkeys(("masked_positions", "labels"), max(1, int((batch["labels"] != IGNORED).sum(1).max())))
+    return {name: values[:, : ends[name]] if name in ends else values for name, values in batch.items()}
+
+
+class MaskedUpdates(Dataset):
+    """Item `step` is what update `step` sees on this process: a function of seed and step, whoever reads it.
+
+    Args:
+        cfg: of the run.
+        pairs: to train on.
+        vocabulary: of the tokenizer.
+        micro_batch_size: pairs of a micro-batch.
+        order: global_batch_size, rank and num_processes.
+    """
+
+    def __init__(
+        self, cfg: Config, pairs: SentencePairs, vocabulary: Vocabulary, micro_batch_size: int, order: dict[str, int]
+    ) -> None:
+        self._cfg, self._pairs, self._vocabulary = cfg, pairs, vocabulary
+        self._micro_batch_size, self._order = micro_batch_size, order
+
+    def __getitem__(self, step: int) -> list[dict[str, np.ndarray]]:
+        """The micro-batches of update `step`."""
+        cfg = self._cfg
+        rows = [
+            mask_tokens(
+                self._pairs.read(epoch, pair),
+                self._vocabulary,
+                cfg.mask_fraction,
+                cfg.whole_word_masking,
+                derive_seed(cfg.seed, "mask", epoch, pair),
+            )
+            for epoch, pair in self._pairs.samples_of_update(step, **self._order)
+        ]
+        return [cut_padding(batch) for batch in micro_batches(rows, self._micro_batch_size)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+class AtMaskedPositions:
+    """A library class with both heads, the large one computed at the masked positions only."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor,
+        masked_positions: Tensor,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+    ) -> transformers.models.bert.modeling_bert.BertForPreTrainingOutput:
+        """Logits (B, M, V) of the masked tokens and (B, 2) of the next sentence.
+
+        Args:
+            input_ids: (B, T)
+            token_type_ids: (B, T), 0 in the first segment and 1 in the second.
+            attention_mask: (B, T), 0 at padding.
+            masked_positions: (B, M)
+            labels: (B, M), -100 at places without a target; with them there is a loss, the library class's.
+            next_sentence_label: (B,), 0 where the second segment continues the first.
+        """
+        encoded = self.bert(input_ids=input_ids, token_type_ids=token_type_ids, attention_mask=attention_mask)
+        hidden = encoded.last_hidden_state  # (B, T, H)
+        at_masks = hidden.gather(1, masked_positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        token_logits, next_logits = self.cls(at_masks, encoded.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(token_logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+            loss = loss + cross_entropy(next_logits, next_sentence_label)
+        return transformers.models.bert.modeling_bert.BertForPreTrainingOutput(
+            loss=loss, prediction_logits=token_logits, seq_relationship_logits=next_logits
+        )
+
+
+class BertForPreTraining(AtMaskedPositions, transformers.BertForPreTraining):
+    """The library's class, under its name, which is what config.json will say."""
+
+
+class MegatronBertForPreTraining(AtMaskedPositions, transformers.MegatronBertForPreTraining):
+    """The library's class, under its name, which is what config.json will say."""
+
+
+MODEL_CLASSES = {"bert": BertForPreTraining, "megatron-bert": MegatronBertForPreTraining}
+
+
+def build_model(cfg: Config, tokenizer: Any) -> Any:
+    """A model from `init`, or a new one of the chosen architecture, in float32."""
+    model_type = {"bert": "bert", "megatron": "megatron-bert"}[cfg.architecture]
+    dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), cfg.dropout)
+    sizes = {
+        "model_type": model_type,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size or 4 * cfg.hidden_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "max_position_embeddings": cfg.max_positions,
+    }
+    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    if cfg.init == "scratch":
+        vocab_size = math.ceil(tokenization.num_ids(tokenizer) / 64) * 64  # tensor cores want multiples
+        others = {"vocab_size": vocab_size, "pad_token_id": tokenizer.pad_token_id, **dropouts}
+        model = MODEL_CLASSES[model_type](transformers.AutoConfig.for_model(**sizes, **others))
+    else:
+        check_sizes(cfg.init, sizes, tokenizer)
+        model = load_pretrained(MODEL_CLASSES[model_type], cfg.init, "init", **dropouts)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """Muon for hidden matrices and AdamW for embeddings, heads, norms and biases; or AdamW or LAMB for all."""
+    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    is_table.add(id(model.cls.seq_relationship.weight))
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    tables = [parameter for parameter in model.parameters() if id(parameter) in is_table]
+    hidden = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in is_table]
+    if cfg.optimizer == "muon":
+        matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
+        rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
+        return MuonWithAdamW([matrices, rest])
+    # No decay of norms and biases: released code of Devlin et al. 2019, optimization.py; epsilon from there too.
+    groups = [
+        {"params": hidden + tables, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, fused=True)
+    from pytorch_optimizer import Lamb  # two seconds
+
+    # You et al. 2020, algorithm 2: the decay is part of the update whose length the trust ratio sets.
+    return Lamb(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective
+
+
+def forward(model: Any, batch: dict[str, Tensor]) -> Any:
+    """Logits of the masked tokens and of the next sentence, see `AtMaskedPositions`."""
+    inputs = ("input_ids", "token_type_ids", "attention_mask", "masked_positions")
+    return model(**{name: batch[name] for name in inputs})
+
+
+def loss_sums(output: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood in nats: of all masked tokens, and of all answers whether the next sentence is one."""
+    token_logits, next_logits = output.prediction_logits.float(), output.seq_relationship_logits.float()
+    mlm = cross_entropy(token_logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+    return mlm, cross_entropy(next_logits, batch["next_sentence_label"], reduction="sum")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def row_to_evaluate(pairs: SentencePairs, pair: int, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    """A pair with the same tokens hidden at every call, one by one, whatever the training masks are."""
+    seed = derive_seed(EVAL_SEED, "mask", pair)
+    return mask_tokens(pairs.read(0, pair), vocabulary, EVAL_MASK_FRACTION, whole_words=False, seed=seed)
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Any, model: Any, pairs: SentencePairs, vocabulary: Vocabulary, batch_size: int
+) -> dict[str, float]:
+    """Losses (nats) and accuracies of both objectives over every pair once."""
+    model.eval()
+    by_length = np.argsort(pairs.lengths(pairs.epoch(0)), kind="stable")
+    starts = range(0, len(by_length), batch_size * accelerator.num_processes)
+    is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
+    nlls, tokens, answers = np.zeros(2), [], []  # tokens and answers: (2, N), what was predicted and what was right
+    for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
+        mine = by_length[first + accelerator.process_index * batch_size :][:batch_size]
+        rows = [row_to_evaluate(pairs, pair, vocabulary) for pair in mine.tolist()]
+        # A process that has no pair left takes one without a target: all must run equally often.
+        rows = rows or [without_targets(row_to_evaluate(pairs, 0, vocabulary))]
+        batch = to_device(cut_padding(micro_batches(rows, batch_size)[0]), accelerator.device)
+        output = forward(model, batch)
+        nlls += [nll.item() for nll in loss_sums(output, batch)]
+        tokens.append(torch.stack([output.prediction_logits.argmax(-1), batch["labels"]]).flatten(1))
+        answers.append(torch.stack([output.seq_relationship_logits.argmax(-1), batch["next_sentence_label"]]))
+    model.train()
+    gathered = launch.gather_objects(
+        accelerator, [nlls, *(torch.cat(both, 1).cpu().numpy() for both in (tokens, answers))]
+    )
+    mlm_nll, nsp_nll = np.sum([process[0] for process in gathered], axis=0).tolist()
+    tokens, answers = (np.concatenate([process[kind] for process in gathered], axis=1) for kind in (1, 2))
+    tokens, answers = (both[:, both[1] != IGNORED] for both in (tokens, answers))
+    mlm_loss, nsp_loss = mlm_nll / tokens.shape[1], nsp_nll / answers.shape[1]
+    return {
+        "eval/loss": mlm_loss + nsp_loss,
+        "eval/mlm_loss": mlm_loss,
+        "eval/mlm_accuracy": Accuracy().compute(predictions=tokens[0], references=tokens[1])["accuracy"],
+        "eval/nsp_loss": nsp_loss,
+        "eval/nsp_accuracy": Accuracy().compute(predictions=answers[0], references=answers[1])["accuracy"],
+    }
+
+
+def without_targets(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The row with nothing to predict."""
+    return {**row, **{name: np.full_like(row[name], IGNORED) for name in ("labels", "next_sentence_label")}}
+
+
+@torch.no_grad()
+def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, vocabulary: Vocabulary) -> str:
+    """What the model fills into the masks of `NUM_SAMPLES` pairs and answers about them; every process takes part."""
+    model.eval()
+    texts = []
+    for pair in np.linspace(0, len(pairs.epoch(0)) - 1, NUM_SAMPLES, dtype=np.int64).tolist():
+        row = row_to_evaluate(pairs, pair, vocabulary)
+        batch = to_device(micro_batches([row], 1)[0], accelerator.device)
+        output = forward(model, batch)
+        ids = row["input_ids"].copy()
+        words = [tokenizer.convert_ids_to_tokens(int(number)) for number in ids[row["attention_mask"] == 1]]
+        guesses = tokenizer.convert_ids_to_tokens(output.prediction_logits[0].argmax(-1).tolist())
+        targets = tokenizer.convert_ids_to_tokens([max(label, 0) for label in row["labels"].tolist()])
+        for position, guess, target in zip(row["masked_positions"].tolist(), guesses, targets, strict=True):
+            if position:
+                words[position] = f"[{guess}]" if guess == target else f"[{guess}, not {target}]"
+        answers = ("follows", "is from elsewhere")
+        answer, truth = int(output.seq_relationship_logits[0].argmax()), int(row["next_sentence_label"])
+        verdict = f"second segment {answers[answer]}" + ("" if answer == truth else f" (wrong: it {answers[truth]})")
+        texts.append(f"{tokenizer.convert_tokens_to_string(words)}\n=> {verdict}")
+    model.train()
+    return "\n\n".join(texts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
+    """One optimizer update: its losses (nats: MLM a masked token, NSP a pair) over all processes and micro-batches.
+
+    The objective is the sum of both means (Devlin et al. 2019, appendix A.2). A gradient that is not finite changes
+    nothing, on all processes alike; DeepSpeed, which steps inside the backward pass, finds that by itself.
+
+    Returns:
+        The two losses (2,), and the gradient norm.
+    """
+    num_masked = accelerator.reduce(sum((batch["labels"] != IGNORED).sum() for batch in batches), "sum")
+    num_targets = torch.stack([num_masked, torch.full_like(num_masked, cfg.global_batch_size)])
+    # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
+    scales = accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets
+    nlls = []
+    for micro_step, batch in enumerate(batches):
+        torch.manual_seed(derive_seed(cfg.seed, "dropout", step, micro_step, accelerator.process_index))
+        with accelerator.accumulate(model):
+            micro_nlls = torch.stack(loss_sums(forward(model, batch), batch))
+            accelerator.backward((micro_nlls * scales).sum())
+        nlls.append(micro_nlls.detach())
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return accelerator.reduce(torch.stack(nlls).sum(0), "sum") / num_targets, grad_norm
+
+
+def main(cfg: Config) -> None:
+    """Train, evaluate, save, and leave a model that `from_pretrained` loads."""
+    check_config(cfg)
+    run_dir = Path(cfg.output_dir)
+    run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
+    launch.follow_launcher()
+    accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
+    micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
+    launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
+    if cfg.optimizer != "adamw" and accelerator.distributed_type == "DEEPSPEED":
+        needs = "ZeRO flattens the matrices that it needs, use --optimizer adamw"
+        raise cli.UsageError(f"optimizer: {cfg.optimizer!r}: {needs}")
+    with launch.raise_together(accelerator):
+        hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
+
+    tokenizer, pairs, eval_pairs = open_data(cfg, accelerator)
+    vocabulary = look_up(tokenizer)
+    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+    order = {"global_batch_size": cfg.global_batch_size, **rank}
+    updates = MaskedUpdates(cfg, pairs, vocabulary, micro_batch_size, order)
+    if cfg.dry_run:
+        report_costs(cfg, accelerator, tokenizer, pairs, to_device(updates[0][0], accelerator.device))
+        return
+    model = build_model(cfg, tokenizer)
+    facts = describe(cfg, accelerator, model, pairs)
+    accelerator.print(dry_run.table(facts))
+    if cfg.compile:
+        model.compile()
+    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+
+    previous_phase = Path(cfg.init) if cfg.init_optimizer else None
+    step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase)
+    skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
+    loader = iter(
+        DataLoader(
+            updates,
+            batch_size=None,
+            sampler=range(step, cfg.max_steps),
+            num_workers=cfg.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+    )
+    record = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
+    with launch.raise_together(accelerator):
+        hub.check_push(hub_id, private=cfg.hub_private)
+        if accelerator.is_main_process:
+            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+    log = RunLog(accelerator, run_dir, step, cfg.max_steps)
+    pusher = hub.HubPusher(hub_id, cfg.hub_private)
+    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
+    throughput = Throughput(facts["flops_per_pair"], launch.peak(accelerator) * accelerator.num_processes)
+    seconds_before = state.get("training_seconds", 0.0)
+    stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
+    model.train()
+    while step < cfg.max_steps:
+        with throughput.waiting_for_data():
+            batches = next(loader)
+        num_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * accelerator.num_processes
+        # Warm up, then fall linearly to 0: released code of Devlin et al. 2019, optimization.py.
+        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, decay_fraction=1.0)
+        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+        batches = [to_device(batch, accelerator.device) for batch in batches]
+        losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
+        step += 1
+        throughput.add(samples=cfg.global_batch_size, units=num_tokens)
+        is_finite = math.isfinite(grad_norm)
+        skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
+
+        is_last = step == cfg.max_steps or bad_in_a_row >= cfg.max_bad_updates
+        is_stopping = launch.on_any_process(accelerator, stop.received)
+        metrics = {}
+        if is_last or step % cfg.log_every == 0:
+            mlm_loss, nsp_loss = losses.tolist()
+            metrics = {"train/loss": mlm_loss + nsp_loss, "train/mlm_loss": mlm_loss, "train/nsp_loss": nsp_loss}
+            metrics |= {"train/learning_rate": cfg.learning_rate * factor, "train/grad_norm": grad_norm}
+            metrics |= {"train/skipped_updates": skipped, **throughput.read("tokens")}
+        seconds = seconds_before + throughput.training_seconds
+        with throughput.pause():
+            if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
+                metrics |= evaluate(accelerator, model, eval_pairs, vocabulary, micro_batch_size)
+                log.write_samples(step, sample(accelerator, model, tokenizer, eval_pairs, vocabulary))
+            log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
+            if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
+                state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
+                checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
+            if schedules.is_due(step, cfg.push_every):
+                export_model(accelerator, model, tokenizer, run_dir)
+                pusher.push(run_dir, f"step {step}", f"step-{step}")
+        if profiler:
+            profiler.step()
+        if bad_in_a_row >= cfg.max_bad_updates:
+            raise cli.TooManyNonFiniteUpdates(
+                f"{bad_in_a_row} updates in a row had no finite gradient, up to step {step}"
+            )
+        if is_stopping and step < cfg.max_steps:
+            raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
+
+    export_model(accelerator, model, tokenizer, run_dir)
+    samples = sample(accelerator, model, tokenizer, eval_pairs, vocabulary)
+    if accelerator.is_main_process:
+        flops = facts["flops_per_pair"] * cfg.global_batch_size * step
+        results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
+        write_report(log, run_dir, "fill-mask", USAGE, results, samples)
+        pusher.push(run_dir, f"step {step}")
+    if hub_id:
+        log.say(pusher.close(timeout_seconds=600) or f"pushed to {hub_id}")
+    log.close()
+    accelerator.end_training()
+
+
+def describe(cfg: Config, accelerator: Any, model: Any, pairs: SentencePairs) -> dict[str, Any]:
+    """The numbers that follow from the configuration, for the table at the start and run.json."""
+    row = torch.zeros(1, cfg.seq_length, dtype=torch.int64)
+    num_places = max(1, round((cfg.seq_length - NUM_SPECIAL) * cfg.mask_fraction))
+    inputs = {"input_ids": row, "token_type_ids": row, "attention_mask": row, "masked_positions": row[:, :num_places]}
+    return {
+        "parameters": model.num_parameters(),
+        "flops_per_pair": training_flops(model, inputs),
+        "pairs_per_update": cfg.global_batch_size,
+        "updates_per_epoch": pairs.updates_per_epoch(cfg.global_batch_size),
+        **launch.describe(accelerator),
+    }
+
+
+def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, pairs: Any, batch: dict[str, Tensor]) -> None:
+    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
+    with dry_run.without_memory():
+        model = build_model(cfg, tokenizer)
+        facts = describe(cfg, accelerator, model, pairs)
+        optimizer_bytes = state_bytes(build_optimizer(cfg, model)) / facts["parameters"]
+        costs = dry_run.costs(accelerator, model, batch, optimizer_bytes)
+    rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
+    if dry_run.can_time(accelerator, facts["flops_per_pair"] * len(batch["input_ids"]), costs["memory: total"]):
+        model = build_model(cfg, tokenizer)
+        seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), batch)
+        rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
+        rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
+    accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{dry_run.table(rows)}")
+
+
+if __name__ == "__main__":
+    with cli.exit_codes():
+        main(CONFIG)
