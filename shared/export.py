@@ -23,8 +23,11 @@ def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) ->
     if accelerator.is_main_process:
         aside = run_dir / ".export"
         shutil.rmtree(aside, ignore_errors=True)
+        bare = accelerator.unwrap_model(model, keep_torch_compile=False)
         weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}  # torch.compile's
-        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(aside, state_dict=weights)
+        for tied in bare.all_tied_weights_keys:  # a gathered copy of its own, which the library would save twice
+            weights.pop(tied, None)
+        bare.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         readable = (aside / "config.json").stat().st_mode  # weight files come out readable for their owner alone
         for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".safetensors"):

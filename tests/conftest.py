@@ -35,6 +35,12 @@ def gpt() -> ModuleType:
     return load_recipe("gpt/pretrain.py")
 
 
+@pytest.fixture(scope="session")
+def bert() -> ModuleType:
+    """recipes/bert/pretrain.py as a module."""
+    return load_recipe("bert/pretrain.py")
+
+
 def load_recipe(name: str) -> ModuleType:
     """Import a recipe by its path below recipes/."""
     path = ROOT / "recipes" / name

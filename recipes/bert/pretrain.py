@@ -79,6 +79,8 @@ class Config(cli.RunControl):
     """Attention heads."""
     max_positions: int = 128
     """Rows of the table of positions: the longest row that this model, or a next phase of it, can see."""
+    neighbour_heads: bool = True
+    """Let two thirds of the attention heads begin by looking at the tokens beside, see the README."""
     dropout: float = 0.0
     """Dropout probability of attention weights and of each block's outputs. 0 = none."""
     init: str = "scratch"
@@ -126,6 +128,7 @@ from shared.documents import open_texts
 from shared.export import export_model
 from shared.flops import training_flops
 from shared.metrics import Accuracy
+from shared.neighbour_heads import attend_to_neighbours
 from shared.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
 from shared.pretrained import check_sizes, load_pretrained
 from shared.profiling import trace_updates
@@ -160,6 +163,8 @@ def check_config(cfg: Config) -> None:
     cli.expect(cfg.hidden_size % cfg.num_heads == 0, "hidden_size", cfg.hidden_size, "a multiple of num_heads")
     for field in ("eval_fraction", "dropout", "short_fraction"):
         cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
+    is_code = 2 <= len(cfg.language) <= 3 and cfg.language.isalpha()
+    cli.expect(is_code, "language", cfg.language, "a code of two or three letters, such as en")
     cli.expect(0 < cfg.mask_fraction < 1, "mask_fraction", cfg.mask_fraction, "a share in (0, 1)")
     has_eval = cfg.eval_fraction > 0 or cfg.eval_data or cfg.data == "sample"
     cli.expect(bool(has_eval), "eval_fraction", cfg.eval_fraction, "more than 0 where eval_data is not given")
@@ -295,6 +300,10 @@ class MaskedUpdates(Dataset):
 class AtMaskedPositions:
     """A library class with both heads, the large one computed at the masked positions only."""
 
+    # FSDP2's units are to be the blocks, and all else together: the decoder shares its weight with the embeddings and
+    # its bias with the head, and accelerate would put what these name into a unit without the head.
+    get_input_embeddings = get_output_embeddings = lambda self: None
+
     def forward(
         self,
         input_ids: Tensor,
@@ -330,9 +339,13 @@ class AtMaskedPositions:
 class BertForPreTraining(AtMaskedPositions, transformers.BertForPreTraining):
     """The library's class, under its name, which is what config.json will say."""
 
+    _no_split_modules = ("BertLayer",)
+
 
 class MegatronBertForPreTraining(AtMaskedPositions, transformers.MegatronBertForPreTraining):
     """The library's class, under its name, which is what config.json will say."""
+
+    _no_split_modules = ("MegatronBertLayer",)
 
 
 MODEL_CLASSES = {"bert": BertForPreTraining, "megatron-bert": MegatronBertForPreTraining}
@@ -355,11 +368,16 @@ def build_model(cfg: Config, tokenizer: Any) -> Any:
         vocab_size = math.ceil(tokenization.num_ids(tokenizer) / 64) * 64  # tensor cores want multiples
         others = {"vocab_size": vocab_size, "pad_token_id": tokenizer.pad_token_id, **dropouts}
         model = MODEL_CLASSES[model_type](transformers.AutoConfig.for_model(**sizes, **others))
+        if cfg.neighbour_heads:
+            heads = [layer.attention.self for layer in model.bert.encoder.layer]
+            blocks = [(head.query.weight, head.key.weight) for head in heads]
+            table, std = model.bert.embeddings.position_embeddings.weight, model.config.initializer_range
+            attend_to_neighbours(table, blocks, cfg.num_heads, std, derive_seed(cfg.seed, "positions"))
     else:
         check_sizes(cfg.init, sizes, tokenizer)
         model = load_pretrained(MODEL_CLASSES[model_type], cfg.init, "init", **dropouts)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 
@@ -399,7 +417,8 @@ def forward(model: Any, batch: dict[str, Tensor]) -> Any:
 
 def loss_sums(output: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats: of all masked tokens, and of all answers whether the next sentence is one."""
-    token_logits, next_logits = output.prediction_logits.float(), output.seq_relationship_logits.float()
+    both = (output.prediction_logits, output.seq_relationship_logits)
+    token_logits, next_logits = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in both)
     mlm = cross_entropy(token_logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
     return mlm, cross_entropy(next_logits, batch["next_sentence_label"], reduction="sum")
 

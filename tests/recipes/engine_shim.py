@@ -3,7 +3,7 @@
     accelerate launch ... tests/recipes/engine_shim.py recipes/gpt/pretrain.py --flags of the recipe
 
 FSDP_ON_CPU=1     accelerate takes the gloo processes for GPUs, which is all that keeps FSDP2 from running on CPUs
-POISON=2:1        the loss of update 2 is not a number on rank 1, in the first micro-batch
+POISON=2:1        the logits of update 2 are not numbers on rank 1, in the first micro-batch
 SIGTERM_AT=2      in update 2 the launcher gets the SIGTERM that a scheduler sends; 2:1 = rank 1 gets it, and no other
 """
 
@@ -39,16 +39,19 @@ def event(name: str) -> tuple[int, int]:
 
 
 def disturb(recipe: ModuleType) -> None:
-    """Wrap `train_update` and the loss, so that something happens at a given step."""
-    train_update, loss_sum = recipe.train_update, recipe.causal_lm_loss_sum
+    """Wrap `train_update` and `forward`, so that something happens at a given step."""
+    train_update, forward = recipe.train_update, recipe.forward
     (poison_step, poison_rank), (signal_step, signal_rank) = event("POISON"), event("SIGTERM_AT")
     own_rank = int(os.environ.get("RANK", "0"))
     is_poisoned = False
 
-    def disturbed_loss_sum(*args: Any) -> Any:
+    def disturbed_forward(*args: Any) -> Any:
         nonlocal is_poisoned
-        factor, is_poisoned = float("nan") if is_poisoned else 1.0, False
-        return loss_sum(*args) * factor
+        output = forward(*args)
+        if is_poisoned:
+            is_poisoned = False
+            next(iter(output.values()) if isinstance(output, dict) else iter([output])).mul_(float("nan"))
+        return output
 
     def disturbed_update(*args: Any) -> Any:
         nonlocal is_poisoned
@@ -58,7 +61,7 @@ def disturb(recipe: ModuleType) -> None:
             os.kill(os.getppid() if signal_rank < 0 else os.getpid(), signal.SIGTERM)
         return train_update(*args)
 
-    recipe.train_update, recipe.causal_lm_loss_sum = disturbed_update, disturbed_loss_sum  # type: ignore[attr-defined]
+    recipe.train_update, recipe.forward = disturbed_update, disturbed_forward  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

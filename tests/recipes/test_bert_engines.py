@@ -1,0 +1,197 @@
+"""The recipe under every engine that two CPU processes can run, against one process; see test_gpt_engines.py.
+
+Losses, gradient norms and weights are held to 1e-5 of one process's, resuming to the bit. Pairs have different numbers
+of masked tokens, and micro-batches different lengths.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.launching import assert_no_traceback, finish, launch, start
+from tests.recipes import float64_updates
+from tests.recipes.test_bert_pretrain import TINY as SIZES
+from tests.recipes.test_bert_pretrain import sentences_file  # noqa: F401  (a fixture)
+
+RECIPE = ROOT / "recipes" / "bert" / "pretrain.py"
+SHIM = Path(__file__).with_name("engine_shim.py")
+TINY: dict[str, Any] = {**SIZES, "max_steps": 6, "save_every": 3}
+# Two micro-batches a process, and clipping that AdamW cannot hide: see test_gpt_engines.py.
+FIELDS = {
+    "muon": TINY,
+    "adamw": {**TINY, "optimizer": "adamw", "per_device_batch_size": 2, "max_grad_norm": 1e-5, "weight_decay": 0.1},
+    "lamb": {**TINY, "optimizer": "lamb", "weight_decay": 0.01, "per_device_batch_size": 2},
+}
+ENGINES = [
+    ("multi_cpu", "muon"),
+    ("multi_cpu", "adamw"),
+    ("multi_cpu", "lamb"),
+    ("fsdp2", "muon"),
+    ("fsdp2", "adamw"),
+    ("deepspeed_zero2", "adamw"),
+    ("deepspeed_zero3", "adamw"),
+]
+pytestmark = pytest.mark.timeout(900)
+
+
+class Runs:
+    """The runs that several tests look at, each made once."""
+
+    def __init__(self, bert: ModuleType, data: Path, folder: Path) -> None:
+        self.bert, self.folder = bert, folder
+        self.common = {"data": str(data), "cache_dir": str(folder / "cache")}
+
+    def start(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
+        if engine == "fsdp2":
+            options["FSDP_ON_CPU"] = "1"
+        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
+        flags = [f"--{name}={value}" for name, value in {**fields, **self.common, "output_dir": run_dir}.items()]
+        return start(engine, *shim, RECIPE, *flags, **options)
+
+    def run(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> tuple[int, str]:
+        process = self.start(engine, run_dir, fields, **options)
+        output = finish(process)
+        return process.returncode, output
+
+    def of_engine(self, engine: str, optimizer: str) -> Path:
+        run_dir = self.folder / f"{engine}-{optimizer}"
+        if not run_dir.exists():
+            process = self.start(engine, run_dir, FIELDS[optimizer])
+            self.of_one_process(optimizer)  # meanwhile
+            output = finish(process)
+            assert process.returncode == 0, output
+        return run_dir
+
+    def of_one_process(self, optimizer: str) -> Path:
+        run_dir = self.folder / f"one-{optimizer}"
+        if not run_dir.exists():
+            self.run_here(run_dir, FIELDS[optimizer])
+        return run_dir
+
+    def run_here(self, run_dir: Path, fields: dict[str, Any]) -> None:
+        float64_updates.reset_accelerate()
+        handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            self.bert.main(self.bert.Config(**fields, **self.common, output_dir=str(run_dir)))
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def runs(bert: ModuleType, sentences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:  # noqa: F811
+    return Runs(bert, sentences_file, tmp_path_factory.mktemp("engines"))
+
+
+METRICS = ("train/mlm_loss", "train/nsp_loss", "train/grad_norm", "eval/mlm_loss", "eval/nsp_loss")
+ACCURACIES = ("eval/mlm_accuracy", "eval/nsp_accuracy")
+
+
+def metric(run_dir: Path, name: str) -> list[float]:
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [entry[name] for entry in entries if name in entry]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model.safetensors")
+
+
+def assert_close(run_dir: Path, other: Path) -> None:
+    """Equal but for the order in which float32 numbers were added.
+
+    The biases of keys add the same to all scores of a query: their gradient is 0 but for rounding, which Adam makes to
+    steps of full size. What they are changes nothing.
+    """
+    assert metric(run_dir, "step") == metric(other, "step")
+    for name in METRICS:
+        assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
+    for name in ACCURACIES:
+        assert metric(run_dir, name) == metric(other, name), name
+    for name, value in weights(run_dir).items():
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "optimizer"), [ENGINES[0], *(pytest.param(*engine, marks=pytest.mark.slow) for engine in ENGINES[1:])]
+)
+def test_engine_equals_one_process(runs: Runs, engine: str, optimizer: str) -> None:
+    from transformers import AutoModelForPreTraining
+
+    run_dir = runs.of_engine(engine, optimizer)
+    assert_close(run_dir, runs.of_one_process(optimizer))
+    exported = AutoModelForPreTraining.from_pretrained(run_dir).state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in weights(run_dir).items())
+
+
+@pytest.mark.slow
+def test_float64_updates_are_equal(bert: ModuleType, tmp_path: Path) -> None:
+    """One batch of 8, two micro-batches of 4, two processes, and two with two micro-batches: the same to 1e-10."""
+    status, output = launch("multi_cpu", Path(float64_updates.__file__), "bert", tmp_path, "4", "2")
+    assert status == 0, output
+    results = [float64_updates.train("bert", bert, micro_batch_size) for micro_batch_size in (8, 4)]
+    results += [load_file(tmp_path / f"{micro_batch_size}.safetensors") for micro_batch_size in (4, 2)]
+    assert results[0]["norm"] > 0.2  # twice what it is clipped to
+    for result in results[1:]:
+        for name, value in result.items():
+            torch.testing.assert_close(value, results[0][name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "optimizer"), [("multi_cpu", "muon"), ("deepspeed_zero2", "adamw")])
+def test_stopping_and_going_on_is_exact(runs: Runs, tmp_path: Path, engine: str, optimizer: str) -> None:
+    whole, run_dir = runs.of_engine(engine, optimizer), tmp_path / "run"
+    fields = {**FIELDS[optimizer], "save_every": 0}
+    status, output = runs.run(engine, run_dir, fields, SIGTERM_AT="2:1")
+    assert status == 1, output  # of the launcher
+    assert "stopped: saved at step 3 of 6" in output
+    assert_no_traceback(output)
+    status, output = runs.run(engine, run_dir, fields)
+    assert status == 0, output
+    for name in ("step", *METRICS):
+        assert metric(run_dir, name) == metric(whole, name)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run_dir).items())
+
+
+@pytest.mark.slow
+def test_bad_update_on_one_process_is_skipped_on_all(runs: Runs, tmp_path: Path) -> None:
+    status, output = runs.run("multi_cpu", tmp_path / "run", FIELDS["adamw"], POISON="2:1")
+    assert status == 0, output
+    assert metric(tmp_path / "run", "train/skipped_updates") == [0, 0, 1, 1, 1, 1]
+    assert all(bool(value.isfinite().all()) for value in weights(tmp_path / "run").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "lamb"])
+def test_optimizers_that_need_whole_matrices_are_refused_under_deepspeed(
+    runs: Runs, tmp_path: Path, optimizer: str
+) -> None:
+    status, output = runs.run("deepspeed_zero2", tmp_path / "run", FIELDS[optimizer])
+    assert status == 1
+    assert output.count(f"error: optimizer: '{optimizer}'") == 1
+    assert_no_traceback(output)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["after_state", "before_rename", "mid_prune"])
+def test_sigkill_while_saving_loses_nothing(runs: Runs, tmp_path: Path, point: str) -> None:
+    run_dir = tmp_path / "run"
+    fields = {**FIELDS["muon"], "save_every": 2, "keep_checkpoints": 1}
+    status, output = runs.run("cpu", run_dir, fields, launcher=(), FAULT=f"{point}:4")
+    assert status == 1, output
+    runs.run_here(run_dir, fields)
+    assert metric(run_dir, "train/loss") == metric(runs.of_one_process("muon"), "train/loss")
+    assert all(
+        torch.equal(value, weights(runs.of_one_process("muon"))[name]) for name, value in weights(run_dir).items()
+    )
+    shutil.rmtree(run_dir)
