@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException  # of BaseException, which `except Exception` misses
 
-from shared.command_line import NoUsableCheckpoint, UsageError
+from shared.command_line import NoUsableCheckpoint, UsageError, expect
 from shared.launch import check_shared_folder, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,9 @@ def resume_run(accelerator: Any, run_dir: Path, resume: str, previous_phase: Pat
     checkpoint = find_checkpoint(accelerator, run_dir, resume)
     before = None
     if previous_phase and not checkpoint:
-        before = find_checkpoint(accelerator, previous_phase, "auto")
-        if accelerator.distributed_type.value in SHARDED_ENGINES:
-            raise UsageError(
-                f"init_optimizer: a checkpoint of {accelerator.distributed_type.value} from another run: "
-                "expected another engine, its files can run code"
-            )
+        engine, before = accelerator.distributed_type.value, find_checkpoint(accelerator, previous_phase, "auto")
+        expect(bool(before), "init", str(previous_phase), "a run folder with checkpoints, for init_optimizer")
+        expect(engine not in SHARDED_ENGINES, "init_optimizer", True, f"False under {engine}, whose files can run code")
     check_shared_folder(accelerator, run_dir)
     if before:
         load_checkpoint(accelerator, before)

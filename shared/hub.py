@@ -109,6 +109,9 @@ class HubPusher:
     """Pushes a run's loadable files in the background; neither `push` nor `close` raises what goes wrong.
 
     One without a repository does nothing: that of a run that is not pushed, or of all processes but the main one.
+
+    Attributes:
+        repo_id: the full id; "" = it pushes nothing.
     """
 
     def __init__(self, repo_id: str, private: bool) -> None:
@@ -118,7 +121,7 @@ class HubPusher:
             repo_id: the full id that `check_push` returned; "" = push nothing.
             private: for the command that `close` prints; the repository is there already.
         """
-        self._repo_id, self._private = repo_id, private
+        self.repo_id, self._private = repo_id, private
         self._folder = Path()
         self._copies = tempfile.TemporaryDirectory(prefix="push_to_hub_", ignore_cleanup_errors=True)
         self._newest = 0
@@ -137,7 +140,7 @@ class HubPusher:
             message: of the commit.
             tag: name that the commit gets, such as step-1000. A tag that exists stays where it is. "" = none.
         """
-        if not self._repo_id:
+        if not self.repo_id:
             return
         self._folder = folder
         self._newest += 1
@@ -167,7 +170,7 @@ class HubPusher:
         if not problem:
             return ""
         visibility = "--private" if self._private else "--no-private"
-        command = ["hf", "upload", self._repo_id, str(self._folder), ".", visibility]
+        command = ["hf", "upload", self.repo_id, str(self._folder), ".", visibility]
         command += [f"--include={pattern}" for pattern in PUSHED] + [f"--exclude={pattern}" for pattern in KEPT_BACK]
         return f"push_to_hub: the last push failed ({problem}); to push again: {shlex.join(command)}"
 
@@ -181,7 +184,7 @@ class HubPusher:
                 return
             problem = ""
             try:
-                _retrying()(_upload, self._repo_id, push)
+                _retrying()(_upload, self.repo_id, push)
             except Exception as error:  # whatever it is, training goes on
                 problem = _one_line(error)
             self._end(push, problem)
@@ -189,7 +192,7 @@ class HubPusher:
     def _end(self, push: _Push, problem: str) -> None:
         shutil.rmtree(push.folder, ignore_errors=True)
         if problem and not self._closed:
-            logger.warning("the push %r to %s failed: %s", push.message, self._repo_id, problem)
+            logger.warning("the push %r to %s failed: %s", push.message, self.repo_id, problem)
         with self._changed:
             self._problems[push.number] = problem
             self._changed.notify_all()

@@ -4,9 +4,43 @@ from pathlib import Path
 from typing import Any
 
 from shared.figures import loss_curve
+from shared.hub import HubPusher
 from shared.model_card import write_model_card
 from shared.run_folder import update_run_record
 from shared.run_log import RunLog
+
+PUSH_SECONDS = 600  # that the end of a run waits for its last push
+
+
+def finish_run(
+    log: RunLog,
+    pusher: HubPusher,
+    run_dir: Path,
+    *,
+    pipeline_tag: str,
+    usage: str,
+    results: dict[str, Any],
+    samples: str,
+    is_main_process: bool,
+) -> None:
+    """Report on a run whose model is exported, and push it, if it is to be pushed; every process calls this.
+
+    Args:
+        log: has the run's metrics; closed here.
+        pusher: closed here.
+        run_dir: the run folder.
+        pipeline_tag: see `write_report`.
+        usage: see `write_report`.
+        results: see `write_report`.
+        samples: see `write_report`.
+        is_main_process: whether this process is the one that writes.
+    """
+    if is_main_process:
+        write_report(log, run_dir, pipeline_tag, usage, results, samples)
+        pusher.push(run_dir, f"step {results['steps']}")
+    if pusher.repo_id:
+        log.say(pusher.close(timeout_seconds=PUSH_SECONDS) or f"pushed to {pusher.repo_id}")
+    log.close()
 
 
 def write_report(

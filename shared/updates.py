@@ -1,6 +1,7 @@
 """What update t sees, for corpora that are read by index; `streaming.StreamedUpdates` is the same for streams."""
 
 import signal
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +41,27 @@ class Updates(torch.utils.data.Dataset):
         return micro_batches(samples, self._micro_batch_size), []
 
 
-def ignore_signals(worker: int) -> None:
+def load_updates(dataset: Any, steps: range | None, num_workers: int, device: torch.device) -> Iterator[Any]:
+    """What the dataset has for each step, as tensors, read ahead by data workers.
+
+    Args:
+        dataset: its items are updates, or it yields them one after the other.
+        steps: the items to read; None = all that the dataset yields.
+        num_workers: data worker processes; 0 = read here.
+        device: that of training; for a GPU the tensors come in pinned memory.
+    """
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+    )
+    return iter(loader)
+
+
+def _ignore_signals(worker: int) -> None:
     """Let data workers live on when a signal goes to all processes of a run: the update it stops after needs them.
 
     They end with the training process.

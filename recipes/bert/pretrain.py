@@ -60,9 +60,7 @@ class Config(cli.RunControl):
     """Whether a tokenizer trained here ignores case and accents."""
     seq_length: int = 64
     """Tokens of a row: [CLS] A [SEP] B [SEP]."""
-    short_fraction: float = 0.1
-    """Share of the pairs that are made shorter, to a random length."""
-    mask_fraction: float = 0.3
+    mask_fraction: float = 0.4
     """Share of the tokens to predict in training; evaluation always has 0.15."""
     whole_word_masking: bool = True
     """Mask all tokens of a word together in training; evaluation always masks tokens one by one."""
@@ -105,7 +103,9 @@ class Config(cli.RunControl):
     max_grad_norm: float = 1.0
     """Norm to which the update's gradient is clipped. 0 = no clipping."""
     warmup_steps: int = 50
-    """Updates over which the rate rises; then it falls linearly to 0. 0 = none."""
+    """Updates over which the rate rises; then it falls linearly. 0 = none."""
+    schedule_steps: int = 0
+    """Updates after which the rate is 0, more than max_steps where a next phase goes on. 0 = max_steps."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -119,13 +119,14 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, tokenization, wordpiece
 from shared.batches import IGNORED, micro_batches, to_device
 from shared.documents import open_texts
 from shared.export import export_model
+from shared.filled_masks import show_filled
 from shared.flops import training_flops
 from shared.metrics import Accuracy
 from shared.neighbour_heads import attend_to_neighbours
@@ -133,18 +134,20 @@ from shared.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
 from shared.pretrained import check_sizes, load_pretrained
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed
-from shared.report import write_report
+from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.sentence_cache import split_corpus
 from shared.sentence_pairs import NUM_SPECIAL, SentencePairs
 from shared.stopping import StopSignals
 from shared.throughput import Throughput
 from shared.token_cache import cache_folder
-from shared.updates import ignore_signals
+from shared.updates import load_updates
 
+SHORT_FRACTION = 0.1  # of the pairs are made shorter, to a random length (Devlin et al. 2019, released code)
 EVAL_MASK_FRACTION = 0.15  # Devlin et al. 2019, section 3.1: what published accuracies are measured at
 EVAL_SEED = 0  # of the pairs and masks to evaluate on, so that runs of any seed compare
 NUM_SAMPLES = 4
+ANSWERS = ("continuation", "other document")  # in the order of the labels
 USAGE = """from transformers import pipeline
 
 print(pipeline("fill-mask", "path/of/this/folder")("The President of the United [MASK]."))"""
@@ -161,15 +164,17 @@ def check_config(cfg: Config) -> None:
     cli.expect(cfg.seq_length >= 8, "seq_length", cfg.seq_length, "at least 8, for two segments and 3 special tokens")
     cli.expect(cfg.seq_length <= cfg.max_positions, "seq_length", cfg.seq_length, "at most max_positions")
     cli.expect(cfg.hidden_size % cfg.num_heads == 0, "hidden_size", cfg.hidden_size, "a multiple of num_heads")
-    for field in ("eval_fraction", "dropout", "short_fraction"):
+    for field in ("eval_fraction", "dropout"):
         cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
+    is_whole = cfg.schedule_steps in (0, max(cfg.schedule_steps, cfg.max_steps))
+    cli.expect(is_whole, "schedule_steps", cfg.schedule_steps, "0, or at least max_steps")
     is_code = 2 <= len(cfg.language) <= 3 and cfg.language.isalpha()
     cli.expect(is_code, "language", cfg.language, "a code of two or three letters, such as en")
     cli.expect(0 < cfg.mask_fraction < 1, "mask_fraction", cfg.mask_fraction, "a share in (0, 1)")
     has_eval = cfg.eval_fraction > 0 or cfg.eval_data or cfg.data == "sample"
     cli.expect(bool(has_eval), "eval_fraction", cfg.eval_fraction, "more than 0 where eval_data is not given")
-    is_run = cfg.init != "scratch" and (Path(cfg.init) / "checkpoints").is_dir()
-    cli.expect(is_run or not cfg.init_optimizer, "init", cfg.init, "a run folder with checkpoints for init_optimizer")
+    has_run = cfg.init != "scratch" or not cfg.init_optimizer
+    cli.expect(has_run, "init", cfg.init, "a run folder with checkpoints, for init_optimizer")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,8 +199,8 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, Senten
         if eval_texts:
             _, held_out = split_corpus(eval_texts, tokenizer, eval_fraction=1.0, **options)
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-        pairs = SentencePairs(train, ids, cfg.seq_length, cfg.short_fraction, cfg.seed)
-        eval_pairs = SentencePairs(held_out, ids, cfg.seq_length, cfg.short_fraction, EVAL_SEED)
+        pairs = SentencePairs(train, ids, cfg.seq_length, SHORT_FRACTION, cfg.seed)
+        eval_pairs = SentencePairs(held_out, ids, cfg.seq_length, SHORT_FRACTION, EVAL_SEED)
         pairs.epoch(0), eval_pairs.epoch(0)
     return tokenizer, pairs, eval_pairs
 
@@ -481,20 +486,13 @@ def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, v
     model.eval()
     texts = []
     for pair in np.linspace(0, len(pairs.epoch(0)) - 1, NUM_SAMPLES, dtype=np.int64).tolist():
-        row = row_to_evaluate(pairs, pair, vocabulary)
-        batch = to_device(micro_batches([row], 1)[0], accelerator.device)
-        output = forward(model, batch)
-        ids = row["input_ids"].copy()
-        words = [tokenizer.convert_ids_to_tokens(int(number)) for number in ids[row["attention_mask"] == 1]]
-        guesses = tokenizer.convert_ids_to_tokens(output.prediction_logits[0].argmax(-1).tolist())
-        targets = tokenizer.convert_ids_to_tokens([max(label, 0) for label in row["labels"].tolist()])
-        for position, guess, target in zip(row["masked_positions"].tolist(), guesses, targets, strict=True):
-            if position:
-                words[position] = f"[{guess}]" if guess == target else f"[{guess}, not {target}]"
-        answers = ("follows", "is from elsewhere")
-        answer, truth = int(output.seq_relationship_logits[0].argmax()), int(row["next_sentence_label"])
-        verdict = f"second segment {answers[answer]}" + ("" if answer == truth else f" (wrong: it {answers[truth]})")
-        texts.append(f"{tokenizer.convert_tokens_to_string(words)}\n=> {verdict}")
+        batch = cut_padding(micro_batches([row_to_evaluate(pairs, pair, vocabulary)], 1)[0])
+        output = forward(model, to_device(batch, accelerator.device))
+        hidden = [batch[name][0] for name in ("input_ids", "masked_positions", "labels")]
+        guess = ANSWERS[int(output.seq_relationship_logits[0].argmax())]
+        truth = ANSWERS[int(batch["next_sentence_label"][0])]
+        verdict = f"second segment: {guess}" + ("" if guess == truth else f", wrong, it is the {truth}")
+        texts.append(f"{show_filled(tokenizer, *hidden, output.prediction_logits[0].argmax(-1).cpu())}\n=> {verdict}")
     model.train()
     return "\n\n".join(texts)
 
@@ -563,16 +561,7 @@ def main(cfg: Config) -> None:
     previous_phase = Path(cfg.init) if cfg.init_optimizer else None
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase)
     skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
-    loader = iter(
-        DataLoader(
-            updates,
-            batch_size=None,
-            sampler=range(step, cfg.max_steps),
-            num_workers=cfg.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
-    )
+    loader = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
     record = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
     with launch.raise_together(accelerator):
         hub.check_push(hub_id, private=cfg.hub_private)
@@ -582,7 +571,7 @@ def main(cfg: Config) -> None:
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
     throughput = Throughput(facts["flops_per_pair"], launch.peak(accelerator) * accelerator.num_processes)
-    seconds_before = state.get("training_seconds", 0.0)
+    seconds_before, schedule_steps = state.get("training_seconds", 0.0), cfg.schedule_steps or cfg.max_steps
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
     while step < cfg.max_steps:
@@ -590,7 +579,7 @@ def main(cfg: Config) -> None:
             batches = next(loader)
         num_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * accelerator.num_processes
         # Warm up, then fall linearly to 0: released code of Devlin et al. 2019, optimization.py.
-        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, decay_fraction=1.0)
+        factor = schedules.warmup_stable_decay(step, schedule_steps, cfg.warmup_steps, decay_fraction=1.0)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
@@ -629,15 +618,11 @@ def main(cfg: Config) -> None:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
     export_model(accelerator, model, tokenizer, run_dir)
+    flops = facts["flops_per_pair"] * cfg.global_batch_size * step
+    results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     samples = sample(accelerator, model, tokenizer, eval_pairs, vocabulary)
-    if accelerator.is_main_process:
-        flops = facts["flops_per_pair"] * cfg.global_batch_size * step
-        results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
-        write_report(log, run_dir, "fill-mask", USAGE, results, samples)
-        pusher.push(run_dir, f"step {step}")
-    if hub_id:
-        log.say(pusher.close(timeout_seconds=600) or f"pushed to {hub_id}")
-    log.close()
+    shown = {"pipeline_tag": "fill-mask", "usage": USAGE, "results": results, "samples": samples}
+    finish_run(log, pusher, run_dir, **shown, is_main_process=accelerator.is_main_process)
     accelerator.end_training()
 
 

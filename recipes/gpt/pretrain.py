@@ -114,7 +114,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, streaming, tokenization
@@ -127,13 +126,13 @@ from shared.packing import PackedRows, fill_row, pack_corpus
 from shared.pretrained import load_causal_lm
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed
-from shared.report import write_report
+from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.stopping import StopSignals
 from shared.text_generation import continue_prompt
 from shared.throughput import Throughput
 from shared.token_cache import cache_folder
-from shared.updates import Updates, ignore_signals
+from shared.updates import Updates, load_updates
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
@@ -206,12 +205,9 @@ def open_updates(
     }
     if cfg.streaming:
         dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, batch_size, order, step, streams)
-        options = {"num_workers": min(1, cfg.num_workers)}
-    else:
-        dataset = Updates(train, batch_size, order)
-        options = {"num_workers": cfg.num_workers, "sampler": range(step, cfg.max_steps)}
-    options |= {"pin_memory": accelerator.device.type == "cuda", "worker_init_fn": ignore_signals}
-    return iter(DataLoader(dataset, batch_size=None, **options))
+        return load_updates(dataset, None, min(1, cfg.num_workers), accelerator.device)
+    steps = range(step, cfg.max_steps)
+    return load_updates(Updates(train, batch_size, order), steps, cfg.num_workers, accelerator.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,16 +446,12 @@ def main(cfg: Config) -> None:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
     export_model(accelerator, model, tokenizer, run_dir)
+    flops = facts["flops_per_row"] * cfg.global_batch_size * step
+    results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     samples = sample(cfg, accelerator, model, tokenizer)
-    if accelerator.is_main_process:
-        flops = facts["flops_per_row"] * cfg.global_batch_size * step
-        results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
-        write_report(log, run_dir, "text-generation", USAGE, results, samples)
-        pusher.push(run_dir, f"step {step}")
-    if hub_id:
-        log.say(pusher.close(timeout_seconds=600) or f"pushed to {hub_id}")
+    shown = {"pipeline_tag": "text-generation", "usage": USAGE, "results": results, "samples": samples}
+    finish_run(log, pusher, run_dir, **shown, is_main_process=accelerator.is_main_process)
     log.say(f"generate: python recipes/gpt/generate.py --model {run_dir}")
-    log.close()
     accelerator.end_training()
 
 

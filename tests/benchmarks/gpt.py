@@ -36,19 +36,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from harness import (
+    MARKERS,
+    OUTPUT,
+    ROOT,
+    WARM_UPDATES,
+    Row,
+    answer_child,
+    commit_of_the_tree,
+    environment,
+    execute,
+    in_child,
+    peak_bytes,
+    say,
+    speed,
+    write_readme,
+)
+
 RECIPE = ROOT / "recipes" / "gpt" / "pretrain.py"
 README = RECIPE.with_name("README.md")
-MARKERS = ("<!-- benchmark -->", "<!-- /benchmark -->")
 PLAIN = [sys.executable, str(RECIPE)]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
 # The smallest model there is: its updates take milliseconds, so 10,000 of them take less than a minute.
 TINY = ["--hidden_size=16", "--num_layers=1", "--num_heads=1", "--seq_length=16", "--global_batch_size=2"]
 NO_PAUSES = ["--eval_every=0", "--save_every=0"]
 SHORTER = (0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25)  # runs tried, as shares of the full number of updates
-WARM_UPDATES = 5  # not counted in rates
-OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-Row = tuple[str, str, str]  # what, measured, goal
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In child processes, so that each side's memory is its own. Imports are late for the same reason.
@@ -236,55 +248,8 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     raise SystemExit(f"the recipe ended before {updates} updates")
 
 
-def speed(times: list[float]) -> dict[str, float]:
-    """Seconds an update between the end of the last warm-up update and the end of the last one."""
-    seconds = times[-1] - times[WARM_UPDATES - 1]
-    return {"updates": len(times), "seconds_per_update": seconds / (len(times) - WARM_UPDATES)}
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this program; getrusage would count what its parent had before it started."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # In the parent, which imports no library and so takes no memory or core from what it measures
-
-
-def say(text: str) -> None:
-    """Print at once."""
-    print(text, flush=True)  # noqa: T201 (the output of a command)
-
-
-def environment() -> dict[str, str]:
-    """The environment of every child: a CPU benchmark, also where there is a GPU."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-
-
-def in_child(function: Callable, **arguments: Any) -> dict[str, Any]:
-    """Call one of the functions above in a new process."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.json")
-        request = json.dumps([function.__name__, arguments, str(answer)])
-        execute([sys.executable, __file__, "--child", request])
-        return json.loads(answer.read_text())
-
-
-def answer_child(request: str) -> None:
-    """The other end of `in_child`."""
-    name, arguments, answer = json.loads(request)
-    result = {function.__name__: function for function in (prepare, run_trainer, run_recipe)}[name](**arguments)
-    Path(answer).write_text(json.dumps(result))
-
-
-def execute(command: list[str]) -> float:
-    """Run to the end and return the seconds it took; show the output of a command that fails."""
-    started = time.perf_counter()
-    done = subprocess.run(command, **OUTPUT, env=environment(), check=False)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout[-4000:]}\nexit status {done.returncode}: {' '.join(command)}")
-    return time.perf_counter() - started
 
 
 def seconds_to_first_step(command: list[str]) -> float:
@@ -498,21 +463,6 @@ PARTS = {
 # Report
 
 
-def write_readme(lines: dict[str, str]) -> bool:
-    """Put table lines, by their first cell, between the README's markers; those of other parts stay."""
-    text = README.read_text() if README.is_file() else ""
-    if any(marker not in text for marker in MARKERS):
-        return False
-    before, rest = text.split(MARKERS[0], 1)
-    table, after = rest.split(MARKERS[1], 1)
-    old = {line.split("|")[1].strip(): line for line in table.splitlines()[1:] if line.startswith("| ")}
-    old = {what: line for what, line in old.items() if what != "what"}
-    header = "| what | measured | goal | command | commit | hardware |\n|---|---|---|---|---|---|"
-    body = "\n".join({**old, **lines}.values())
-    README.write_text(f"{before}{MARKERS[0]}\n\n{header}\n{body}\n\n{MARKERS[1]}{after}")
-    return True
-
-
 def main() -> None:
     """Measure the parts asked for, print their rows, and keep them in the README and the raw numbers in a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -522,15 +472,14 @@ def main() -> None:
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        answer_child(options.child)
+        answer_child(options.child, [prepare, run_trainer, run_recipe])
         return
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: no such part: {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
 
     folder = Path(tempfile.mkdtemp(prefix="gpt_benchmark_"))
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    commit = commit_of_the_tree()
     facts = in_child(prepare, folder=str(folder))
     trial = in_child(run_recipe, flags=[f"--output_dir={folder / 'pace'}", *NO_PAUSES], updates=4 * WARM_UPDATES)
     facts["seconds_per_update"] = trial["seconds_per_update"]
@@ -547,7 +496,7 @@ def main() -> None:
             say(f"{what}: {measured}, goal {goal}")
     if options.seconds:
         say("scaled down by --seconds: the README is left alone")
-    elif not write_readme(lines):
+    elif not write_readme(README, lines):
         say(f"{README} has no {' and '.join(MARKERS)}: nothing written there")
     say(f"raw numbers: {folder / 'benchmark.json'}")
 
