@@ -29,23 +29,37 @@ def test_the_readmes_have_commands_and_configs_are_found() -> None:
 
 @pytest.mark.slow
 def test_commands_of_the_gpt_readme_run_in_order(tmp_path: Path) -> None:
-    """As written, from the repository's root, with an empty home; the run folders go to a temporary folder.
+    """The first must reach the README's goal; a general-purpose compressor, `xz -9e`, needs 1.89 bits a byte."""
+    entries = run_commands("gpt", tmp_path)
+    assert entries[-1]["eval/bits_per_byte"] <= 1.45
 
-    The first command must reach the README's goal; a general-purpose compressor, `xz -9e`, needs 1.89 bits a byte.
+
+@pytest.mark.slow
+def test_commands_of_the_bert_readme_run_in_order(tmp_path: Path) -> None:
+    """The first must reach the README's goals; a coin answers half of the pairs right."""
+    entries = run_commands("bert", tmp_path)
+    assert entries[-1]["eval/mlm_accuracy"] >= 0.25
+    assert entries[-1]["eval/nsp_accuracy"] >= 0.70
+
+
+def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
+    """As written, from the repository's root, with an empty home; the metrics of the first one's run.
+
+    Run folders and copies go to a temporary folder.
     """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path / "home")}
+    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HOME": str(folder / "home")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    commands = commands_of(ROOT / "recipes" / "gpt" / "README.md")
-    assert commands[0] == "accelerate launch recipes/gpt/pretrain.py"
+    commands = commands_of(ROOT / "recipes" / family / "README.md")
+    assert commands[0] == f"accelerate launch recipes/{family}/pretrain.py"
     for command in commands:
-        words = [word.replace("outputs/", f"{tmp_path}/outputs/") for word in shlex.split(command)]
-        words = [word.replace("../my_gpt", f"{tmp_path}/my_gpt") for word in words]
+        words = [word.replace("outputs/", f"{folder}/outputs/") for word in shlex.split(command)]
+        words = [word.replace("../my_", f"{folder}/my_") for word in words]
         if command == commands[0]:
-            words += ["--output_dir", f"{tmp_path}/outputs/gpt"]
+            words += ["--output_dir", f"{folder}/outputs/{family}"]
         result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
-    entries = [json.loads(line) for line in (tmp_path / "outputs/gpt/metrics.jsonl").read_text().splitlines()]
-    assert entries[-1]["eval/bits_per_byte"] <= 1.45
+    metrics = folder / "outputs" / family / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 def test_relative_links_lead_somewhere() -> None:
@@ -59,9 +73,11 @@ def test_relative_links_lead_somewhere() -> None:
         assert (readme.parent / link).exists(), f"{readme}: {link}"
 
 
-def test_metrics_table_has_the_keys_that_the_recipe_logs() -> None:
-    documented = set(re.findall(r"^\| `(\w+/\w+)`", (ROOT / "recipes/gpt/README.md").read_text(), re.MULTILINE))
-    sources = [ROOT / "recipes/gpt/pretrain.py", ROOT / "shared/throughput.py"]
+@pytest.mark.parametrize("family", ["bert", "gpt"])
+def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
+    readme = (ROOT / f"recipes/{family}/README.md").read_text()
+    documented = set(re.findall(r"^\| `(\w+/\w+)`", readme, re.MULTILINE))
+    sources = [ROOT / f"recipes/{family}/pretrain.py", ROOT / "shared/throughput.py"]
     logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
     assert documented == {key.replace("{unit}", "tokens") for key in logged}
 

@@ -54,13 +54,13 @@ class Config(cli.RunControl):
     """The text is split already: a line is a sentence, and a blank line ends a document."""
     tokenizer: str = ""
     """Folder or Hub id of a tokenizer. "" = the one of `init`, else a WordPiece trained on the data."""
-    vocab_size: int = 4096
+    vocab_size: int = 8192
     """Tokens of a tokenizer trained here; the model's vocabulary is this, padded to a multiple of 64."""
     lowercase: bool = True
     """Whether a tokenizer trained here ignores case and accents."""
     seq_length: int = 64
     """Tokens of a row: [CLS] A [SEP] B [SEP]."""
-    mask_fraction: float = 0.4
+    mask_fraction: float = 0.3
     """Share of the tokens to predict in training; evaluation always has 0.15."""
     whole_word_masking: bool = True
     """Mask all tokens of a word together in training; evaluation always masks tokens one by one."""

@@ -1,12 +1,13 @@
-"""Measure that tokenising and packing need no more memory for ten times the text.
+"""Measure that preparing text needs no more memory for ten times of it: tokenising and packing, or sentences and pairs.
 
-    python tests/benchmarks/memory.py                  # 20 and 200 MB: a few minutes on two quiet cores
-    python tests/benchmarks/memory.py --megabytes 5    # 5 and 50 MB
+    python tests/benchmarks/memory.py                     # 20 and 200 MB for GPT: a few minutes on two quiet cores
+    python tests/benchmarks/memory.py --family bert       # the same for BERT: sentences, and the pairs of an epoch
+    python tests/benchmarks/memory.py --megabytes 5       # 5 and 50 MB
 
-Each corpus is made-up web pages of the embedded prose's words, among them many that come once. A fresh process reads,
-tokenises (two processes) and packs it. Counted is the largest sum, over that process and its children, of anonymous
-memory: what programs allocate, without the pages of memory-mapped files that the system may drop at any time, pages
-shared by several processes once.
+Each corpus is made-up web pages of the embedded prose's words, among them many that come once. A fresh process reads
+and prepares it (two processes tokenise), then reads the result. Counted is the largest sum, over that process and its
+children, of anonymous memory: what programs allocate, without the pages of memory-mapped files that the system may drop
+at any time, pages shared by several processes once.
 """
 
 import argparse
@@ -30,25 +31,26 @@ def main() -> None:
     """Print the two peaks, what of them was there before the corpus was opened, and the ratio of the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=20, help="size of the smaller corpus; the other has ten times")
-    parser.add_argument("--corpus", help="tokenise and pack this file (used by this program itself)")
+    parser.add_argument("--family", default="gpt", choices=PREPARATIONS, help="whose preparation; default: gpt")
+    parser.add_argument("--corpus", help="prepare this file (used by this program itself)")
     arguments = parser.parse_args()
     if arguments.corpus:
-        tokenise_and_pack(Path(arguments.corpus))
+        PREPARATIONS[arguments.family](Path(arguments.corpus))
         return
     peaks = []
     for megabytes in (arguments.megabytes, 10 * arguments.megabytes):
-        before, peak, seconds = measure(megabytes)
+        before, peak, seconds = measure(arguments.family, megabytes)
         peaks.append(peak)
         say(f"{megabytes} MB of text: peak {peak:.0f} MB ({before:.0f} MB after the imports), {seconds:.0f} s")
     say(f"ratio {peaks[1] / peaks[0]:.3f}")
 
 
-def measure(megabytes: int) -> tuple[float, float, float]:
+def measure(family: str, megabytes: int) -> tuple[float, float, float]:
     """Anonymous memory in MB before the corpus is opened and at its peak, and the seconds between."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
         write_corpus(corpus, megabytes)
-        command = [sys.executable, __file__, "--corpus", str(corpus)]
+        command = [sys.executable, __file__, "--family", family, "--corpus", str(corpus)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
             assert child.stdout is not None
             child.stdout.readline()  # imports are done
@@ -58,12 +60,12 @@ def measure(megabytes: int) -> tuple[float, float, float]:
                 peak = max(peak, anonymous_megabytes(child.pid))
                 time.sleep(SECONDS_BETWEEN_SAMPLES)
         if child.returncode:
-            raise SystemExit(f"tokenising {megabytes} MB failed with exit status {child.returncode}")
+            raise SystemExit(f"preparing {megabytes} MB failed with exit status {child.returncode}")
         return before, peak, time.monotonic() - started
 
 
 def tokenise_and_pack(corpus: Path) -> None:
-    """What is measured."""
+    """What is measured of GPT."""
     from shared.documents import open_texts
     from shared.packing import pack_corpus
     from shared.tokenization import load_tokenizer, train_byte_level_bpe
@@ -78,6 +80,29 @@ def tokenise_and_pack(corpus: Path) -> None:
     rows = pack_corpus(texts, tokenizer, cache_dir=cache_dir, **options)[0]
     for row in range(len(rows)):
         rows.read(row)
+
+
+def split_and_pair(corpus: Path) -> None:
+    """What is measured of BERT."""
+    from shared.documents import open_texts
+    from shared.sentence_cache import split_corpus
+    from shared.sentence_pairs import SentencePairs
+    from shared.wordpiece import load_wordpiece, train_wordpiece
+
+    cache_dir = corpus.parent / "cache"
+    sample = open_texts("sample_eval", config="", split="", text_column="text")
+    train_wordpiece(sample, VOCAB_SIZE, SEQ_LENGTH, lowercase=True).save_pretrained(cache_dir / "tokenizer")
+    tokenizer = load_wordpiece(str(cache_dir / "tokenizer"))
+    say("ready")
+    texts = open_texts(str(corpus), config="", split="", text_column="")
+    options = {"language": "en", "one_sentence_per_line": False, "eval_fraction": 0.01}
+    train, _ = split_corpus(texts, tokenizer, cache_dir=cache_dir, num_processes=TOKENISING_PROCESSES, **options)
+    pairs = SentencePairs(train, (2, 3, 0), 128, 0.1, 0)
+    for pair in range(len(pairs.epoch(0))):
+        pairs.read(0, pair)
+
+
+PREPARATIONS = {"gpt": tokenise_and_pack, "bert": split_and_pair}
 
 
 def write_corpus(path: Path, megabytes: int) -> None:

@@ -1,11 +1,13 @@
 """A folder is complete or absent, however its writing ends."""
 
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from shared.atomic_folder import written_aside
+from shared.atomic_folder import one_at_a_time, written_aside
 
 
 def write(folder: Path, content: str) -> None:
@@ -62,3 +64,22 @@ def test_what_killed_runs_left_is_removed_after_a_week(tmp_path: Path) -> None:
             os.utime(tmp_path / name, (1, 1))
     write(tmp_path / "a", "x")
     assert sorted(os.listdir(tmp_path)) == [".a.new", ".b.old", "a"]
+
+
+def build_once(folder: Path) -> None:
+    with one_at_a_time(folder):
+        if not folder.exists():
+            (folder.parent / f"built_by_{os.getpid()}").touch()
+            time.sleep(0.3)
+            folder.mkdir()
+
+
+def test_of_several_processes_one_builds_and_the_others_find(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=build_once, args=(tmp_path / "deep" / "a",)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert len([name for name in os.listdir(tmp_path / "deep") if name.startswith("built_by")]) == 1

@@ -21,11 +21,14 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch import nn
 
 from shared import checkpoints
@@ -35,6 +38,7 @@ from shared.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     newest_usable_checkpoint,
+    resume_run,
     save_checkpoint,
 )
 from shared.command_line import (
@@ -620,6 +624,26 @@ def test_a_damaged_one_that_was_asked_for_is_refused(accelerator: Accelerator, s
             find_checkpoint(accelerator, run_dir, str(checkpoint))
     assert checkpoint.is_dir()
     assert run(Program(stopped, resume=str(checkpoint))) == EXIT_USAGE
+
+
+def test_a_phase_begins_with_the_newest_checkpoint_of_the_one_before(
+    accelerator: Accelerator, stopped: Path, tmp_path: Path
+) -> None:
+    model, _ = prepared(accelerator)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert resume_run(accelerator, tmp_path / "none", "auto", None) == (0, {})
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert resume_run(accelerator, tmp_path / "new", "auto", stopped) == (0, {})
+    saved = load_file(checkpoint_of(stopped, 6) / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    save_checkpoint(accelerator, tmp_path / "new", 3, {"losses": []}, 2)
+    assert resume_run(accelerator, tmp_path / "new", "auto", stopped) == (3, {"losses": []})
+    with pytest.raises(UsageError, match="expected a run folder with checkpoints, for init_optimizer"):
+        resume_run(accelerator, tmp_path / "newer", "auto", tmp_path / "nowhere")
+    sharded: Any = SimpleNamespace(is_main_process=True, num_processes=1, distributed_type=DistributedType.FSDP)
+    with pytest.raises(UsageError, match="init_optimizer: True: expected False under FSDP"):
+        resume_run(sharded, tmp_path / "newer", "auto", stopped)
+    assert not (tmp_path / "newer").exists()
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])

@@ -147,7 +147,7 @@ def test_every_stage_here_has_its_requirements_and_no_module_that_does_not_run_i
 
 
 def test_there_are_recipes_to_eject():
-    assert {"gpt"} <= set(FAMILIES)
+    assert {"bert", "gpt"} <= set(FAMILIES)
 
 
 def test_the_gpt_recipe_takes_what_it_is_known_to_need():
@@ -248,7 +248,10 @@ print("loaded", model.num_parameters(), shared.__file__)
 TRANSFORMER = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--seq_length", "32"]
 TEXT = ["--data", "texts.jsonl", "--vocab_size", "300", "--global_batch_size", "2"]
 # Each family's tiny model, and the class that loads it.
-TINY = {"gpt": ([*TRANSFORMER, *TEXT], "AutoModelForCausalLM")}
+TINY = {
+    "bert": ([*TRANSFORMER, *TEXT], "AutoModelForMaskedLM"),
+    "gpt": ([*TRANSFORMER, *TEXT], "AutoModelForCausalLM"),
+}
 
 
 def run_ejected(source: Path, tmp_path: Path) -> None:
@@ -257,7 +260,7 @@ def run_ejected(source: Path, tmp_path: Path) -> None:
     eject(source, target)
     for folder in (elsewhere, home, home / "hf"):
         folder.mkdir()
-    texts = [f"The {i}th fish sang of the sea, and the sea of {i} ships that came home late." for i in range(60)]
+    texts = [f"The {i}th fish sang of the sea. The sea of {i} ships came home late." for i in range(60)]
     (elsewhere / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     family = source.name if source.is_dir() else source.parent.name

@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader
+import torch
 
 from shared.sample_order import samples_of_update
-from shared.updates import Updates
+from shared.updates import Updates, load_updates
 
 
 class Numbers:
@@ -54,7 +54,7 @@ def test_processes_share_the_same_global_batch() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(workers: int) -> None:
-    loader = DataLoader(Updates(SOURCES, 4, order()), batch_size=None, sampler=range(3, 7), num_workers=workers)
-    found = [[batch["input_ids"].flatten().tolist() for batch in batches] for batches, _ in loader]
+    updates = load_updates(Updates(SOURCES, 4, order()), range(3, 7), workers, torch.device("cpu"))
+    found = [[batch["input_ids"].flatten().tolist() for batch in batches] for batches, _ in updates]
     alone = [Updates(SOURCES, 4, order())[step][0] for step in range(3, 7)]
     assert found == [[batch["input_ids"].flatten().tolist() for batch in batches] for batches in alone]
