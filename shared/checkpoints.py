@@ -77,6 +77,7 @@ def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str,
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     _fault("before_save", step)
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, which it saves once
     accelerator.save_state(str(aside), safe_serialization=True)
     _fault("after_state", step)
     accelerator.wait_for_everyone()

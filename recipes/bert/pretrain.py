@@ -67,13 +67,13 @@ class Config(cli.RunControl):
 
     architecture: Literal["megatron", "bert"] = "megatron"
     """Which block: megatron (pre-norm, Shoeybi et al. 2020) or bert (post-norm, Devlin et al. 2019)."""
-    hidden_size: int = 192
+    hidden_size: int = 128
     """Width of the residual stream."""
     intermediate_size: int = 0
     """Width inside the MLP. 0 = 4 x hidden_size."""
     num_layers: int = 3
     """Transformer blocks."""
-    num_heads: int = 3
+    num_heads: int = 4
     """Attention heads."""
     max_positions: int = 128
     """Rows of the table of positions: the longest row that this model, or a next phase of it, can see."""
@@ -90,7 +90,7 @@ class Config(cli.RunControl):
     """Pairs of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
     """Pairs of one micro-batch on one process. 0 = the process's whole share of the global batch."""
-    max_steps: int = 2000
+    max_steps: int = 3000
     """Optimizer updates."""
     optimizer: Literal["muon", "adamw", "lamb"] = "muon"
     """muon = Muon for hidden matrices and AdamW for the rest; adamw or lamb = that one for all."""
@@ -240,20 +240,20 @@ def mask_tokens(
     texts = np.flatnonzero((row["attention_mask"] == 1) & ~vocabulary.is_special[ids])
     follows_text = np.diff(texts, prepend=-1) == 1
     begins_word = ~(vocabulary.continues_word[ids[texts]] & follows_text) if whole_words else np.full(len(texts), True)
-    words = np.split(texts, np.flatnonzero(begins_word)[1:])
+    words = [*np.flatnonzero(begins_word).tolist(), len(texts)]  # where each begins in texts, and the end
     number = max(1, round(len(texts) * fraction))
     chosen: list[int] = []
-    for word in draw.permutation(len(words)).tolist():
-        if len(chosen) + len(words[word]) <= number:
-            chosen += words[word].tolist()
+    for word in draw.permutation(len(words) - 1).tolist():
+        if len(chosen) + words[word + 1] - words[word] <= number:
+            chosen.extend(range(words[word], words[word + 1]))
         if len(chosen) == number:
             break
-    positions = np.sort(np.array(chosen, dtype=np.int64))
+    positions = texts[sorted(chosen)]
     num_places = max(1, round((len(ids) - NUM_SPECIAL) * fraction))
     masked_positions, labels = np.zeros(num_places, dtype=np.int64), np.full(num_places, IGNORED, dtype=np.int64)
     masked_positions[: len(positions)], labels[: len(positions)] = positions, ids[positions]
     fate = draw.random(len(positions))
-    random_ids = draw.choice(vocabulary.ordinary_ids, len(positions))
+    random_ids = vocabulary.ordinary_ids[draw.integers(len(vocabulary.ordinary_ids), size=len(positions))]
     ids[positions] = np.where(fate < 0.8, vocabulary.mask_token_id, np.where(fate < 0.9, random_ids, ids[positions]))
     return {**row, "input_ids": ids, "masked_positions": masked_positions, "labels": labels}
 
