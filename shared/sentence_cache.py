@@ -114,12 +114,9 @@ def split_corpus(
 def open_sentence_cache(folder: Path, split: str) -> SentenceCache:
     """Map one split of a cache folder into memory."""
     dtype = np.dtype(json.loads((folder / "summary.json").read_text())["dtype"])
-    return SentenceCache(
-        folder=folder / split,
-        tokens=map_file(folder / split / "tokens.bin", dtype),
-        sentence_ends=map_file(folder / split / "sentences.bin", np.int64),
-        document_ends=map_file(folder / split / "documents.bin", np.int64),
-    )
+    types = {"tokens": dtype, "sentences": np.int64, "documents": np.int64}
+    files = [map_file(folder / split / f"{name}.bin", numbers) for name, numbers in types.items()]
+    return SentenceCache(folder / split, *(file.view(np.ndarray) for file in files))  # memmap's own indexing is slow
 
 
 def _write(

@@ -141,7 +141,7 @@ class SentencePairs:
         The label is 0 where the second segment continues the first and 1 where it does not, as transformers has it.
         """
         a_first, a_end, b_first, b_end, is_next = self.epoch(epoch)[pair].tolist()
-        draw = np.random.Generator(np.random.Philox(key=derive_seed(self.seed, "truncation", epoch, pair)))
+        draw = random.Random(derive_seed(self.seed, "truncation", epoch, pair))
         longest = self.seq_length - NUM_SPECIAL
         a, b = truncate(self.cache.read(a_first, a_end), self.cache.read(b_first, b_end), longest, draw)
         cls, sep, pad = self.tokenizer_ids
@@ -155,13 +155,13 @@ class SentencePairs:
         return row
 
 
-def truncate(a: np.ndarray, b: np.ndarray, longest: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def truncate(a: np.ndarray, b: np.ndarray, longest: int, draw: random.Random) -> tuple[np.ndarray, np.ndarray]:
     """Cut two segments to `longest` tokens together: always from the longer one, from either end with equal chance."""
     keep_a = min(len(a), max(longest - len(b), (longest + 1) // 2))
     keep_b = min(len(b), longest - keep_a)
-    from_front_a = int(draw.binomial(len(a) - keep_a, 0.5))
-    from_front_b = int(draw.binomial(len(b) - keep_b, 0.5))
-    return a[from_front_a : from_front_a + keep_a], b[from_front_b : from_front_b + keep_b]
+    first_a = draw.getrandbits(len(a) - keep_a).bit_count()  # a fair coin for each token that goes
+    first_b = draw.getrandbits(len(b) - keep_b).bit_count()
+    return a[first_a : first_a + keep_a], b[first_b : first_b + keep_b]
 
 
 @functools.lru_cache(maxsize=2)  # an update needs one, the next one the same
@@ -185,7 +185,7 @@ def _open_epoch(cache: SentenceCache, seq_length: int, short_fraction: float, se
         with one_at_a_time(folder):
             if not file.exists():
                 _write_epoch(folder, cache, seq_length, short_fraction, seed)
-    return map_file(file, np.int64).reshape(-1, 5)
+    return map_file(file, np.int64).reshape(-1, 5).view(np.ndarray)  # memmap's own indexing is slow
 
 
 def _write_epoch(folder: Path, cache: SentenceCache, seq_length: int, short_fraction: float, seed: int) -> None:

@@ -60,7 +60,7 @@ class Config(cli.RunControl):
     """Whether a tokenizer trained here ignores case and accents."""
     seq_length: int = 64
     """Tokens of a row: [CLS] A [SEP] B [SEP]."""
-    mask_fraction: float = 0.3
+    mask_fraction: float = 0.25
     """Share of the tokens to predict in training; evaluation always has 0.15."""
     whole_word_masking: bool = True
     """Mask all tokens of a word together in training; evaluation always masks tokens one by one."""
@@ -90,7 +90,7 @@ class Config(cli.RunControl):
     """Pairs of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
     """Pairs of one micro-batch on one process. 0 = the process's whole share of the global batch."""
-    max_steps: int = 3000
+    max_steps: int = 2500
     """Optimizer updates."""
     optimizer: Literal["muon", "adamw", "lamb"] = "muon"
     """muon = Muon for hidden matrices and AdamW for the rest; adamw or lamb = that one for all."""
