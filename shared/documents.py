@@ -84,6 +84,27 @@ class HubTexts:
                 yield record[self.text_column]
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """The first documents of a corpus, up to the one with which they have so many characters."""
+
+    texts: Texts
+    characters: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the corpus or the number of characters does."""
+        return f"{self.texts.fingerprint} first {self.characters}"
+
+    def __iter__(self) -> Iterator[str]:
+        left = self.characters
+        for text in self.texts:
+            yield text
+            left -= len(text)
+            if left <= 0:
+                return
+
+
 def open_texts(data: str, *, config: str, split: str, text_column: str) -> LocalTexts | HubTexts:
     """Find and check a corpus without reading all of it.
 

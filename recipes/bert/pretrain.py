@@ -124,7 +124,7 @@ from tqdm import tqdm
 
 from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, tokenization, wordpiece
 from shared.batches import IGNORED, micro_batches, to_device
-from shared.documents import open_texts
+from shared.documents import Beginning, open_texts
 from shared.export import export_model
 from shared.filled_masks import show_filled
 from shared.flops import training_flops
@@ -146,6 +146,7 @@ from shared.updates import load_updates
 SHORT_FRACTION = 0.1  # of the pairs are made shorter, to a random length (Devlin et al. 2019, released code)
 EVAL_MASK_FRACTION = 0.15  # Devlin et al. 2019, section 3.1: what published accuracies are measured at
 EVAL_SEED = 0  # of the pairs and masks to evaluate on, so that runs of any seed compare
+DRY_RUN_CHARACTERS = 1 << 22  # of the corpus that a dry run reads
 NUM_SAMPLES = 4
 ANSWERS = ("continuation", "other document")  # in the order of the labels
 USAGE = """from transformers import pipeline
@@ -188,6 +189,9 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, Senten
     eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
     eval_texts = open_texts(eval_data, split=cfg.eval_split, **columns) if eval_data else None
     fraction = 0.0 if eval_texts else cfg.eval_fraction
+    if cfg.dry_run:
+        texts = Beginning(texts, DRY_RUN_CHARACTERS)
+        eval_texts = eval_texts and Beginning(eval_texts, DRY_RUN_CHARACTERS)
     with launch.node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         sizes = {"vocab_size": cfg.vocab_size, "seq_length": cfg.max_positions, "lowercase": cfg.lowercase}
@@ -201,7 +205,8 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, Senten
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
         pairs = SentencePairs(train, ids, cfg.seq_length, SHORT_FRACTION, cfg.seed)
         eval_pairs = SentencePairs(held_out, ids, cfg.seq_length, SHORT_FRACTION, EVAL_SEED)
-        pairs.epoch(0), eval_pairs.epoch(0)
+        for needed_by_all in (pairs, eval_pairs):
+            needed_by_all.epoch(0)
     return tokenizer, pairs, eval_pairs
 
 
@@ -577,14 +582,14 @@ def main(cfg: Config) -> None:
     while step < cfg.max_steps:
         with throughput.waiting_for_data():
             batches = next(loader)
-        num_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * accelerator.num_processes
+        own_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)  # other processes' are nearly as many
         # Warm up, then fall linearly to 0: released code of Devlin et al. 2019, optimization.py.
         factor = schedules.warmup_stable_decay(step, schedule_steps, cfg.warmup_steps, decay_fraction=1.0)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
         step += 1
-        throughput.add(samples=cfg.global_batch_size, units=num_tokens)
+        throughput.add(samples=cfg.global_batch_size, units=own_tokens * accelerator.num_processes)
         is_finite = math.isfinite(grad_norm)
         skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
 
@@ -635,7 +640,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, pairs: SentencePairs) ->
         "parameters": model.num_parameters(),
         "flops_per_pair": training_flops(model, inputs),
         "pairs_per_update": cfg.global_batch_size,
-        "updates_per_epoch": pairs.updates_per_epoch(cfg.global_batch_size),
+        "updates_per_epoch": "unknown" if cfg.dry_run else pairs.updates_per_epoch(cfg.global_batch_size),
         **launch.describe(accelerator),
     }
 

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -435,6 +436,28 @@ def test_dry_run_leaves_nothing(
     assert not (tmp_path / "run").exists()
     for expected in ("first row: [CLS]", "memory: activations", "one checkpoint", "parameters", "one update"):
         assert expected in printed
+
+
+def test_dry_run_reads_only_the_beginning_of_the_data(
+    bert: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    lines = (json.dumps({"text": f"The cat saw {number} dogs. It ran."}) + "\n" for number in range(20_000))
+    corpus.write_text("".join(lines))
+    monkeypatch.setattr(bert, "DRY_RUN_CHARACTERS", 3000)
+    read = []
+    monkeypatch.setattr(bert, "split_corpus", split_and_count(bert.split_corpus, read))
+    run(bert, config_of(bert, corpus, tmp_path / "run", dry_run=True))
+    assert "updates_per_epoch    unknown" in re.sub(" +", "    ", capsys.readouterr().out)
+    assert 80 < read[0] < 130  # of 20,000
+
+
+def split_and_count(split_corpus: Any, read: list[int]) -> Any:
+    def split(documents: Any, *args: Any, **options: Any) -> Any:
+        read.append(len(list(documents)))
+        return split_corpus(documents, *args, **options)
+
+    return split
 
 
 def test_a_stopped_run_goes_on(sentences_file: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Reading texts: every format gives the same documents, every byte survives, every error is one clear message."""
 
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -24,6 +25,7 @@ from shared.command_line import UsageError
 from shared.documents import (
     DOCUMENT_SEPARATOR,
     UNSEPARATED_CHARACTERS,
+    Beginning,
     LocalTexts,
     is_hub_id,
     list_files,
@@ -573,3 +575,12 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(
     assert "\n" not in message
     assert "expected" in message
     assert all(name in message for name in names), message
+
+
+def test_the_beginning_of_a_corpus_ends_with_a_whole_document() -> None:
+    whole = open_texts("sample", config="", split="", text_column="text")
+    documents = list(itertools.islice(whole, 3))
+    for characters, number in ((1, 1), (len(documents[0]), 1), (len(documents[0]) + 1, 2)):
+        beginning = Beginning(whole, characters)
+        assert list(beginning) == documents[:number]
+        assert beginning.fingerprint != whole.fingerprint
