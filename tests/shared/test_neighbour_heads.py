@@ -9,7 +9,10 @@ WIDTH, ROWS = 96, 48
 
 @pytest.mark.parametrize("num_heads", [2, 3, 6])
 def test_heads_of_a_new_model_attend_to_their_neighbour(num_heads: int) -> None:
-    """Seen through the library's own attention weights, in all blocks; evenly spread they would be 0.02."""
+    """Seen through the library's own attention weights; evenly spread they would be 0.02.
+
+    Later blocks see less of the positions, since the outputs of earlier ones are as large as the embeddings.
+    """
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "num_attention_heads": num_heads, "num_hidden_layers": 3, "intermediate_size": 64}
     model = MegatronBertModel(MegatronBertConfig(vocab_size=50, max_position_embeddings=ROWS, **sizes)).eval()
@@ -18,11 +21,16 @@ def test_heads_of_a_new_model_attend_to_their_neighbour(num_heads: int) -> None:
     attend_to_neighbours(model.embeddings.position_embeddings.weight, blocks, num_heads, token_std=0.02, seed=1)
     ids = torch.randint(50, (4, ROWS))
     attentions = model(input_ids=ids, output_attentions=True).attentions  # of each block (4, heads, ROWS, ROWS)
-    for attention in attentions:
+    even = 1 / ROWS
+    for number, attention in enumerate(attentions):
         for head in range(num_heads):
-            distance = [-1, 1, -2, 2][head] if head < 2 * num_heads // 3 else 0
-            shares = attention[:, head].diagonal(distance, dim1=1, dim2=2).mean()
-            assert shares > 0.25 if distance else shares < 0.05, (head, distance, shares)
+            shares = {
+                distance: attention[:, head].diagonal(distance, dim1=1, dim2=2).mean() for distance in (-1, 1, -2, 2)
+            }
+            if head < 2 * num_heads // 3:
+                own = shares.pop([-1, 1, -2, 2][head])
+                assert own > (15 if number == 0 else 3) * even
+            assert all(share < 1.3 * even for share in shares.values())
 
 
 def test_the_rest_of_the_weights_stays() -> None:
