@@ -3,15 +3,14 @@
 import contextlib
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
 
 _ABANDONED_SECONDS = 7 * 24 * 3600
 
@@ -47,6 +46,6 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process of this node after the other run the block, so that what one built the others only find."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        if fcntl is not None:
+        if sys.platform != "win32":  # there several may build the same, which does no harm
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -86,7 +86,7 @@ class HubTexts:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """The first documents of a corpus, up to the one with which they have so many characters."""
+    """The first so many characters of a corpus, the last document cut."""
 
     texts: Texts
     characters: int
@@ -99,7 +99,7 @@ class Beginning:
     def __iter__(self) -> Iterator[str]:
         left = self.characters
         for text in self.texts:
-            yield text
+            yield text[:left]
             left -= len(text)
             if left <= 0:
                 return

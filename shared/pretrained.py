@@ -1,5 +1,7 @@
 """Weights to start from: a run folder or a Hub id, never anything that could run code."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,13 +22,10 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
     Raises:
         UsageError: it is not there, or holds no such model.
     """
-    try:
+    with _load_errors(field, name):
         return auto_class.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
         )
-    except Exception as error:  # hub, format and shape errors have no common class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
 
 
 def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -> Any:
@@ -44,9 +43,8 @@ def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -
     from transformers import AutoModelForCausalLM
 
     model = load_pretrained(AutoModelForCausalLM, name, "init", attn_implementation=attention)
-    known, longest = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
-    expected = f"at most the {known} tokens of init, not {num_ids(tokenizer)}"
-    expect(num_ids(tokenizer) <= known, "tokenizer", tokenizer.name_or_path, expected)
+    longest = model.config.max_position_embeddings
+    _check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
     expect(seq_length <= longest, "seq_length", seq_length, f"at most {longest}, the longest row of init")
     return model
 
@@ -64,13 +62,23 @@ def check_sizes(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
     """
     from transformers import AutoConfig
 
-    try:
+    with _load_errors("init", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # hub and format errors have no common class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"init: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
     for size, value in sizes.items():
         found = getattr(config, size, None)
         expect(found == value, "init", name, f"a model with {size} {value}, as configured, got {found}")
-    expected = f"at most the {config.vocab_size} tokens of init, not {num_ids(tokenizer)}"
-    expect(num_ids(tokenizer) <= config.vocab_size, "tokenizer", tokenizer.name_or_path, expected)
+    _check_tokenizer(tokenizer, config.vocab_size)
+
+
+@contextlib.contextmanager
+def _load_errors(field: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # hub, format and shape errors have no common class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
+
+
+def _check_tokenizer(tokenizer: Any, known: int) -> None:
+    expected = f"at most the {known} tokens of init, not {num_ids(tokenizer)}"
+    expect(num_ids(tokenizer) <= known, "tokenizer", tokenizer.name_or_path, expected)

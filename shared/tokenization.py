@@ -13,7 +13,7 @@ import numpy as np
 
 from shared.atomic_folder import written_aside
 from shared.command_line import UsageError
-from shared.documents import Texts
+from shared.documents import Beginning, Texts
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 1 << 28  # of the corpora that the merges are counted on; more changes them little
@@ -79,7 +79,7 @@ def load_or_train(name: str, sources: Sequence[Texts], *, vocab_size: int, seq_l
     key = repr(([source.fingerprint for source in sources], vocab_size, seq_length))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
-        beginnings = [beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]
+        beginnings = [Beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]
         documents = tqdm(itertools.chain.from_iterable(beginnings), desc="training a tokenizer", unit="doc", delay=2)
         tokenizer = train_byte_level_bpe(documents, vocab_size, seq_length)
         with written_aside(folder) as aside:
@@ -173,15 +173,6 @@ def special_ids(tokenizer: Any) -> tuple[int, int]:
     """The ids put before and after each document: the begin token if there is one, and the end token."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return begin, tokenizer.eos_token_id
-
-
-def beginning(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """The first so many characters of a corpus, the last document cut."""
-    for document in documents:
-        yield document[:characters]
-        characters -= len(document)
-        if characters <= 0:
-            return
 
 
 def _blocks(text: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from shared import tokenization
 from shared.atomic_folder import written_aside
 from shared.command_line import UsageError
-from shared.documents import Texts
+from shared.documents import Beginning, Texts
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"  # begins a token that continues a word
@@ -63,7 +63,7 @@ def load_or_train(
     key = repr(("wordpiece", source.fingerprint, vocab_size, seq_length, lowercase))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
-        beginning = tokenization.beginning(source, tokenization.TRAINING_CHARACTERS)
+        beginning = Beginning(source, tokenization.TRAINING_CHARACTERS)
         documents = tqdm(beginning, desc="training a tokenizer", unit="doc", delay=2)
         tokenizer = train_wordpiece(documents, vocab_size, seq_length, lowercase)
         with written_aside(folder) as aside:

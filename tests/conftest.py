@@ -15,6 +15,23 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of made-up sentences.
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "sees",
+    "hears",
+    "a",
+    "big",
+    "red",
+    "small",
+    "house",
+    "tree",
+    "unbelievable",
+    "or",
+    "runs",
+]
 sys.path.insert(0, str(ROOT))
 
 
@@ -26,6 +43,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [" ".join(draw.choices(words, k=draw.randint(20, 60))) + "." for _ in range(20)]
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentences_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen documents of made-up sentences; each document prefers some words, so that a tiny model can tell them."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("sentences") / "sentences.jsonl"
+    with path.open("w") as stream:
+        for _ in range(14):
+            liked = draw.sample(WORDS, 4)
+            sentences = [
+                " ".join(draw.choices(liked * 3 + WORDS, k=draw.randint(4, 14))).capitalize() + "."
+                for _ in range(draw.randint(6, 14))
+            ]
+            stream.write(json.dumps({"text": " ".join(sentences)}) + "\n")
     return path
 
 

@@ -60,7 +60,7 @@ class Config(cli.RunControl):
     """Whether a tokenizer trained here ignores case and accents."""
     seq_length: int = 64
     """Tokens of a row: [CLS] A [SEP] B [SEP]."""
-    mask_fraction: float = 0.25
+    mask_fraction: float = 0.25  # Geiping and Goldstein 2022
     """Share of the tokens to predict in training; evaluation always has 0.15."""
     whole_word_masking: bool = True
     """Mask all tokens of a word together in training; evaluation always masks tokens one by one."""
@@ -167,8 +167,8 @@ def check_config(cfg: Config) -> None:
     cli.expect(cfg.hidden_size % cfg.num_heads == 0, "hidden_size", cfg.hidden_size, "a multiple of num_heads")
     for field in ("eval_fraction", "dropout"):
         cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
-    is_whole = cfg.schedule_steps in (0, max(cfg.schedule_steps, cfg.max_steps))
-    cli.expect(is_whole, "schedule_steps", cfg.schedule_steps, "0, or at least max_steps")
+    is_long = not cfg.schedule_steps or cfg.schedule_steps >= cfg.max_steps
+    cli.expect(is_long, "schedule_steps", cfg.schedule_steps, "0, or at least max_steps")
     is_code = 2 <= len(cfg.language) <= 3 and cfg.language.isalpha()
     cli.expect(is_code, "language", cfg.language, "a code of two or three letters, such as en")
     cli.expect(0 < cfg.mask_fraction < 1, "mask_fraction", cfg.mask_fraction, "a share in (0, 1)")
@@ -583,7 +583,7 @@ def main(cfg: Config) -> None:
         with throughput.waiting_for_data():
             batches = next(loader)
         own_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)  # other processes' are nearly as many
-        # Warm up, then fall linearly to 0: released code of Devlin et al. 2019, optimization.py.
+        # Warm up, then fall linearly to 0 at schedule_steps: released code of Devlin et al. 2019, optimization.py.
         factor = schedules.warmup_stable_decay(step, schedule_steps, cfg.warmup_steps, decay_fraction=1.0)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]

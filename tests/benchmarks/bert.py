@@ -28,18 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from harness import (
-    MARKERS,
     ROOT,
     WARM_UPDATES,
     Row,
     answer_child,
-    commit_of_the_tree,
     execute,
     in_child,
+    measure_parts,
     peak_bytes,
+    read_options,
     say,
     speed,
-    write_readme,
 )
 
 RECIPE = ROOT / "recipes" / "bert" / "pretrain.py"
@@ -47,8 +46,7 @@ README = RECIPE.with_name("README.md")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
 NO_PAUSES = ["--eval_every=0", "--save_every=0"]
 EVALUATIONS = 40
-# The default model; BERT of Devlin et al. 2019 in the default sizes; and a wider one with the paper's vocabulary, whose
-# file stands in for a vocabulary that this text is too small to train: its words come from the tokenizer trained here.
+# This text is too small to train the paper's vocabulary on: the one trained here is filled up with unused entries.
 WIDE = ["--hidden_size=256", "--num_heads=4", "--architecture=bert"]
 WIDE_VOCABULARY = 30_522
 
@@ -73,11 +71,10 @@ def prepare(folder: str) -> dict[str, Any]:
     vocabulary = tokenizer.get_vocab()
     vocabulary |= {f"[unused{number}]": number for number in range(len(vocabulary), WIDE_VOCABULARY)}
     type(tokenizer)(vocab=vocabulary, model_max_length=cfg.max_positions).save_pretrained(Path(folder, "wide"))
-    of_epoch = pairs.epoch(0)
     return {
         "max_steps": cfg.max_steps,
+        "pairs_per_update": cfg.global_batch_size,
         "parameters": recipe.build_model(cfg, tokenizer).num_parameters(),
-        "tokens_per_pair": float(pairs.lengths(of_epoch).mean()),
         "padding": padding_share(recipe, cfg, pairs),
         "hardware": recipe.run_folder.hardware(),
     }
@@ -316,7 +313,7 @@ def measure_pairs(facts: dict[str, Any], options: argparse.Namespace, folder: Pa
     made = in_child(make_pairs, flags=[])
     flags = [f"--output_dir={folder / 'pairs'}", *NO_PAUSES]
     run = in_child(run_recipe, flags=flags, updates=WARM_UPDATES + (10 if options.seconds else 150))
-    per_epoch = made["pairs"] / 32 * run["seconds_per_update"]
+    per_epoch = made["pairs"] / facts["pairs_per_update"] * run["seconds_per_update"]
     return {"made": made, "run": run}, [
         (
             "finding an epoch's pairs, sentences a second, and its share of the epoch's training time",
@@ -332,36 +329,14 @@ PARTS = {"speed": measure_speed, "pairs": measure_pairs, "quality": measure_qual
 
 
 def main() -> None:
-    """Measure the parts asked for, print their rows, and keep them in the README and the raw numbers in a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="which to measure, with commas; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.0, help="training seconds of a run, to try this out")
-    parser.add_argument("--learning_rates", default="5e-4,1e-3,2e-3", help="of the Trainer; default: %(default)s")
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Measure the parts asked for."""
+    options = read_options(__doc__, PARTS, "5e-4,1e-3,2e-3")
     if options.child:
         answer_child(options.child, [prepare, run_trainer, run_recipe, make_pairs])
         return
-    parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts: no such part: {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
-    folder, commit = Path(tempfile.mkdtemp(prefix="bert_benchmark_")), commit_of_the_tree()
+    folder = Path(tempfile.mkdtemp(prefix="bert_benchmark_"))
     facts = in_child(prepare, folder=str(folder))
-    say(f"{facts['hardware']}, commit {commit}, parameters {facts['parameters']:,}")
-    raw: dict[str, Any] = {"commit": commit, "facts": facts}
-    lines = {}
-    for part in parts:
-        raw[part], rows = PARTS[part](facts, options, folder)
-        (folder / "benchmark.json").write_text(json.dumps(raw, indent=1))
-        for what, measured, goal in rows:
-            command = f"`python tests/benchmarks/bert.py --parts {part}`"
-            lines[what] = f"| {what} | {measured} | {goal} | {command} | {commit} | {facts['hardware']} |"
-            say(f"{what}: {measured}, goal {goal}")
-    if options.seconds:
-        say("scaled down by --seconds: the README is left alone")
-    elif not write_readme(README, lines):
-        say(f"{README} has no {' and '.join(MARKERS)}: nothing written there")
-    say(f"raw numbers: {folder / 'benchmark.json'}")
+    measure_parts(README, PARTS, facts, options, folder)
 
 
 if __name__ == "__main__":

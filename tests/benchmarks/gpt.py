@@ -37,20 +37,19 @@ from pathlib import Path
 from typing import Any
 
 from harness import (
-    MARKERS,
     OUTPUT,
     ROOT,
     WARM_UPDATES,
     Row,
     answer_child,
-    commit_of_the_tree,
     environment,
     execute,
     in_child,
+    measure_parts,
     peak_bytes,
+    read_options,
     say,
     speed,
-    write_readme,
 )
 
 RECIPE = ROOT / "recipes" / "gpt" / "pretrain.py"
@@ -459,46 +458,18 @@ PARTS = {
     "startup": measure_startup,
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Report
-
 
 def main() -> None:
-    """Measure the parts asked for, print their rows, and keep them in the README and the raw numbers in a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="which to measure, with commas; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.0, help="training seconds of a run, to try this out")
-    parser.add_argument("--learning_rates", default="1e-3,2e-3,4e-3", help="of the Trainer; default: %(default)s")
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Measure the parts asked for."""
+    options = read_options(__doc__, PARTS, "1e-3,2e-3,4e-3")
     if options.child:
         answer_child(options.child, [prepare, run_trainer, run_recipe])
         return
-    parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts: no such part: {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
-
     folder = Path(tempfile.mkdtemp(prefix="gpt_benchmark_"))
-    commit = commit_of_the_tree()
     facts = in_child(prepare, folder=str(folder))
     trial = in_child(run_recipe, flags=[f"--output_dir={folder / 'pace'}", *NO_PAUSES], updates=4 * WARM_UPDATES)
     facts["seconds_per_update"] = trial["seconds_per_update"]
-    say(f"{facts['hardware']}, commit {commit}, parameters {facts['parameters']}")
-    raw: dict[str, Any] = {"commit": commit, "facts": facts, "rows": []}
-    lines = {}
-    for part in parts:
-        raw[part], rows = PARTS[part](facts, options, folder)
-        raw["rows"] += rows
-        (folder / "benchmark.json").write_text(json.dumps(raw, indent=1))
-        for what, measured, goal in rows:
-            command = f"`python tests/benchmarks/gpt.py --parts {part}`"
-            lines[what] = f"| {what} | {measured} | {goal} | {command} | {commit} | {facts['hardware']} |"
-            say(f"{what}: {measured}, goal {goal}")
-    if options.seconds:
-        say("scaled down by --seconds: the README is left alone")
-    elif not write_readme(README, lines):
-        say(f"{README} has no {' and '.join(MARKERS)}: nothing written there")
-    say(f"raw numbers: {folder / 'benchmark.json'}")
+    measure_parts(README, PARTS, facts, options, folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What the benchmarks share: children with memory of their own, rates, and the tables of the READMEs."""
 
+import argparse
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 MARKERS = ("<!-- benchmark -->", "<!-- /benchmark -->")
 WARM_UPDATES = 5  # not counted in rates
+GPU_WARM_UPDATES = 10
 OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 Row = tuple[str, str, str]  # what, measured, goal
 
@@ -62,6 +66,76 @@ def peak_bytes() -> int:
     """Largest resident memory of this program; getrusage would count what its parent had before it started."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+def run_on_gpu(family: str, config: str, updates: int, per_device_batch_size: int, **flags: Any) -> dict[str, Any]:
+    """Run a configuration of a recipe on one GPU with the embedded prose, so that no network is needed.
+
+    Returns:
+        What run.json says, and the medians of perf/ metrics and of the seconds of an update, over the updates after
+        `GPU_WARM_UPDATES`, which compile and warm up.
+    """
+    recipe = ROOT / "recipes" / family / "pretrain.py"
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml"), str(recipe)]
+    with tempfile.TemporaryDirectory(prefix=f"{family}_gpu_") as folder:
+        flags |= {"config": recipe.parent / "configs" / f"{config}.yaml", "output_dir": Path(folder, config)}
+        flags |= {"data": "sample", "data_config": "", "text_column": "", "max_steps": updates, "warmup_steps": 5}
+        flags |= {"tokenizer": "", "log_every": 1, "eval_every": 0, "save_every": 0}
+        if per_device_batch_size:
+            flags["per_device_batch_size"] = per_device_batch_size
+        subprocess.run([*launch, *(f"--{name}={value}" for name, value in flags.items())], check=True)
+        lines = Path(folder, config, "metrics.jsonl").read_text().splitlines()
+        record = json.loads(Path(folder, config, "run.json").read_text())
+    entries = [json.loads(line) for line in lines]
+    ends = [entry["perf/training_seconds"] for entry in entries]
+    seconds = [ended - begun for begun, ended in itertools.pairwise(ends[GPU_WARM_UPDATES - 1 :])]
+    keys = ("perf/tokens_per_second", "perf/mfu", "perf/data_wait_fraction")
+    medians = {key: statistics.median(entry[key] for entry in entries[GPU_WARM_UPDATES:]) for key in keys}
+    return {**record, **medians, "seconds_per_update": statistics.median(seconds)}
+
+
+def measure_parts(
+    readme: Path, parts: dict[str, Callable], facts: dict[str, Any], options: argparse.Namespace, folder: Path
+) -> None:
+    """Measure `options.parts`, print their rows, and keep them in the README and the raw numbers in a file.
+
+    Args:
+        readme: has the markers between which its table stands.
+        parts: by name, what measures one: facts, options, folder -> raw numbers, rows.
+        facts: what the parts need; hardware among them.
+        options: of the command line: parts, and seconds, for which a run is scaled down.
+        folder: for runs and the raw numbers.
+    """
+    commit, program = commit_of_the_tree(), Path(sys.argv[0]).name
+    say(f"{facts['hardware']}, commit {commit}, {facts['parameters']} parameters")
+    raw: dict[str, Any] = {"commit": commit, "facts": facts}
+    lines = {}
+    for part in options.parts.split(","):
+        raw[part], rows = parts[part](facts, options, folder)
+        (folder / "benchmark.json").write_text(json.dumps(raw, indent=1))
+        for what, measured, goal in rows:
+            command = f"`python tests/benchmarks/{program} --parts {part}`"
+            lines[what] = f"| {what} | {measured} | {goal} | {command} | {commit} | {facts['hardware']} |"
+            say(f"{what}: {measured}, goal {goal}")
+    if options.seconds:
+        say("scaled down by --seconds: the README is left alone")
+    elif not write_readme(readme, lines):
+        say(f"{readme} has no {' and '.join(MARKERS)}: nothing written there")
+    say(f"raw numbers: {folder / 'benchmark.json'}")
+
+
+def read_options(about: str, parts: dict[str, Callable], learning_rates: str) -> argparse.Namespace:
+    """The command line of a benchmark that compares a recipe with the Trainer."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(parts), help="which to measure, with commas; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.0, help="training seconds of a run, to try this out")
+    parser.add_argument("--learning_rates", default=learning_rates, help="of the Trainer; default: %(default)s")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.parts.split(",")) - set(parts):
+        parser.error(f"--parts: no such part: {', '.join(sorted(unknown))}; expected some of {', '.join(parts)}")
+    return options
 
 
 def commit_of_the_tree() -> str:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shared import launch
 from tests.conftest import load_recipe
+from tests.recipes.runs import reset_accelerate
 
 ROWS = 8
 
@@ -88,11 +88,6 @@ def train(family: str, recipe: Any, micro_batch_size: int) -> dict[str, torch.Te
         loss, norm = recipe.train_update(cfg, accelerator, model, optimizer, batches, step)
     results = {name: value.clone() for name, value in accelerator.unwrap_model(model).state_dict().items()}
     return {"loss": loss.double(), "norm": torch.tensor(norm, dtype=torch.float64), **results}
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 if __name__ == "__main__":

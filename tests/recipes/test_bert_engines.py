@@ -4,10 +4,6 @@ Losses, gradient norms and weights are held to 1e-5 of one process's, resuming t
 of masked tokens, and micro-batches different lengths.
 """
 
-import json
-import shutil
-import signal
-import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,14 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT
-from tests.launching import assert_no_traceback, finish, launch, start
+from tests.launching import assert_no_traceback, launch
 from tests.recipes import float64_updates
+from tests.recipes.runs import Runs, assert_same, metric, weights
 from tests.recipes.test_bert_pretrain import TINY as SIZES
-from tests.recipes.test_bert_pretrain import sentences_file  # noqa: F401  (a fixture)
 
-RECIPE = ROOT / "recipes" / "bert" / "pretrain.py"
-SHIM = Path(__file__).with_name("engine_shim.py")
 TINY: dict[str, Any] = {**SIZES, "max_steps": 6, "save_every": 3}
 # Two micro-batches a process, and clipping that AdamW cannot hide: see test_gpt_engines.py.
 FIELDS = {
@@ -43,66 +36,13 @@ ENGINES = [
 pytestmark = pytest.mark.timeout(900)
 
 
-class Runs:
-    """The runs that several tests look at, each made once."""
-
-    def __init__(self, bert: ModuleType, data: Path, folder: Path) -> None:
-        self.bert, self.folder = bert, folder
-        self.common = {"data": str(data), "cache_dir": str(folder / "cache")}
-
-    def start(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
-        if engine == "fsdp2":
-            options["FSDP_ON_CPU"] = "1"
-        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
-        flags = [f"--{name}={value}" for name, value in {**fields, **self.common, "output_dir": run_dir}.items()]
-        return start(engine, *shim, RECIPE, *flags, **options)
-
-    def run(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> tuple[int, str]:
-        process = self.start(engine, run_dir, fields, **options)
-        output = finish(process)
-        return process.returncode, output
-
-    def of_engine(self, engine: str, optimizer: str) -> Path:
-        run_dir = self.folder / f"{engine}-{optimizer}"
-        if not run_dir.exists():
-            process = self.start(engine, run_dir, FIELDS[optimizer])
-            self.of_one_process(optimizer)  # meanwhile
-            output = finish(process)
-            assert process.returncode == 0, output
-        return run_dir
-
-    def of_one_process(self, optimizer: str) -> Path:
-        run_dir = self.folder / f"one-{optimizer}"
-        if not run_dir.exists():
-            self.run_here(run_dir, FIELDS[optimizer])
-        return run_dir
-
-    def run_here(self, run_dir: Path, fields: dict[str, Any]) -> None:
-        float64_updates.reset_accelerate()
-        handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-        try:
-            self.bert.main(self.bert.Config(**fields, **self.common, output_dir=str(run_dir)))
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
-def runs(bert: ModuleType, sentences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:  # noqa: F811
-    return Runs(bert, sentences_file, tmp_path_factory.mktemp("engines"))
+def runs(bert: ModuleType, sentences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(bert, FIELDS, sentences_file, tmp_path_factory.mktemp("engines"))
 
 
 METRICS = ("train/mlm_loss", "train/nsp_loss", "train/grad_norm", "eval/mlm_loss", "eval/nsp_loss")
 ACCURACIES = ("eval/mlm_accuracy", "eval/nsp_accuracy")
-
-
-def metric(run_dir: Path, name: str) -> list[float]:
-    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [entry[name] for entry in entries if name in entry]
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "model.safetensors")
 
 
 def assert_close(run_dir: Path, other: Path) -> None:
@@ -157,9 +97,7 @@ def test_stopping_and_going_on_is_exact(runs: Runs, tmp_path: Path, engine: str,
     assert_no_traceback(output)
     status, output = runs.run(engine, run_dir, fields)
     assert status == 0, output
-    for name in ("step", *METRICS):
-        assert metric(run_dir, name) == metric(whole, name)
-    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run_dir).items())
+    assert_same(run_dir, whole)
 
 
 @pytest.mark.slow
@@ -190,8 +128,4 @@ def test_sigkill_while_saving_loses_nothing(runs: Runs, tmp_path: Path, point: s
     status, output = runs.run("cpu", run_dir, fields, launcher=(), FAULT=f"{point}:4")
     assert status == 1, output
     runs.run_here(run_dir, fields)
-    assert metric(run_dir, "train/loss") == metric(runs.of_one_process("muon"), "train/loss")
-    assert all(
-        torch.equal(value, weights(runs.of_one_process("muon"))[name]) for name, value in weights(run_dir).items()
-    )
-    shutil.rmtree(run_dir)
+    assert_same(run_dir, runs.of_one_process("muon"))

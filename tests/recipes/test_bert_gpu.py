@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from tests import launching
 from tests.conftest import ROOT
-from tests.recipes.test_bert_pretrain import sentences_file  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 RECIPE = ROOT / "recipes" / "bert" / "pretrain.py"
@@ -28,11 +27,7 @@ def train(data: Path, run_dir: Path, *flags: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("flags", ["", "--compile", "--architecture=bert --compile", "--optimizer=lamb"])
-def test_bfloat16_learns_and_is_exported_in_float32(
-    sentences_file: Path,  # noqa: F811
-    tmp_path: Path,
-    flags: str,
-) -> None:
+def test_bfloat16_learns_and_is_exported_in_float32(sentences_file: Path, tmp_path: Path, flags: str) -> None:
     metrics = train(sentences_file, tmp_path / "run", *flags.split())
     assert metrics[-1]["train/mlm_loss"] < metrics[0]["train/mlm_loss"] - 1
     saved = load_file(tmp_path / "run" / "model.safetensors")
@@ -40,7 +35,7 @@ def test_bfloat16_learns_and_is_exported_in_float32(
     assert not [name for name in saved if "_orig_mod" in name]
 
 
-def test_resuming_is_exact_with_deterministic_kernels(sentences_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_resuming_is_exact_with_deterministic_kernels(sentences_file: Path, tmp_path: Path) -> None:
     options = ("--deterministic", "--save_every=20", "--keep_checkpoints=9", "--dropout=0.1")
     whole = train(sentences_file, tmp_path / "whole", *options)
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000020"

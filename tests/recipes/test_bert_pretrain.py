@@ -16,16 +16,16 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from shared import command_line as cli
 from shared.batches import IGNORED, micro_batches
 from shared.wordpiece import train_wordpiece
-from tests.conftest import ROOT, load_recipe
+from tests.conftest import ROOT, WORDS, load_recipe
+from tests.recipes.runs import assert_same_weights, metrics_of, results_of, run, weights
 
 TINY = {
     "hidden_size": 32,
@@ -42,76 +42,10 @@ TINY = {
     "learning_rate": 0.01,
     "muon_learning_rate": 0.02,
 }
-WORDS = [
-    "the",
-    "cat",
-    "dog",
-    "sees",
-    "hears",
-    "a",
-    "big",
-    "red",
-    "small",
-    "house",
-    "tree",
-    "unbelievable",
-    "or",
-    "runs",
-]
-
-
-@pytest.fixture(scope="session")
-def sentences_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen documents of made-up sentences; each document prefers some words, so that a tiny model can tell them."""
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("sentences") / "sentences.jsonl"
-    with path.open("w") as stream:
-        for _ in range(14):
-            liked = draw.sample(WORDS, 4)
-            sentences = [
-                " ".join(draw.choices(liked * 3 + WORDS, k=draw.randint(4, 14))).capitalize() + "."
-                for _ in range(draw.randint(6, 14))
-            ]
-            stream.write(json.dumps({"text": " ".join(sentences)}) + "\n")
-    return path
 
 
 def config_of(bert: ModuleType, corpus: Path, run_dir: Path, **fields: Any) -> Any:
     return bert.Config(**{**TINY, "data": str(corpus), "output_dir": str(run_dir), **fields})
-
-
-def run(bert: ModuleType, cfg: Any) -> None:
-    """One run in this process, as a fresh process would begin it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        bert.main(cfg)
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def results_of(run_dir: Path) -> list[dict[str, float]]:
-    """Metrics without those that measure the machine."""
-    return [
-        {key: value for key, value in entry.items() if not key.startswith("perf/")} for entry in metrics_of(run_dir)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,7 @@ engine_shim.py, which says why.
 """
 
 import json
-import shutil
-import signal
 import socket
-import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT
-from tests.launching import ON_CPUS, assert_no_traceback, finish, launch, start
+from tests.launching import ON_CPUS, assert_no_traceback, finish, launch
 from tests.recipes import float64_updates
+from tests.recipes.runs import Runs, assert_same, metric, state_at, weights
 
-RECIPE = ROOT / "recipes" / "gpt" / "pretrain.py"
-SHIM = Path(__file__).with_name("engine_shim.py")
 TINY: dict[str, Any] = {
     "hidden_size": 32,
     "num_layers": 2,
@@ -54,71 +49,9 @@ ENGINES = [
 pytestmark = pytest.mark.timeout(900)
 
 
-class Runs:
-    """The runs that several tests look at, each made once."""
-
-    def __init__(self, gpt: ModuleType, corpus: Path, folder: Path) -> None:
-        self.gpt, self.folder = gpt, folder
-        self.common = {"data": str(corpus), "cache_dir": str(folder / "cache")}
-
-    def flags(self, run_dir: Path, fields: dict[str, Any]) -> list[str]:
-        return [f"--{name}={value}" for name, value in {**fields, **self.common, "output_dir": run_dir}.items()]
-
-    def start(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
-        if engine == "fsdp2":
-            options["FSDP_ON_CPU"] = "1"
-        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
-        return start(engine, *shim, RECIPE, *self.flags(run_dir, fields), **options)
-
-    def run(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> tuple[int, str]:
-        process = self.start(engine, run_dir, fields, **options)
-        output = finish(process)
-        return process.returncode, output
-
-    def of_engine(self, engine: str, optimizer: str) -> Path:
-        run_dir = self.folder / f"{engine}-{optimizer}"
-        if not run_dir.exists():
-            process = self.start(engine, run_dir, FIELDS[optimizer])
-            self.of_one_process(optimizer)  # meanwhile
-            output = finish(process)
-            assert process.returncode == 0, output
-        return run_dir
-
-    def of_one_process(self, optimizer: str, **fields: Any) -> Path:
-        run_dir = self.folder / "-".join(["one", optimizer, *map(str, fields.values())])
-        if not run_dir.exists():
-            self.run_here(run_dir, {**FIELDS[optimizer], **fields})
-        return run_dir
-
-    def run_here(self, run_dir: Path, fields: dict[str, Any]) -> None:
-        float64_updates.reset_accelerate()
-        handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-        try:
-            self.gpt.main(self.gpt.Config(**fields, **self.common, output_dir=str(run_dir)))
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def runs(gpt: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(gpt, corpus, tmp_path_factory.mktemp("engines"))
-
-
-def metric(run_dir: Path, name: str) -> list[float]:
-    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [entry[name] for entry in entries if name in entry]
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "model.safetensors")
-
-
-def assert_same(run_dir: Path, other: Path) -> None:
-    """Equal to the bit: every step, its loss and gradient norm, and the exported weights."""
-    for name in ("step", "train/loss", "train/grad_norm", "eval/loss"):
-        assert metric(run_dir, name) == metric(other, name)
-    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(run_dir).items())
+    return Runs(gpt, FIELDS, corpus, tmp_path_factory.mktemp("engines"))
 
 
 def assert_close(run_dir: Path, other: Path) -> None:
@@ -128,16 +61,6 @@ def assert_close(run_dir: Path, other: Path) -> None:
         assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
     for name, value in weights(run_dir).items():
         torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5)
-
-
-def state_at(run_dir: Path, step: int, copy: Path) -> Path:
-    """A copy of a run as it was after `step`."""
-    shutil.copytree(run_dir, copy)
-    for checkpoint in (copy / "checkpoints").iterdir():
-        if checkpoint.name != f"step_{step:08d}":
-            shutil.rmtree(checkpoint)
-    (copy / "model.safetensors").unlink()
-    return copy
 
 
 # -- one process or two ------------------------------------------------------------------------------------------------

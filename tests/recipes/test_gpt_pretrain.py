@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
-from safetensors.torch import load_file
 
 from shared import command_line as cli
 from shared import streaming, tokenization
 from shared.batches import IGNORED
 from tests.conftest import ROOT
 from tests.hub_server import TOKEN, start_hub
+from tests.recipes.runs import assert_same_weights, metrics_of, results_of, run
 
 TINY = {
     "hidden_size": 32,
@@ -41,40 +41,6 @@ TINY = {
 
 def config_of(gpt: ModuleType, corpus: Path, run_dir: Path, **fields: Any) -> Any:
     return gpt.Config(**{**TINY, "data": str(corpus), "output_dir": str(run_dir), **fields})
-
-
-def run(gpt: ModuleType, cfg: Any) -> None:
-    """One run in this process, as a fresh process would begin it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        gpt.main(cfg)
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def results_of(run_dir: Path) -> list[dict[str, float]]:
-    """Metrics without those that measure the machine."""
-    return [
-        {key: value for key, value in entry.items() if not key.startswith("perf/")} for entry in metrics_of(run_dir)
-    ]
 
 
 def launch(*arguments: str, start_new_session: bool = False, **environment: str) -> subprocess.Popen[str]:

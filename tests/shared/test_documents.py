@@ -577,10 +577,19 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(
     assert all(name in message for name in names), message
 
 
-def test_the_beginning_of_a_corpus_ends_with_a_whole_document() -> None:
+@pytest.mark.parametrize("characters", [1, 1000, 100_000])
+def test_the_beginning_of_a_corpus_is_exactly_as_long_as_asked(characters: int) -> None:
     whole = open_texts("sample", config="", split="", text_column="text")
-    documents = list(itertools.islice(whole, 3))
-    for characters, number in ((1, 1), (len(documents[0]), 1), (len(documents[0]) + 1, 2)):
-        beginning = Beginning(whole, characters)
-        assert list(beginning) == documents[:number]
-        assert beginning.fingerprint != whole.fingerprint
+    beginning = Beginning(whole, characters)
+    assert "".join(beginning) == "".join(itertools.islice(whole, 20))[:characters]
+    assert len({whole.fingerprint, beginning.fingerprint, Beginning(whole, characters + 1).fingerprint}) == 3
+
+
+def test_the_beginning_of_a_corpus_reads_no_further() -> None:
+    class Endless:
+        fingerprint = "endless"
+
+        def __iter__(self) -> Iterator[str]:
+            return itertools.cycle(["abc", "defgh"])
+
+    assert list(Beginning(Endless(), 10)) == ["abc", "defgh", "ab"]

@@ -1,6 +1,5 @@
 """The tokenizer: every byte comes back, no text can forge a special token, training is deterministic."""
 
-import itertools
 import json
 import random
 import subprocess
@@ -264,8 +263,3 @@ def resaved(tokenizer: Any, folder: Path, **special_tokens: str | None) -> Any:
     config = json.loads(path.read_text()) | special_tokens
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return load_tokenizer(str(folder))
-
-
-def test_the_beginning_of_a_corpus_is_exactly_as_long_as_asked() -> None:
-    endless = itertools.cycle(["abc", "", "defgh"])
-    assert "".join(tokenization.beginning(endless, 10)) == "abcdefghab"

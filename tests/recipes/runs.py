@@ -1,0 +1,130 @@
+"""Runs of a recipe in this process or under an engine, and what they leave."""
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from tests.launching import finish, start
+
+SHIM = Path(__file__).with_name("engine_shim.py")
+
+
+def reset_accelerate() -> None:
+    """accelerate keeps its state in the process; a run begins without it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run(recipe: ModuleType, cfg: Any) -> None:
+    """One run in this process, as a fresh process would begin it."""
+    reset_accelerate()
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        recipe.main(cfg)
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The exported model's."""
+    return load_file(run_dir / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Equal to the bit."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    """All entries of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def results_of(run_dir: Path) -> list[dict[str, float]]:
+    """Metrics without those that measure the machine."""
+    return [
+        {key: value for key, value in entry.items() if not key.startswith("perf/")} for entry in metrics_of(run_dir)
+    ]
+
+
+def metric(run_dir: Path, name: str) -> list[float]:
+    """One metric of all entries that have it."""
+    return [entry[name] for entry in metrics_of(run_dir) if name in entry]
+
+
+def assert_same(run_dir: Path, other: Path) -> None:
+    """Equal to the bit: every entry of the metrics, and the exported weights."""
+    assert results_of(run_dir) == results_of(other)
+    assert_same_weights(run_dir, other)
+
+
+def state_at(run_dir: Path, step: int, copy: Path) -> Path:
+    """A copy of a run as it was after `step`."""
+    shutil.copytree(run_dir, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name != f"step_{step:08d}":
+            shutil.rmtree(checkpoint)
+    (copy / "model.safetensors").unlink()
+    return copy
+
+
+class Runs:
+    """Runs of one recipe that several tests look at, each made once.
+
+    Args:
+        recipe: its module.
+        fields: configuration by optimizer.
+        data: what all runs train on.
+        folder: where they go.
+    """
+
+    def __init__(self, recipe: ModuleType, fields: dict[str, dict[str, Any]], data: Path, folder: Path) -> None:
+        self.recipe, self.fields, self.folder = recipe, fields, folder
+        self.common = {"data": str(data), "cache_dir": str(folder / "cache")}
+
+    def start(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
+        """Start the recipe under an engine; through the shim where `options` ask for what only that can do."""
+        if engine == "fsdp2":
+            options["FSDP_ON_CPU"] = "1"
+        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
+        flags = [f"--{name}={value}" for name, value in {**fields, **self.common, "output_dir": run_dir}.items()]
+        return start(engine, *shim, str(self.recipe.__file__), *flags, **options)
+
+    def run(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> tuple[int, str]:
+        """Run to the end: exit status and output."""
+        process = self.start(engine, run_dir, fields, **options)
+        output = finish(process)
+        return process.returncode, output
+
+    def of_engine(self, engine: str, optimizer: str) -> Path:
+        """The run folder under an engine; that of one process is made meanwhile."""
+        run_dir = self.folder / f"{engine}-{optimizer}"
+        if not run_dir.exists():
+            process = self.start(engine, run_dir, self.fields[optimizer])
+            self.of_one_process(optimizer)
+            output = finish(process)
+            assert process.returncode == 0, output
+        return run_dir
+
+    def of_one_process(self, optimizer: str, **fields: Any) -> Path:
+        """The run folder of one process, with some fields changed."""
+        run_dir = self.folder / "-".join(["one", optimizer, *map(str, fields.values())])
+        if not run_dir.exists():
+            self.run_here(run_dir, {**self.fields[optimizer], **fields})
+        return run_dir
+
+    def run_here(self, run_dir: Path, fields: dict[str, Any]) -> None:
+        """Run in this process."""
+        run(self.recipe, self.recipe.Config(**fields, **self.common, output_dir=str(run_dir)))
