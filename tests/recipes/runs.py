@@ -1,9 +1,11 @@
 """Runs of a recipe in this process or under an engine, and what they leave."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
+from tests.hub_server import TOKEN, start_hub
 from tests.launching import finish, start
 
 SHIM = Path(__file__).with_name("engine_shim.py")
@@ -78,6 +81,39 @@ def state_at(run_dir: Path, step: int, copy: Path) -> Path:
             shutil.rmtree(checkpoint)
     (copy / "model.safetensors").unlink()
     return copy
+
+
+def push_and_load(recipe: ModuleType, fields: dict[str, Any], program: str, folder: Path) -> tuple[str, set[str]]:
+    """Run a recipe that pushes to the private tester/mine on a Hub that refuses two commits, and read it from there.
+
+    Args:
+        recipe: its module.
+        fields: its configuration.
+        program: Python, run in a clean process where `pipeline` is imported.
+        folder: for the run and both homes.
+
+    Returns:
+        What the program printed, and the names of the files pushed.
+    """
+    hub = start_hub()
+    hub.fail("POST .*/commit/", times=2, status=500)
+    online = {**os.environ, **hub.environment(), "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
+    options = {**fields, "output_dir": folder / "run", "push_to_hub": "mine"}
+    command = [sys.executable, str(recipe.__file__), *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, cwd="/", env=online, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "pushed to tester/mine" in done.stdout
+    assert hub.model("tester/mine").private
+    pushed = set(hub.files("tester/mine"))
+    assert not [name for name in pushed if "checkpoint" in name or name.endswith((".bin", ".pkl"))]
+    written = [path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()]
+    for text in (done.stdout.encode(), done.stderr.encode(), *written):
+        assert TOKEN.encode() not in text
+    program, clean = f"from transformers import pipeline\n{program}", {**online, "HF_HOME": str(folder / "other_hf")}
+    loaded = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, timeout=200)
+    hub.stop()
+    assert loaded.returncode == 0, loaded.stderr
+    return loaded.stdout, pushed
 
 
 class Runs:

@@ -25,7 +25,7 @@ from shared import command_line as cli
 from shared.batches import IGNORED, micro_batches
 from shared.wordpiece import train_wordpiece
 from tests.conftest import ROOT, WORDS, load_recipe
-from tests.recipes.runs import assert_same_weights, metrics_of, results_of, run, weights
+from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, weights
 
 TINY = {
     "hidden_size": 32,
@@ -406,6 +406,19 @@ def test_a_stopped_run_goes_on(sentences_file: Path, tmp_path: Path) -> None:
     assert errors.strip().splitlines()[-1].startswith("stopped: saved at step")
     saved = [entry["step"] for entry in metrics_of(tmp_path / "run")]
     assert saved == list(range(1, len(saved) + 1))
+
+
+@pytest.mark.slow
+def test_push_reaches_the_hub_and_loads_in_a_clean_process(
+    bert: ModuleType, sentences_file: Path, reference: Path, tmp_path: Path
+) -> None:
+    """The Hub refuses two commits on the way; the run is the same as without a push, and the token shows nowhere."""
+    fields = {**TINY, "data": sentences_file, "dropout": 0.1, "push_every": 6}
+    program = "print(pipeline('fill-mask', 'tester/mine')('the [MASK] sees a house')[0]['sequence'])"
+    answer, pushed = push_and_load(bert, fields, program, tmp_path)
+    assert answer.endswith("sees a house\n")
+    assert_same_weights(tmp_path / "run", reference)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "figures/loss.png"} <= pushed
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
