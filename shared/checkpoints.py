@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException  # of BaseException, which `except Exception` misses
 
 from shared.command_line import NoUsableCheckpoint, UsageError, expect
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+TENSORS = "tensors.safetensors"
 SHARDED_ENGINES = ("DEEPSPEED", "FSDP")
 
 
@@ -66,7 +68,7 @@ def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str,
         accelerator: its prepared model and optimizer are what is saved.
         run_dir: the run folder.
         step: optimizer updates done so far.
-        state: anything else that resuming needs, as JSON.
+        state: anything else that resuming needs: JSON, and under the key tensors a dict of tensors.
         keep: number of newest checkpoints to keep, this one included.
     """
     folder = run_dir / "checkpoints"
@@ -85,7 +87,10 @@ def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str,
         for generator_state in aside.glob("random_states_*.pkl"):
             generator_state.unlink()
         about = {"step": step, "processes": accelerator.num_processes, "engine": accelerator.distributed_type.value}
-        (aside / STATE).write_text(json.dumps({**about, "state": state}))
+        if tensors := state.get("tensors"):
+            save_file(tensors, aside / TENSORS)
+        plain = {key: value for key, value in state.items() if key != "tensors"}
+        (aside / STATE).write_text(json.dumps({**about, "state": plain}))
         files = _flush_and_sum(aside)
         _fault("before_manifest", step)
         (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
@@ -225,6 +230,8 @@ def load_checkpoint(accelerator: Any, checkpoint: Path) -> tuple[int, dict[str, 
             raise UsageError(f"{name}: expected a checkpoint of this model and optimizer: {reason[:300]}") from error
     for group, built in zip(_optimizer_groups(accelerator), settings, strict=True):
         group.update(built)
+    if (checkpoint / TENSORS).is_file() and TENSORS in _manifest(checkpoint):
+        about["state"]["tensors"] = load_file(checkpoint / TENSORS)
     return about["step"], about["state"]
 
 

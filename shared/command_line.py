@@ -148,6 +148,22 @@ def check_run_control(config: RunControl) -> None:
         expect(shown == str(value), field, shown, "no access token; use `hf auth login` or HF_TOKEN")
 
 
+def whole_numbers(field: str, text: str) -> list[int]:
+    """Comma-separated whole numbers above 0.
+
+    Args:
+        field: name for the message.
+        text: such as "3,4,6,3".
+
+    Raises:
+        UsageError: it holds something else, or nothing.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    is_right = all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
+    expect(is_right, field, text, "comma-separated whole numbers above 0")
+    return [int(part) for part in parts]
+
+
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Build `config_class` from its defaults, the YAML that `--config` names, and flags, the later winning.
 

@@ -1,6 +1,11 @@
-"""Pictures of a run, drawn from its metrics.jsonl."""
+"""Pictures of a run: its loss curve, and what its model sees and mistakes."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 def loss_curve(entries: list[dict[str, float]], path: Path) -> None:
@@ -10,11 +15,7 @@ def loss_curve(entries: list[dict[str, float]], path: Path) -> None:
         entries: the objects of metrics.jsonl.
         path: file to write; its folder is made.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7, 4)
     axes = figure.subplots()
     for key, style in (("train/loss", {"linewidth": 1, "alpha": 0.7}), ("eval/loss", {"marker": "o", "markersize": 4})):
         points = [(entry["step"], entry[key]) for entry in entries if key in entry]
@@ -24,5 +25,63 @@ def loss_curve(entries: list[dict[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
+    _save(figure, path)
+
+
+def confusion_matrix(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """Draw how often each class was taken for each other, as shares of the class, into a PNG.
+
+    Args:
+        counts: int64 (C, C), classes in rows, guesses in columns.
+        names: of the classes; written beside the matrix where there are at most 40.
+        path: file to write; its folder is made.
+    """
+    size = len(names)
+    side = min(12.0, 3 + 0.45 * size)
+    figure = _figure(side, side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="guess", ylabel="class")
+    if size <= 40:
+        axes.set_xticks(range(size), names, rotation=90)
+        axes.set_yticks(range(size), names)
+    if size <= 20:
+        for row, column in np.argwhere(counts > 0).tolist():
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
+    _save(figure, path)
+
+
+def picture_grid(pictures: Sequence[np.ndarray], titles: Sequence[str], path: Path) -> None:
+    """Draw pictures with a title each, four in a row, into a PNG.
+
+    Args:
+        pictures: uint8 (H, W, 3); there may be none.
+        titles: of each.
+        path: file to write; its folder is made.
+    """
+    rows = max(1, math.ceil(len(pictures) / 4))
+    figure = _figure(8, 2.3 * rows)
+    grid = figure.subplots(rows, 4, squeeze=False).flatten()
+    for axes in grid:
+        axes.axis("off")
+    for axes, picture, title in zip(grid, pictures, titles, strict=False):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=8, parse_math=False)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -34,7 +34,12 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
     """
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        ProjectConfiguration,
+    )
 
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
@@ -66,7 +71,8 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         # Without this, each epoch's end would force a short, unaccumulated update.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         fsdp_plugin=_fsdp_plugin(precision),
-        kwargs_handlers=[process_group],
+        # Buffers are the recipe's to keep equal: DDP would send the first process's with every forward pass.
+        kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=trackers or None,
         project_config=ProjectConfiguration(logging_dir=logging_dir),
     )
@@ -211,6 +217,15 @@ def shared_by(accelerator: Any) -> dict[str, int]:
 def peak(accelerator: Any) -> float:
     """Peak FLOP/s of one process's device in the precision of the run, see `flops.peak_flops`."""
     return peak_flops(accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
+
+
+def placed_like(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """`whole` sharded as `parameter` is; every process holds the same `whole`, so nothing is sent."""
+    if not hasattr(parameter, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor  # half a second, for sharded parameters only
+
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def gather_objects(accelerator: Any, value: Any) -> list[Any]:

@@ -13,6 +13,7 @@ def write_model_card(
     record: dict[str, Any],
     metrics: dict[str, float],
     samples: str,
+    figures: dict[str, str],
 ) -> None:
     """Write the card with its metadata block, so that the Hub shows task, library and results.
 
@@ -24,6 +25,7 @@ def write_model_card(
         record: contents of run.json.
         metrics: the last evaluation, metric key to value.
         samples: what the model made, as plain text.
+        figures: heading -> file name in figures/, of pictures beside the loss curve.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -35,7 +37,7 @@ def write_model_card(
         eval_results=[
             EvalResult(
                 task_type=pipeline_tag,
-                dataset_type="held-out documents",
+                dataset_type="held-out data",
                 dataset_name=str(record["data"]),
                 metric_type=key.removeprefix("eval/"),
                 metric_value=round(value, 6),
@@ -45,6 +47,7 @@ def write_model_card(
     )
     rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in metrics.items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    pictures = "".join(f"\n### {heading}\n\n![{heading}](figures/{file})\n" for heading, file in figures.items())
     commit = f", commit `{record['git_commit'][:12]}`" if record["git_commit"] else ""
     text = f"""---
 {data.to_yaml()}
@@ -61,14 +64,14 @@ Pre-trained from {_code(record["init"])} on {_code(record["data"])} with {_code(
 
 ## Results
 
-Measured on documents that were held out of training, each counted once.
+Measured on data that was held out of training, each sample counted once.
 
 | metric | value |
 |---|---|
 {rows}
 
 ![Loss over the updates](figures/loss.png)
-
+{pictures}
 ## Samples
 
 {_block(samples)}
@@ -78,8 +81,8 @@ Measured on documents that were held out of training, each counted once.
 `config.yaml` holds every field and `recipe.py` the program; with them and the same data the run can be repeated.
 Versions: {versions}. `metrics.jsonl` has all measurements.
 
-The text comes from a small model trained on a limited corpus: it may be wrong, biased or offensive, and no evaluation
-beyond the table above was made.
+The model was trained on limited data: what it says may be wrong, biased or offensive, and no evaluation beyond the
+table above was made.
 """
     ModelCard(text)  # refuses metadata that the Hub would refuse
     (run_dir / "README.md").write_text(text, encoding="utf-8")

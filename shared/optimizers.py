@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from shared.launch import placed_like
+
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) and AdamW (Loshchilov and Hutter 2019).
@@ -76,7 +78,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             rate = group["lr"] * max(1.0, outputs_an_input) ** 0.5
             for (parameter, _), direction in zip(alike, directions, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(_placed_like(direction.to(parameter.dtype), parameter), alpha=-rate)
+                parameter.add_(placed_like(direction.to(parameter.dtype), parameter), alpha=-rate)
 
     def _adamw_step(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         parameters = [parameter for parameter, _ in pairs]
@@ -124,15 +126,6 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
-
-
-def _placed_like(whole: Tensor, parameter: Any) -> Tensor:
-    """`whole` sharded as `parameter` is; every process holds the same `whole`, so nothing is sent."""
-    if not hasattr(parameter, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor  # half a second, for sharded parameters only
-
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -49,6 +49,22 @@ def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -
     return model
 
 
+def load_classifier(model_class: Any, name: str, id2label: dict[int, str], label2id: dict[str, int]) -> Any:
+    """A model that classifies, in float32; where it knows another number of classes, its head is new.
+
+    Args:
+        model_class: such as `transformers.ResNetForImageClassification`.
+        name: see `load_pretrained`.
+        id2label: names of the classes.
+        label2id: the other way round.
+
+    Raises:
+        UsageError: it is not there, or holds no such model.
+    """
+    labels = {"id2label": id2label, "label2id": label2id}
+    return load_pretrained(model_class, name, "init", ignore_mismatched_sizes=True, **labels)
+
+
 def check_sizes(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
     """Refuse a model to start from whose kind or sizes are not the configuration's.
 

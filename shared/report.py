@@ -21,6 +21,7 @@ def finish_run(
     usage: str,
     results: dict[str, Any],
     samples: str,
+    figures: dict[str, str],
     is_main_process: bool,
 ) -> None:
     """Report on a run whose model is exported, and push it, if it is to be pushed; every process calls this.
@@ -33,10 +34,11 @@ def finish_run(
         usage: see `write_report`.
         results: see `write_report`.
         samples: see `write_report`.
+        figures: see `write_report`.
         is_main_process: whether this process is the one that writes.
     """
     if is_main_process:
-        write_report(log, run_dir, pipeline_tag, usage, results, samples)
+        write_report(log, run_dir, pipeline_tag, usage, results, samples, figures)
         pusher.push(run_dir, f"step {results['steps']}")
     if pusher.repo_id:
         log.say(pusher.close(timeout_seconds=PUSH_SECONDS) or f"pushed to {pusher.repo_id}")
@@ -44,7 +46,13 @@ def finish_run(
 
 
 def write_report(
-    log: RunLog, run_dir: Path, pipeline_tag: str, usage: str, results: dict[str, Any], samples: str
+    log: RunLog,
+    run_dir: Path,
+    pipeline_tag: str,
+    usage: str,
+    results: dict[str, Any],
+    samples: str,
+    figures: dict[str, str],
 ) -> None:
     """Write it all from the run's own measurements. The main process calls this.
 
@@ -55,10 +63,11 @@ def write_report(
         usage: Python that loads the model.
         results: steps, training_seconds and training_flops, added to run.json.
         samples: what the model made, as plain text.
+        figures: heading -> file name in figures/, of pictures beside the loss curve.
     """
     record = update_run_record(run_dir, results)
     loss_curve(log.read(), run_dir / "figures" / "loss.png")
     evaluation = log.last_evaluation()
-    write_model_card(run_dir, run_dir.name, pipeline_tag, usage, record, evaluation, samples)
+    write_model_card(run_dir, run_dir.name, pipeline_tag, usage, record, evaluation, samples, figures)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in evaluation.items())
     log.say(f"\n{samples}\n\n{shown}\nmodel, card, loss curve and metrics: {run_dir}/")

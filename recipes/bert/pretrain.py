@@ -626,7 +626,7 @@ def main(cfg: Config) -> None:
     flops = facts["flops_per_pair"] * cfg.global_batch_size * step
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     samples = sample(accelerator, model, tokenizer, eval_pairs, vocabulary)
-    shown = {"pipeline_tag": "fill-mask", "usage": USAGE, "results": results, "samples": samples}
+    shown = {"pipeline_tag": "fill-mask", "usage": USAGE, "results": results, "samples": samples, "figures": {}}
     finish_run(log, pusher, run_dir, **shown, is_main_process=accelerator.is_main_process)
     accelerator.end_training()
 

@@ -449,7 +449,7 @@ def main(cfg: Config) -> None:
     flops = facts["flops_per_row"] * cfg.global_batch_size * step
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     samples = sample(cfg, accelerator, model, tokenizer)
-    shown = {"pipeline_tag": "text-generation", "usage": USAGE, "results": results, "samples": samples}
+    shown = {"pipeline_tag": "text-generation", "usage": USAGE, "results": results, "samples": samples, "figures": {}}
     finish_run(log, pusher, run_dir, **shown, is_main_process=accelerator.is_main_process)
     log.say(f"generate: python recipes/gpt/generate.py --model {run_dir}")
     accelerator.end_training()

@@ -1,0 +1,600 @@
+"""Train a ResNet on labelled pictures with the short recipe: SGD, label smoothing, growing pictures.
+
+Papers: He et al. 2016 (ResNet), Goyal et al. 2017 (large batches), Szegedy et al. 2016 (random crops, label smoothing),
+He et al. 2019 (bag of tricks), Touvron et al. 2019 (test larger than trained), Leclerc et al. 2023 (FFCV, whose runs of
+16 to 88 epochs the configs follow). With no arguments it trains on the embedded photographs on two CPU cores in
+minutes; recipes/resnet/README.md has the measured results and what differs from the papers.
+
+    accelerate launch recipes/resnet/pretrain.py
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/resnet/pretrain.py \
+        --config recipes/resnet/configs/resnet50_16_epochs.yaml
+"""
+
+# Shapes: B pictures of a micro-batch, S side of a picture, C classes, N pictures evaluated.
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import command_line as cli
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(cli.RunControl):
+    """Fields of the method; RunControl has those that every recipe shares."""
+
+    output_dir: str = "outputs/resnet"
+    """The run folder; on several nodes it must be one that all of them see."""
+    log_every: int = 20
+    """Updates between two log entries."""
+    eval_every: int = 500
+    """Updates between two evaluations; 0 = only at the end."""
+    save_every: int = 500
+    """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
+    num_workers: int = 1
+    """Data worker processes for each training process; never changes the result. 0 = load in the training process."""
+
+    data: str = "sample"
+    """sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id."""
+    data_config: str = ""
+    """Configuration of a Hub data set. "" = its only one."""
+    data_split: str = "train"
+    """Split to train on."""
+    eval_split: str = ""
+    """Split to evaluate on. "" = validation, val or test, the first that is there, else eval_fraction is held out."""
+    eval_fraction: float = 0.05
+    """Share of each class held out where there is no split to evaluate on."""
+    image_column: str = ""
+    """Column of the pictures. "" = the only one that holds pictures."""
+    label_column: str = ""
+    """Column of the classes. "" = the only one with a list of classes, or the one called label or cls."""
+    max_bad_fraction: float = 0.01
+    """Share of pictures that cannot be decoded, among those a process has seen, at which the run stops."""
+
+    image_size: int = 20
+    """Side of the crops at the start, in pixels."""
+    final_image_size: int = 28
+    """Side of the crops from grow_until on; between them the side grows linearly."""
+    grow_until: float = 0.8
+    """Share of the updates after which the crops have their final size."""
+    size_multiple: int = 4
+    """The side of the crops is rounded to a multiple of this."""
+    eval_image_size: int = 28
+    """Side of the middle crop that is evaluated, in pixels."""
+    eval_crop_fraction: float = 1.0
+    """Share of the shorter side that this crop keeps; 0.875 is usual for ImageNet."""
+    enlarge: int = 2
+    """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
+    min_crop_area: float = 0.5
+    """Least share of a picture's area that a random crop takes."""
+    label_smoothing: float = 0.1
+    """Share of the target that all classes get alike. 0 = none."""
+
+    layer_type: Literal["basic", "bottleneck"] = "basic"
+    """Blocks of two 3x3 convolutions (ResNet-18 and 34), or of 1x1, 3x3, 1x1 (50, 101, 152)."""
+    depths: str = "1,1,1"
+    """Blocks of each stage; the later stages halve the sides."""
+    hidden_sizes: str = "32,64,128"
+    """Channels after each stage."""
+    embedding_size: int = 32
+    """Channels after the stem."""
+    init: str = "scratch"
+    """scratch, or a run folder or Hub id to start from: its weights; with other classes its head is new."""
+
+    global_batch_size: int = 128
+    """Pictures of one update, over all processes and micro-batches."""
+    per_device_batch_size: int = 0
+    """Pictures of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
+    max_steps: int = 3000
+    """Optimizer updates."""
+    learning_rate: float = 0.5
+    """Peak rate."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty of convolutions and the head, not of norms and biases. 0 = none."""
+    max_grad_norm: float = 0.0
+    """Norm to which the update's gradient is clipped. 0 = no clipping."""
+    warmup_steps: int = 300
+    """Updates over which the rate rises linearly; then it falls to 0 as a cosine."""
+    ema_decay: float = 0.998
+    """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import math
+import tempfile
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+from shared import checkpoints, dry_run, figures, hub, launch, pictures, run_folder, schedules
+from shared.averaged_weights import AveragedWeights
+from shared.bad_pictures import BadPictures, candidates
+from shared.batch_statistics import RunningStatistics
+from shared.batches import IGNORED, micro_batches, to_device
+from shared.decoding import BadPicture, EncodedPicture
+from shared.export import export_model
+from shared.flops import training_flops
+from shared.metrics import Accuracy, TopKAccuracy
+from shared.optimizers import set_learning_rates
+from shared.pictures import Pictures
+from shared.pretrained import load_classifier
+from shared.profiling import trace_updates
+from shared.randomness import derive_seed
+from shared.report import finish_run
+from shared.run_log import RunLog
+from shared.sample_order import samples_of_update
+from shared.stopping import StopSignals
+from shared.throughput import Throughput
+from shared.updates import load_updates
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, from 0 to 1: what checkpoints expect
+NUM_SHOWN = 16
+USAGE = """from transformers import pipeline
+
+print(pipeline("image-classification", "path/of/this/folder")("picture.jpg"))"""
+
+
+def check_config(cfg: Config) -> None:
+    """Raise `UsageError` for what can be told wrong from the fields alone."""
+    cli.check_run_control(cfg)
+    cli.expect_at_least(cfg, 1, "image_size", "eval_image_size", "size_multiple", "enlarge", "embedding_size")
+    cli.expect_at_least(cfg, 1, "global_batch_size", "max_steps")
+    cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
+    cli.expect(cfg.learning_rate > 0, "learning_rate", cfg.learning_rate, "more than 0")
+    grows = cfg.final_image_size >= cfg.image_size
+    cli.expect(grows, "final_image_size", cfg.final_image_size, "at least image_size")
+    for field in ("grow_until", "eval_crop_fraction", "min_crop_area"):
+        cli.expect(0 < getattr(cfg, field) <= 1, field, getattr(cfg, field), "a share in (0, 1]")
+    for field in ("label_smoothing", "momentum", "ema_decay", "max_bad_fraction"):
+        cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
+    cli.expect(0 < cfg.eval_fraction < 1, "eval_fraction", cfg.eval_fraction, "a share in (0, 1)")
+    stages = len(cli.whole_numbers("depths", cfg.depths))
+    is_even = len(cli.whole_numbers("hidden_sizes", cfg.hidden_sizes)) == stages
+    cli.expect(is_even, "hidden_sizes", cfg.hidden_sizes, f"as many numbers as depths has: {stages}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_data(cfg: Config, accelerator: Any) -> tuple[Pictures, Pictures]:
+    """The pictures to train on and to evaluate on."""
+    columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
+    with launch.node_main_first(accelerator):
+        train = pictures.open_pictures(cfg.data, config=cfg.data_config, split=cfg.data_split, **columns)
+        eval_split = cfg.eval_split or pictures.validation_split(cfg.data, cfg.data_config)
+        if eval_split:
+            held_out = pictures.open_pictures(cfg.data, config=cfg.data_config, split=eval_split, **columns)
+            same = held_out.class_names == train.class_names
+            cli.expect(same, "eval_split", eval_split, f"the {len(train.class_names)} classes of {cfg.data_split}")
+        else:
+            train, held_out = pictures.hold_out(train, cfg.eval_fraction)
+        largest = max(cfg.final_image_size, cfg.eval_image_size)
+        pictures.check_sides(cfg.data, train, largest)
+    return train, held_out
+
+
+def image_size_at(cfg: Config, step: int) -> int:
+    """Side of the crops of update `step`: small ones first, which cost less (Howard 2018; Leclerc et al. 2023)."""
+    grown = min(1.0, step / (cfg.grow_until * cfg.max_steps))
+    side = cfg.image_size + grown * (cfg.final_image_size - cfg.image_size)
+    rounded = round(side / cfg.size_multiple) * cfg.size_multiple
+    return min(max(rounded, cfg.image_size), cfg.final_image_size)
+
+
+def random_crop(picture: EncodedPicture, size: int, min_area: float, draw: np.random.Generator) -> np.ndarray:
+    """A random part of the picture, mirrored half of the time, uint8 (size, size, 3).
+
+    Its area is `min_area` to 1 of the picture's and its aspect ratio 3/4 to 4/3 (Szegedy et al. 2015, section 6); where
+    ten draws do not fit into the picture, it is the largest square in the middle.
+    """
+    width, height = picture.width, picture.height
+    for _ in range(10):
+        area = draw.uniform(min_area, 1) * width * height
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(draw.integers(width - crop_width, endpoint=True))
+            top = int(draw.integers(height - crop_height, endpoint=True))
+            break
+    else:
+        crop_width = crop_height = min(width, height)
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    pixels = picture.crop((left, top, left + crop_width, top + crop_height), size)
+    return pixels[:, ::-1] if draw.random() < 0.5 else pixels
+
+
+class CroppedUpdates(Dataset):
+    """Item `step` is what update `step` sees on this process: a function of seed and step, whoever reads it.
+
+    Args:
+        cfg: of the run.
+        train: pictures to train on.
+        micro_batch_size: pictures of a micro-batch.
+        order: seed, global_batch_size, rank and num_processes.
+    """
+
+    def __init__(self, cfg: Config, train: Pictures, micro_batch_size: int, order: dict[str, int]) -> None:
+        self._cfg, self._train, self._micro_batch_size, self._order = cfg, train, micro_batch_size, order
+
+    def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[int]]:
+        """The micro-batches of update `step`, and the pictures that could not be decoded."""
+        size, bad = self._cfg.enlarge * image_size_at(self._cfg, step), []
+        drawn = samples_of_update(step, [len(self._train)], [1.0], **self._order)
+        rows = [self._read(epoch, index, size, bad) for _, epoch, index in drawn]
+        return micro_batches(rows, self._micro_batch_size), bad
+
+    def _read(self, epoch: int, index: int, size: int, bad: list[int]) -> dict[str, np.ndarray]:
+        """A crop of the picture, or of the first replacement that can be decoded; what cannot goes to `bad`."""
+        for candidate in candidates(index, len(self._train), derive_seed(self._cfg.seed, "bad", epoch)):
+            draw = np.random.Generator(np.random.Philox(key=derive_seed(self._cfg.seed, "crop", epoch, index)))
+            try:
+                picture = EncodedPicture(self._train.read(candidate))
+                pixels = random_crop(picture, size, self._cfg.min_crop_area, draw)
+            except BadPicture:
+                bad.append(candidate)
+                continue
+            return {"pixel_values": pixels, "labels": self._train.labels[candidate]}
+        raise cli.UsageError(f"data: {self._cfg.data!r}: expected pictures that can be decoded")
+
+
+class EvaluationBatches(Dataset):
+    """Item `batch` is the middle of each of its pictures.
+
+    Args:
+        cfg: of the run.
+        held_out: pictures to evaluate on.
+        batch_size: pictures of a batch.
+    """
+
+    def __init__(self, cfg: Config, held_out: Pictures, batch_size: int) -> None:
+        self._cfg, self._held_out, self._batch_size = cfg, held_out, batch_size
+
+    def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
+        """Pictures that cannot be decoded, and the one of a batch beyond the last, are grey and have no label."""
+        first = batch * self._batch_size
+        rows = [self.read(index) for index in range(first, min(first + self._batch_size, len(self._held_out)))]
+        return micro_batches(rows or [self._blank(0)], self._batch_size)[0]
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """One picture: pixel_values uint8 (S, S, 3), labels, indices."""
+        size = self._cfg.enlarge * self._cfg.eval_image_size
+        try:
+            pixels = EncodedPicture(self._held_out.read(index)).center_crop(size, self._cfg.eval_crop_fraction)
+        except BadPicture:
+            return self._blank(index)
+        return {"pixel_values": pixels, "labels": self._held_out.labels[index], "indices": np.array(index)}
+
+    def _blank(self, index: int) -> dict[str, np.ndarray]:
+        size = self._cfg.enlarge * self._cfg.eval_image_size
+        grey = np.full((size, size, 3), 128, dtype=np.uint8)
+        return {"pixel_values": grey, "labels": np.array(IGNORED), "indices": np.array(index)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClassification:
+    """A model from `init`, or a new one, in float32."""
+    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
+    if cfg.init != "scratch":
+        return load_classifier(ResNetForImageClassification, cfg.init, **labels)
+    config = ResNetConfig(
+        layer_type=cfg.layer_type,
+        depths=cli.whole_numbers("depths", cfg.depths),
+        hidden_sizes=cli.whole_numbers("hidden_sizes", cfg.hidden_sizes),
+        embedding_size=cfg.embedding_size,
+        **labels,
+    )
+    model = ResNetForImageClassification(config)
+    for stage in model.resnet.encoder.stages:
+        for block in stage.layers:
+            # A block begins as its shortcut alone: Goyal et al. 2017, section 5.1.
+            torch.nn.init.zeros_(block.layer[-1].normalization.weight)
+    return model
+
+
+def build_processor(cfg: Config) -> ConvNextImageProcessor:
+    """What `AutoImageProcessor` loads: the same middle crop as in evaluation."""
+    return ConvNextImageProcessor(
+        size={"shortest_edge": cfg.enlarge * cfg.eval_image_size},
+        crop_pct=cfg.eval_crop_fraction,
+        resample=2,  # bilinear
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+
+
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum; no decay of norms and biases (He et al. 2019, section 3.1)."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum, nesterov=cfg.momentum > 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective
+
+
+def forward(model: Any, pixels: Tensor) -> Tensor:
+    """Logits (B, C) of uint8 pictures (B, S, S, 3), whose layout in memory is already channels-last."""
+    scaled = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+    return model(pixel_values=(scaled - mean) / std).logits
+
+
+def loss_sum(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy in nats, summed, against smoothed labels (Szegedy et al. 2016, section 7); -100 is no label."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    cfg: Config, accelerator: Any, model: Any, held_out: Pictures, batch_size: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Loss (nats, labels not smoothed) and accuracies over every picture once.
+
+    Returns:
+        The metrics, and of each picture that could be decoded (N,): index, label, guess and the guess's probability.
+    """
+    model.eval()
+    processes = accelerator.num_processes
+    steps = range(accelerator.process_index, math.ceil(len(held_out) / batch_size / processes) * processes, processes)
+    batches = load_updates(EvaluationBatches(cfg, held_out, batch_size), steps, cfg.num_workers, accelerator.device)
+    is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
+    nll, found = 0.0, []
+    for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
+        batch = to_device(batch, accelerator.device)
+        logits = forward(model, batch["pixel_values"])
+        nll += loss_sum(logits, batch["labels"], smoothing=0.0).item()
+        best = logits.float().softmax(-1).topk(min(5, logits.shape[1]))
+        columns = (batch["indices"][:, None], batch["labels"][:, None], best.values[:, :1], best.indices)
+        found.append(torch.cat([column.double() for column in columns], dim=1).cpu().numpy())
+    model.train()
+    gathered = launch.gather_objects(accelerator, (nll, np.concatenate(found)))
+    rows = np.concatenate([of_process for _, of_process in gathered])
+    rows = rows[rows[:, 1] != IGNORED]
+    guesses, labels = rows[:, 3:].astype(np.int64), rows[:, 1].astype(np.int64)
+    metrics = {
+        "eval/loss": sum(of_process for of_process, _ in gathered) / len(rows),
+        "eval/top1": Accuracy().compute(predictions=guesses[:, 0], references=labels)["accuracy"],
+        "eval/top5": TopKAccuracy().compute(predictions=guesses, references=labels)["accuracy"],
+        "eval/skipped": len(held_out) - len(rows),
+    }
+    answers = {"index": rows[:, 0].astype(np.int64), "label": labels, "guess": guesses[:, 0], "probability": rows[:, 2]}
+    return metrics, answers
+
+
+def confusions(answers: dict[str, np.ndarray], class_names: tuple[str, ...]) -> np.ndarray:
+    """How often each class (rows) was taken for each (columns), int64 (C, C)."""
+    pairs = answers["label"] * len(class_names) + answers["guess"]
+    return np.bincount(pairs, minlength=len(class_names) ** 2).reshape(len(class_names), -1)
+
+
+def describe_confusions(answers: dict[str, np.ndarray], class_names: tuple[str, ...]) -> str:
+    """The classes that are most often taken for another, as text."""
+    counts = confusions(answers, class_names)
+    totals = counts.sum(1)
+    np.fill_diagonal(counts, 0)
+    worst = np.argsort(-counts, axis=None, kind="stable")[:NUM_SHOWN].tolist()
+    pairs = [divmod(place, len(class_names)) for place in worst if counts.flat[place]]
+    lines = [f"{class_names[a]} taken for {class_names[b]}: {counts[a, b]} of {totals[a]}" for a, b in pairs]
+    return "\n".join(lines) or "no mistake"
+
+
+def draw_figures(cfg: Config, held_out: Pictures, answers: dict[str, np.ndarray], folder: Path) -> dict[str, str]:
+    """Confusion matrix and the surest mistakes, each as heading and file name for the card."""
+    names = held_out.class_names
+    figures.confusion_matrix(confusions(answers, names), names, folder / "confusion_matrix.png")
+    wrong = np.flatnonzero(answers["label"] != answers["guess"])
+    surest = wrong[np.argsort(-answers["probability"][wrong], kind="stable")][:NUM_SHOWN]
+    source = EvaluationBatches(cfg, held_out, batch_size=1)
+    shown = [source.read(int(index))["pixel_values"] for index in answers["index"][surest]]
+    titles = [
+        f"{names[answers['guess'][place]]} ({answers['probability'][place]:.0%})\nis {names[answers['label'][place]]}"
+        for place in surest
+    ]
+    figures.picture_grid(shown, titles, folder / "surest_mistakes.png")
+    return {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_update(
+    cfg: Config, accelerator: Any, model: Any, optimizer: Any, statistics: RunningStatistics, batches: list[Any]
+) -> Any:
+    """One optimizer update: its mean loss (nats) over all processes and micro-batches, and its gradient norm.
+
+    A gradient that is not finite changes nothing, on all processes alike; DeepSpeed, which steps inside the backward
+    pass, finds that by itself.
+    """
+    # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
+    losses = []
+    statistics.begin_update()
+    for batch in batches:
+        with accelerator.accumulate(model):
+            loss = loss_sum(forward(model, batch["pixel_values"]), batch["labels"], cfg.label_smoothing)
+            accelerator.backward(loss * scale)
+        losses.append(loss.detach())
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+        statistics.end_update(accelerator)
+    else:
+        statistics.undo_update()
+    optimizer.zero_grad()
+    return accelerator.reduce(torch.stack(losses).sum(), "sum") / cfg.global_batch_size, grad_norm
+
+
+def main(cfg: Config) -> None:
+    """Train, evaluate, save, and leave a model that `from_pretrained` loads."""
+    check_config(cfg)
+    run_dir = Path(cfg.output_dir)
+    run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
+    launch.follow_launcher()
+    accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
+    micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
+    launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
+    with launch.raise_together(accelerator):
+        hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
+
+    train, held_out = open_data(cfg, accelerator)
+    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
+    updates = CroppedUpdates(cfg, train, micro_batch_size, order)
+    if cfg.dry_run:
+        report_costs(cfg, accelerator, train, updates)
+        return
+    model = build_model(cfg, train.class_names)
+    facts = describe(cfg, accelerator, model, train)
+    accelerator.print(dry_run.table(facts))
+    if accelerator.distributed_type.value not in checkpoints.SHARDED_ENGINES:  # which cut weights into flat parts
+        model = model.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        model.compile()
+    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+    statistics = RunningStatistics(model)
+
+    step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
+    skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
+    average = AveragedWeights(accelerator, model, cfg.ema_decay, state.get("tensors", {}))
+    bad = BadPictures(accelerator, train, cfg.max_bad_fraction, state.get("bad_pictures", []))
+    loader = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    record = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
+    with launch.raise_together(accelerator):
+        hub.check_push(hub_id, private=cfg.hub_private)
+        if accelerator.is_main_process:
+            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+    log = RunLog(accelerator, run_dir, step, cfg.max_steps)
+    pusher = hub.HubPusher(hub_id, cfg.hub_private)
+    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
+    throughput = Throughput(facts["flops_per_picture"], launch.peak(accelerator) * accelerator.num_processes)
+    seconds_before, processor = state.get("training_seconds", 0.0), build_processor(cfg)
+    stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
+    model.train()
+    while step < cfg.max_steps:
+        with throughput.waiting_for_data():
+            batches, undecoded = next(loader)
+        factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.0)
+        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+        batches = [to_device(batch, accelerator.device) for batch in batches]
+        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches)
+        relative_cost = (image_size_at(cfg, step) / cfg.final_image_size) ** 2
+        step += 1
+        average.update(step)
+        throughput.add(samples=cfg.global_batch_size * relative_cost, units=cfg.global_batch_size)
+        bad.count(undecoded, seen=cfg.global_batch_size // accelerator.num_processes)
+        is_finite = math.isfinite(grad_norm)
+        skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
+
+        is_last = step == cfg.max_steps or bad_in_a_row >= cfg.max_bad_updates
+        is_stopping = launch.on_any_process(accelerator, stop.received)
+        metrics = {}
+        if is_last or step % cfg.log_every == 0:
+            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped, **throughput.read("images")}
+            metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.check()}
+        seconds = seconds_before + throughput.training_seconds
+        with throughput.pause():
+            if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
+                with average.in_place():
+                    evaluation, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
+                metrics |= evaluation
+                log.write_samples(step, describe_confusions(answers, train.class_names))
+            log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
+            if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
+                state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
+                state |= {"bad_pictures": bad.gather(), "tensors": average.tensors()}
+                checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
+            if schedules.is_due(step, cfg.push_every):
+                with average.in_place():
+                    export_model(accelerator, model, processor, run_dir)
+                pusher.push(run_dir, f"step {step}", f"step-{step}")
+        if profiler:
+            profiler.step()
+        if bad_in_a_row >= cfg.max_bad_updates:
+            raise cli.TooManyNonFiniteUpdates(
+                f"{bad_in_a_row} updates in a row had no finite gradient, up to step {step}"
+            )
+        if is_stopping and step < cfg.max_steps:
+            raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
+
+    with average.in_place():
+        export_model(accelerator, model, processor, run_dir)
+        _, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
+    sides = [image_size_at(cfg, earlier) / cfg.final_image_size for earlier in range(step)]
+    flops = facts["flops_per_picture"] * cfg.global_batch_size * sum(side**2 for side in sides)
+    results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
+    drawn = draw_figures(cfg, held_out, answers, run_dir / "figures") if accelerator.is_main_process else {}
+    shown = {"pipeline_tag": "image-classification", "usage": USAGE, "results": results, "figures": drawn}
+    samples = describe_confusions(answers, train.class_names)
+    finish_run(log, pusher, run_dir, **shown, samples=samples, is_main_process=accelerator.is_main_process)
+    accelerator.end_training()
+
+
+def describe(cfg: Config, accelerator: Any, model: Any, train: Pictures) -> dict[str, Any]:
+    """The numbers that follow from the configuration, for the table at the start and run.json."""
+    side = cfg.enlarge * cfg.final_image_size
+    return {
+        "parameters": model.num_parameters(),
+        "classes": len(train.class_names),
+        "flops_per_picture": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
+        "pictures_per_update": cfg.global_batch_size,
+        "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
+        **launch.describe(accelerator),
+    }
+
+
+def report_costs(cfg: Config, accelerator: Any, train: Pictures, updates: CroppedUpdates) -> None:
+    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
+    last = to_device(updates[cfg.max_steps - 1][0][0], accelerator.device)
+    pixels = last["pixel_values"].permute(0, 3, 1, 2).float()
+    with dry_run.without_memory():
+        model = build_model(cfg, train.class_names)
+        facts = describe(cfg, accelerator, model, train)
+        costs = dry_run.costs(accelerator, model, {"pixel_values": pixels}, 4.0 if cfg.momentum else 0.0)
+    rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
+    if dry_run.can_time(accelerator, facts["flops_per_picture"] * len(pixels), costs["memory: total"]):
+        model = build_model(cfg, train.class_names)
+        inputs = {"pixel_values": pixels, "labels": last["labels"]}
+        seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
+        rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
+        rows["all updates"] = "at most " + dry_run.human_seconds(seconds * cfg.max_steps)
+    accelerator.print(dry_run.table(rows))
+    if accelerator.is_main_process:
+        first, _ = updates[0]
+        shown = first[0]["pixel_values"][:NUM_SHOWN], first[0]["labels"][:NUM_SHOWN]
+        grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "pictures.png"
+        figures.picture_grid(list(shown[0]), [train.class_names[label] for label in shown[1]], grid)
+        accelerator.print(f"training pictures as the model sees them: {grid}")
+
+
+if __name__ == "__main__":
+    with cli.exit_codes():
+        main(CONFIG)

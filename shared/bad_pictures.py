@@ -1,0 +1,67 @@
+"""Pictures that cannot be decoded: what stands in for them, how many there were, and when there are too many."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from shared.command_line import UsageError
+from shared.launch import gather_objects
+from shared.pictures import Pictures
+from shared.randomness import derive_seed
+
+logger = logging.getLogger(__name__)
+
+_MAX_REPLACEMENTS = 100  # of a picture, then the data set is taken for unreadable
+
+
+def candidates(index: int, size: int, seed: int) -> Iterator[int]:
+    """A picture and those that stand in for it, in order, the same at every call.
+
+    Args:
+        index: the picture that is wanted.
+        size: number of pictures.
+        seed: another one gives other replacements.
+    """
+    yield index
+    for attempt in range(_MAX_REPLACEMENTS):
+        yield derive_seed(seed, "replacement", index, attempt) % size
+
+
+class BadPictures:
+    """The pictures of a run that could not be decoded.
+
+    Args:
+        accelerator: knows the processes.
+        pictures: to train on.
+        max_fraction: share of the pictures seen at which `check` stops the run.
+        known: what `gather` gave, of the run that goes on.
+    """
+
+    def __init__(self, accelerator: Any, pictures: Pictures, max_fraction: float, known: Iterable[int]) -> None:
+        self._accelerator, self._pictures, self._max_fraction = accelerator, pictures, max_fraction
+        self._found, self._seen = set(known), 0
+
+    def count(self, undecoded: Iterable[int], seen: int) -> None:
+        """Note an update's bad pictures on this process, and how many were seen in all; new ones are logged."""
+        self._seen += seen
+        for index in set(undecoded) - self._found:
+            self._found.add(index)
+            logger.warning("a picture that cannot be decoded is replaced: %s", self._pictures.name(index))
+
+    def gather(self) -> list[int]:
+        """All that were found so far, on any process. Every process calls this."""
+        return sorted(set().union(*gather_objects(self._accelerator, self._found)))
+
+    def check(self) -> int:
+        """Number of bad pictures so far. Every process calls this.
+
+        Raises:
+            UsageError: they are more than the stated share of those seen, which are at most all.
+        """
+        number = len(self.gather())
+        seen = min(len(self._pictures), self._seen * self._accelerator.num_processes)
+        if number > self._max_fraction * seen:
+            first = self._pictures.name(min(self.gather()))
+            expected = f"at most {self._max_fraction:.3g} of the pictures to be damaged"
+            raise UsageError(f"max_bad_fraction: expected {expected}, {number} of {seen} are, such as {first}")
+        return number
