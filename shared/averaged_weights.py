@@ -32,10 +32,8 @@ class AveragedWeights:
                 f"ema_decay: {decay}: expected 0 under ZeRO-3, which keeps no whole weights between updates"
             )
         self._decay = decay
-        everything = (*model.named_parameters(), *model.named_buffers())
-        self._weights = (
-            {_plain(name): tensor for name, tensor in everything if tensor.is_floating_point()} if decay else {}
-        )
+        everything = (*model.named_parameters(), *model.named_buffers()) if decay else ()
+        self._weights = {_plain(name): tensor for name, tensor in everything if tensor.is_floating_point()}
         self._average = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
         for name, tensor in saved.items():
             self._average[name].copy_(placed_like(tensor.to(self._average[name].device), self._average[name]))

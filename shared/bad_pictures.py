@@ -33,17 +33,16 @@ class BadPictures:
     Args:
         accelerator: knows the processes.
         pictures: to train on.
-        max_fraction: share of the pictures seen at which `check` stops the run.
+        max_fraction: share of all pictures above which `check` stops the run.
         known: what `gather` gave, of the run that goes on.
     """
 
     def __init__(self, accelerator: Any, pictures: Pictures, max_fraction: float, known: Iterable[int]) -> None:
         self._accelerator, self._pictures, self._max_fraction = accelerator, pictures, max_fraction
-        self._found, self._seen = set(known), 0
+        self._found = set(known)
 
-    def count(self, undecoded: Iterable[int], seen: int) -> None:
-        """Note an update's bad pictures on this process, and how many were seen in all; new ones are logged."""
-        self._seen += seen
+    def add(self, undecoded: Iterable[int]) -> None:
+        """Note an update's bad pictures on this process; new ones are logged."""
         for index in set(undecoded) - self._found:
             self._found.add(index)
             logger.warning("a picture that cannot be decoded is replaced: %s", self._pictures.name(index))
@@ -56,12 +55,11 @@ class BadPictures:
         """Number of bad pictures so far. Every process calls this.
 
         Raises:
-            UsageError: they are more than the stated share of those seen, which are at most all.
+            UsageError: they are more than the stated share.
         """
-        number = len(self.gather())
-        seen = min(len(self._pictures), self._seen * self._accelerator.num_processes)
-        if number > self._max_fraction * seen:
-            first = self._pictures.name(min(self.gather()))
-            expected = f"at most {self._max_fraction:.3g} of the pictures to be damaged"
-            raise UsageError(f"max_bad_fraction: expected {expected}, {number} of {seen} are, such as {first}")
-        return number
+        found, fraction = self.gather(), self._max_fraction
+        if len(found) > fraction * len(self._pictures):
+            first = self._pictures.name(found[0])
+            expected = f"at most this share of {len(self._pictures)} pictures to be damaged"
+            raise UsageError(f"max_bad_fraction: {fraction}: expected {expected}, {len(found)} are, such as {first}")
+        return len(found)

@@ -21,7 +21,7 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
         for layer in self._layers:
             layer.momentum = None  # torch's way to say: the mean over all batches since the last reset
         self._before: list[torch.Tensor] = []

@@ -6,9 +6,11 @@ makes them, except that 16-bit ones are scaled, not clipped; EXIF rotation is ap
 counts. Sizes are checked before anything is allocated.
 """
 
+import contextlib
 import io
 import struct
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 0.25 GB of RGB
 FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112  # EXIF tag
-_SWAPS_SIDES = (5, 6, 7, 8)  # orientations whose width and height are exchanged
+_EXIF_WITHIN = 1 << 16  # bytes of a file in which an EXIF block begins
 
 
 class BadPicture(Exception):
@@ -41,27 +43,20 @@ class EncodedPicture:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._is_plain_jpeg = data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data[:65536]
-        if self._is_plain_jpeg:
-            try:
+        self._image: Any = None  # Pillow's, of what simplejpeg cannot decode: other formats, EXIF rotation, CMYK
+        with _decoding_errors():
+            if data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data[:_EXIF_WITHIN]:
                 self.height, self.width, space, _ = simplejpeg.decode_jpeg_header(data)
-            except ValueError as error:
-                raise BadPicture(str(error)) from error
-            self._is_plain_jpeg = space in ("YCbCr", "Gray", "RGB")
-        if not self._is_plain_jpeg:
-            self._open()
-        if self.width * self.height > MAX_PIXELS:
-            raise BadPicture(f"{self.width} x {self.height} pixels, more than {MAX_PIXELS:,}")
-
-    def _open(self) -> None:
-        try:
+                if space in ("YCbCr", "Gray", "RGB"):
+                    _check_size(self.width, self.height)
+                    return
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked after this
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours has its own limit
                 self._image = Image.open(io.BytesIO(self._data), formats=FORMATS)
-                swaps = self._image.getexif().get(_ORIENTATION) in _SWAPS_SIDES
-        except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-            raise BadPicture(" ".join(str(error).split())) from error
-        self.width, self.height = self._image.size[::-1] if swaps else self._image.size
+            _check_size(*self._image.size)  # before EXIF, which a PNG may have after its pixels
+            is_turned = self._image.getexif().get(_ORIENTATION, 1) != 1
+            turned = ImageOps.exif_transpose(self._image) if is_turned else self._image
+            self._image, (self.width, self.height) = turned, turned.size
 
     def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
         """Part of the picture, resized to a square (bilinear, with antialiasing).
@@ -106,15 +101,26 @@ class EncodedPicture:
 
     def _decode(self, scale: float) -> Any:
         """The whole picture as RGB, at `scale` or the next larger one that the format offers."""
-        try:
-            if self._is_plain_jpeg:
+        with _decoding_errors():
+            if self._image is None:
                 least = {"min_height": int(self.height * scale) + 1, "min_width": int(self.width * scale) + 1}
-                # Both flags change a pixel by a few of its 256 steps, where a picture is made smaller or cropped anyway.
+                # Both flags change a pixel by a few of its 256 steps, where a picture is made smaller anyway.
                 options = {**least, "fastdct": True, "fastupsample": True} if scale < 1 else {}
                 return Image.fromarray(simplejpeg.decode_jpeg(self._data, "RGB", **options))
-            image = ImageOps.exif_transpose(self._image)
-            if image.mode.startswith(("I", "F")):
+            image = self._image
+            if image.mode.startswith("I"):  # 16 bits
                 image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
             return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, struct.error, MemoryError) as error:
-            raise BadPicture(" ".join(str(error).split())) from error
+
+
+@contextlib.contextmanager
+def _decoding_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, struct.error, MemoryError, Image.DecompressionBombError) as error:
+        raise BadPicture(" ".join(str(error).split())) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise BadPicture(f"{width} x {height} pixels, expected 1 to {MAX_PIXELS:,}")

@@ -91,8 +91,8 @@ def open_pictures(data: str, *, config: str, split: str, image_column: str, labe
         label_column: column of the classes; "" = the only `ClassLabel`, or the one called label or cls.
 
     Raises:
-        UsageError: nothing is there, the split or a column is not there, a label is no class, a class has no picture,
-            or there are fewer than two classes.
+        UsageError: nothing is there, the split or a column is not there, a label is no class, or there are
+            fewer than two classes.
     """
     import datasets
 
@@ -139,6 +139,19 @@ def hold_out(pictures: Pictures, fraction: float) -> tuple[Pictures, Pictures]:
         seed = derive_seed(HELD_OUT_SEED, "held out", label)
         is_held_out[of_class[shuffled_indices(np.arange(number), len(of_class), seed)]] = True
     return pictures.subset(np.flatnonzero(~is_held_out)), pictures.subset(np.flatnonzero(is_held_out))
+
+
+def check_every_class(data: str, pictures: Pictures) -> None:
+    """Refuse data to train on in which a class has no picture.
+
+    Raises:
+        UsageError: it names such classes.
+    """
+    names = pictures.class_names
+    counts = np.bincount(pictures.labels, minlength=len(names))
+    empty = [names[label] for label in np.flatnonzero(counts == 0)]
+    if empty:
+        raise UsageError(f"data: {data!r}: expected pictures of each class, got none of {', '.join(empty[:5])}")
 
 
 def check_sides(data: str, pictures: Pictures, least: int) -> None:
@@ -242,7 +255,3 @@ def _check_classes(data: str, pictures: Pictures) -> None:
         )
     if len(names) < 2:
         raise UsageError(f"data: {data!r}: expected at least two classes, got {len(names)}: {', '.join(names)}")
-    counts = np.bincount(labels, minlength=len(names))
-    if not counts.all():
-        empty = [names[label] for label in np.flatnonzero(counts == 0)]
-        raise UsageError(f"data: {data!r}: expected pictures of each class, got none of {', '.join(empty[:5])}")

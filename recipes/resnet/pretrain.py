@@ -54,7 +54,7 @@ class Config(cli.RunControl):
     label_column: str = ""
     """Column of the classes. "" = the only one with a list of classes, or the one called label or cls."""
     max_bad_fraction: float = 0.01
-    """Share of pictures that cannot be decoded, among those a process has seen, at which the run stops."""
+    """Share of the pictures that may turn out damaged before the run stops; they are replaced, and named in the log."""
 
     image_size: int = 20
     """Side of the crops at the start, in pixels."""
@@ -119,7 +119,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from shared import checkpoints, dry_run, figures, hub, launch, pictures, run_folder, schedules
 from shared.averaged_weights import AveragedWeights
@@ -177,6 +177,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Pictures, Pictures]:
     columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
     with launch.node_main_first(accelerator):
         train = pictures.open_pictures(cfg.data, config=cfg.data_config, split=cfg.data_split, **columns)
+        pictures.check_every_class(cfg.data, train)
         eval_split = cfg.eval_split or pictures.validation_split(cfg.data, cfg.data_config)
         if eval_split:
             held_out = pictures.open_pictures(cfg.data, config=cfg.data_config, split=eval_split, **columns)
@@ -311,9 +312,9 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClas
     return model
 
 
-def build_processor(cfg: Config) -> ConvNextImageProcessor:
+def build_processor(cfg: Config) -> ConvNextImageProcessorPil:
     """What `AutoImageProcessor` loads: the same middle crop as in evaluation."""
-    return ConvNextImageProcessor(
+    return ConvNextImageProcessorPil(
         size={"shortest_edge": cfg.enlarge * cfg.eval_image_size},
         crop_pct=cfg.eval_crop_fraction,
         resample=2,  # bilinear
@@ -509,7 +510,7 @@ def main(cfg: Config) -> None:
         step += 1
         average.update(step)
         throughput.add(samples=cfg.global_batch_size * relative_cost, units=cfg.global_batch_size)
-        bad.count(undecoded, seen=cfg.global_batch_size // accelerator.num_processes)
+        bad.add(undecoded)
         is_finite = math.isfinite(grad_norm)
         skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
 

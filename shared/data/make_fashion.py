@@ -37,7 +37,7 @@ def main(raw: Path) -> None:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes: two zeros, the type (8), the number of dimensions, and their sizes."""
+    """The array of an IDX file of unsigned bytes: two zeros, the type (8), how many dimensions, their sizes."""
     with gzip.open(path) as stream:
         content = stream.read()
     zeros, kind, num_dimensions = content[:2], content[2], content[3]

@@ -39,11 +39,11 @@ def event(name: str) -> tuple[int, int]:
 
 
 def disturb(recipe: ModuleType) -> None:
-    """Wrap `train_update` and `forward`, so that something happens at a given step."""
+    """Wrap `train_update` and `forward`, so that something happens in a given update of this process, from 0."""
     train_update, forward = recipe.train_update, recipe.forward
     (poison_step, poison_rank), (signal_step, signal_rank) = event("POISON"), event("SIGTERM_AT")
     own_rank = int(os.environ.get("RANK", "0"))
-    is_poisoned = False
+    is_poisoned, updates = False, 0
 
     def disturbed_forward(*args: Any) -> Any:
         nonlocal is_poisoned
@@ -54,8 +54,8 @@ def disturb(recipe: ModuleType) -> None:
         return output
 
     def disturbed_update(*args: Any) -> Any:
-        nonlocal is_poisoned
-        step = args[-1]
+        nonlocal is_poisoned, updates
+        step, updates = updates, updates + 1
         is_poisoned = step == poison_step and poison_rank in (-1, own_rank)
         if step == signal_step and own_rank == max(signal_rank, 0):
             os.kill(os.getppid() if signal_rank < 0 else os.getpid(), signal.SIGTERM)

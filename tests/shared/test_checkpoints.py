@@ -280,6 +280,20 @@ def test_the_newest_are_kept(accelerator: Accelerator, tmp_path: Path, keep: int
     assert hidden_of(tmp_path) == []
 
 
+def test_tensors_of_the_state_come_back_as_tensors(accelerator: Accelerator, tmp_path: Path) -> None:
+    tensors = {"average": torch.arange(4.0), "other": torch.ones(2, 3)}
+    prepared(accelerator)
+    save_checkpoint(accelerator, tmp_path, 1, {"seen": 3, "tensors": tensors}, keep=2)
+    save_checkpoint(accelerator, tmp_path, 2, {"seen": 4, "tensors": {}}, keep=2)
+    step, state = load_checkpoint(accelerator, tmp_path / "checkpoints" / "step_00000001")
+    assert (step, state["seen"]) == (1, 3)
+    assert state["tensors"].keys() == tensors.keys()
+    assert all(torch.equal(value, tensors[name]) for name, value in state["tensors"].items())
+    assert load_checkpoint(accelerator, tmp_path / "checkpoints" / "step_00000002") == (2, {"seen": 4})
+    (tmp_path / "checkpoints" / "step_00000001" / "tensors.safetensors").write_bytes(b"damaged")
+    assert "tensors.safetensors" in damage(tmp_path / "checkpoints" / "step_00000001")
+
+
 def test_saving_a_step_again_replaces_it(accelerator: Accelerator, stopped: Path) -> None:
     prepared(accelerator)
     save_checkpoint(accelerator, stopped, 6, {"losses": ["new"]}, 3)

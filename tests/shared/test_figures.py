@@ -1,10 +1,13 @@
-"""The loss curve is drawn from whatever metrics.jsonl holds."""
+"""Figures are drawn from whatever a run holds."""
 
 import math
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from shared import figures
 from shared.figures import loss_curve
 
 
@@ -31,3 +34,15 @@ def test_a_drawn_curve_differs_from_none(tmp_path):
     loss_curve([], tmp_path / "empty.png")
     loss_curve([{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}], tmp_path / "curve.png")
     assert (tmp_path / "empty.png").read_bytes() != (tmp_path / "curve.png").read_bytes()
+
+
+def test_confusion_matrix_and_grid_are_drawn(tmp_path: Path) -> None:
+    from PIL import Image
+
+    figures.confusion_matrix(np.array([[3, 1], [0, 0]]), ["a $class$", "other"], tmp_path / "new" / "matrix.png")
+    for number, rows in ((0, 1), (5, 2), (16, 4)):
+        shown = [np.full((6, 8, 3), 40 * index % 256, dtype=np.uint8) for index in range(number)]
+        figures.picture_grid(shown, ["$5 title"] * number, tmp_path / "grid.png")
+        assert Image.open(tmp_path / "grid.png").size == (960, 276 * rows)
+    with Image.open(tmp_path / "new" / "matrix.png") as image:
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10

@@ -34,7 +34,8 @@ EVIL += ["](javascript:alert(1))", "&lt;", "~~~", "\\", "'\"", "ünï \U0001f600
 def write(folder: Path, samples: str = SAMPLES, metrics: dict[str, float] | None = None, **record: Any) -> str:
     title = record.pop("title", "my-run")
     content = copy.deepcopy({**RECORD, **record})
-    write_model_card(folder, title, "text-generation", USAGE, content, METRICS if metrics is None else metrics, samples)
+    metrics = METRICS if metrics is None else metrics
+    write_model_card(folder, title, "text-generation", USAGE, content, metrics, samples, {})
     return (folder / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,457 @@
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from accelerate.utils import GradientAccumulationPlugin
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from shared import command_line as cli
+from shared.batch_statistics import RunningStatistics
+from shared.batches import IGNORED
+from tests.conftest import ROOT, load_recipe
+from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, state_at, weights
+
+TINY = {
+    "image_size": 12,
+    "final_image_size": 16,
+    "eval_image_size": 16,
+    "depths": "1,1",
+    "hidden_sizes": "8,16",
+    "embedding_size": 8,
+    "global_batch_size": 8,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "learning_rate": 0.2,
+    "ema_decay": 0.5,
+    "log_every": 1,
+    "num_workers": 0,
+}
+NAMES = ("left", "middle", "right")
+
+
+def config_of(resnet: ModuleType, data: Path, run_dir: Path, **fields: Any) -> Any:
+    return resnet.Config(**{**TINY, "data": str(data), "output_dir": str(run_dir), **fields})
+
+
+@pytest.fixture(scope="module")
+def reference(resnet: ModuleType, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run over more than two epochs that kept a checkpoint of every update."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    run(resnet, config_of(resnet, shapes, run_dir, save_every=1, keep_checkpoints=100))
+    return run_dir
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+@given(width=st.integers(8, 60), height=st.integers(8, 60), min_area=st.floats(0.08, 1), seed=st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_crops_are_inside_the_picture_and_large_enough(width: int, height: int, min_area: float, seed: int) -> None:
+    boxes = []
+
+    class Picture:
+        def __init__(self) -> None:
+            self.width, self.height = width, height
+
+        def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+            boxes.append(box)
+            return np.zeros((size, size, 3), dtype=np.uint8)
+
+    random_crop = load_once().random_crop
+    random_crop(Picture(), 16, min_area, np.random.default_rng(seed))
+    [(left, top, right, bottom)] = boxes
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    across, down = right - left, bottom - top
+    is_middle = across == down == min(width, height)
+    # Sides are rounded to whole pixels, each by half of one at most.
+    assert is_middle or (across + 0.5) * (down + 0.5) >= min_area * width * height
+    assert is_middle or (across - 0.5) / (down + 0.5) <= 4 / 3
+    assert is_middle or (across + 0.5) / (down - 0.5) >= 3 / 4
+
+
+def load_once() -> ModuleType:
+    return sys.modules.get("recipe_resnet_pretrain") or load_recipe("resnet/pretrain.py")
+
+
+def test_half_of_the_crops_are_mirrored_and_areas_are_uniform(resnet: ModuleType, shapes: Path) -> None:
+    from shared.decoding import EncodedPicture
+
+    file = next((shapes / "train" / "left").glob("*.png"))
+    picture = EncodedPicture(file.read_bytes())
+    crops = [resnet.random_crop(picture, 12, 0.9, np.random.default_rng(seed)) for seed in range(400)]
+    bar_is_right = [crop[:, 6:].mean() > crop[:, :6].mean() for crop in crops]
+    assert 0.5 - 4 * 0.025 < np.mean(bar_is_right) < 0.5 + 4 * 0.025
+
+
+def test_the_side_grows_in_steps_and_ends_at_the_final_one(resnet: ModuleType) -> None:
+    cfg = resnet.Config(image_size=160, final_image_size=192, size_multiple=32, grow_until=0.8, max_steps=100)
+    sides = [resnet.image_size_at(cfg, step) for step in range(100)]
+    assert sides == sorted(sides)
+    assert set(sides) == {160, 192}
+    assert sides[41] == 192
+    small = [resnet.image_size_at(resnet.Config(max_steps=100), step) for step in range(100)]
+    assert set(small) == {20, 24, 28}
+    assert small[80:] == [28] * 20
+
+
+def test_updates_are_a_function_of_seed_and_step(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+    """Two processes with two micro-batches see the global batch of one; an epoch has every picture once."""
+    cfg = config_of(resnet, shapes, tmp_path, global_batch_size=13)
+    train, _ = resnet.open_data(cfg, Accelerator(cpu=True))
+
+    def pixels(step: int, batch_size: int, rank: int, processes: int, seed: int = 0) -> list[bytes]:
+        changed = config_of(resnet, shapes, tmp_path, seed=seed)
+        order = {"seed": seed, "global_batch_size": batch_size, "rank": rank, "num_processes": processes}
+        batches, bad = resnet.CroppedUpdates(changed, train, 2, order)[step]
+        assert bad == []
+        return [row.tobytes() for batch in batches for row in batch["pixel_values"]]
+
+    for step in (0, 3, 11):
+        whole = pixels(step, 8, 0, 1)
+        assert whole == pixels(step, 8, 0, 2) + pixels(step, 8, 1, 2)
+        assert whole != pixels(step, 8, 0, 1, seed=1)
+    order = {"seed": 0, "global_batch_size": 13, "rank": 0, "num_processes": 1}
+    one = resnet.CroppedUpdates(cfg, train, 13, order)
+    epochs = [np.concatenate([one[step][0][0]["labels"] for step in range(3 * e, 3 * e + 3)]) for e in range(2)]
+    assert [np.bincount(labels).tolist() for labels in epochs] == [[13, 13, 13]] * 2
+    assert not np.array_equal(*epochs)
+    assert not set(pixels(0, 39, 0, 1)) & set(pixels(1, 39, 0, 1))  # another crop in each epoch
+
+
+def test_damaged_pictures_are_replaced_the_same_way(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+    shutil.copytree(shapes, tmp_path / "data")
+    damaged = tmp_path / "data" / "train" / "left" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    (tmp_path / "data" / "test" / "left" / "0.png").write_bytes(b"")
+    fields = {"max_bad_fraction": 0.1, "max_steps": 6}
+    run_dirs = [tmp_path / "one", tmp_path / "workers"]
+    for run_dir, workers in zip(run_dirs, (0, 2), strict=True):
+        run(resnet, config_of(resnet, tmp_path / "data", run_dir, num_workers=workers, **fields))
+    assert results_of(run_dirs[0]) == results_of(run_dirs[1])
+    assert_same_weights(*run_dirs)
+    last = metrics_of(run_dirs[0])[-1]
+    assert (last["train/bad_pictures"], last["eval/skipped"]) == (1, 1)
+    with pytest.raises(cli.UsageError, match=r"max_bad_fraction: 0.01: expected .*left/3.png \(row"):
+        run(resnet, config_of(resnet, tmp_path / "data", tmp_path / "strict", max_steps=6))
+
+
+# -- model and objective -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layer_type", "hidden_sizes"), [("basic", "8,16"), ("bottleneck", "32,64")])
+def test_initial_loss_is_that_of_a_uniform_guess(resnet: ModuleType, layer_type: str, hidden_sizes: str) -> None:
+    cfg = resnet.Config(**{**TINY, "layer_type": layer_type, "hidden_sizes": hidden_sizes})
+    model = resnet.build_model(cfg, tuple("abcdefghij")).train()
+    batch = uint8_batch(64, 32, 10)
+    loss = resnet.loss_sum(resnet.forward(model, batch["pixel_values"]), batch["labels"], 0.0).item() / 64
+    assert loss == pytest.approx(np.log(10), abs=0.35)
+
+
+def uint8_batch(number: int, side: int, classes: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (number, side, side, 3), generator=generator, dtype=torch.uint8)
+    return {"pixel_values": pixels, "labels": torch.randint(classes, (number,), generator=generator)}
+
+
+def test_blocks_begin_as_their_shortcuts(resnet: ModuleType) -> None:
+    model = resnet.build_model(resnet.Config(**{**TINY, "depths": "2,2"}), NAMES)
+    for stage in model.resnet.encoder.stages:
+        block = stage.layers[1]
+        pixels = torch.rand(2, block.layer[0].convolution.in_channels, 5, 5)
+        assert torch.equal(block(pixels), pixels)  # no negative values, which the ReLU would cut
+
+
+def test_weights_are_in_the_library_s_class_and_loss(resnet: ModuleType) -> None:
+    """Against `ResNetForImageClassification`'s own loss on pictures of its own processor."""
+    cfg = resnet.Config(**TINY)
+    model = resnet.build_model(cfg, NAMES).eval()
+    batch = uint8_batch(4, 32, 3)
+    pictures = [Image.fromarray(pixels.numpy()) for pixels in batch["pixel_values"]]
+    inputs = resnet.build_processor(cfg)(pictures, return_tensors="pt")
+    expected = model(**inputs, labels=batch["labels"])
+    logits = resnet.forward(model, batch["pixel_values"])
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
+    loss = resnet.loss_sum(logits, batch["labels"], 0.0) / 4
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+def test_smoothed_loss_is_that_of_the_paper(resnet: ModuleType) -> None:
+    """Szegedy et al. 2016, section 7: the target is (1 - e) of the label and e spread over all classes."""
+    logits, labels = torch.randn(6, 5), torch.tensor([0, 4, 2, IGNORED, 1, 3])
+    target = torch.full((6, 5), 0.1 / 5)
+    target[range(6), labels.clamp(min=0)] += 0.9
+    expected = -(target * logits.log_softmax(-1)).sum(-1)[labels != IGNORED].sum()
+    torch.testing.assert_close(resnet.loss_sum(logits, labels, 0.1), expected)
+
+
+def test_decay_spares_norms_and_biases(resnet: ModuleType) -> None:
+    model = resnet.build_model(resnet.Config(**TINY), NAMES)
+    decayed, spared = resnet.build_optimizer(resnet.Config(**TINY), model).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 5e-4
+    assert spared["weight_decay"] == 0
+    assert all("convolution" in names[id(p)] or names[id(p)] == "classifier.1.weight" for p in decayed["params"])
+    assert all("normalization" in names[id(p)] or names[id(p)] == "classifier.1.bias" for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def prepared(resnet: ModuleType, cfg: Any, accumulation: int, dtype: torch.dtype) -> Any:
+    GradientState._reset_state()
+    plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    model = resnet.build_model(cfg, NAMES).to(dtype)
+    return accelerator, *accelerator.prepare(model, resnet.build_optimizer(cfg, model))
+
+
+def test_one_batch_is_overfitted(resnet: ModuleType) -> None:
+    cfg = resnet.Config(**{**TINY, "label_smoothing": 0.0, "learning_rate": 0.05})
+    accelerator, model, optimizer = prepared(resnet, cfg, 1, torch.float32)
+    statistics, batch = RunningStatistics(model), uint8_batch(8, 32, 3)
+    losses = [float(resnet.train_update(cfg, accelerator, model, optimizer, statistics, [batch])[0]) for _ in range(60)]
+    assert losses[-1] < 0.02 < losses[0]
+
+
+def test_accumulation_is_exact(resnet: ModuleType) -> None:
+    """With statistics of the batch held still: a batch of 8 is two of 4 is 8 of 1, to 1e-12."""
+    cfg = resnet.Config(**{**TINY, "max_grad_norm": 0.1})
+    results = []
+    for size in (8, 4, 1):
+        accelerator, model, optimizer = prepared(resnet, cfg, 8 // size, torch.float64)
+        model.eval()  # else batch normalisation sees its micro-batch: the stated exception
+        batch = uint8_batch(8, 32, 3)
+        batches = [{name: rows[start : start + size] for name, rows in batch.items()} for start in range(0, 8, size)]
+        to_double(resnet, model)
+        loss, norm = resnet.train_update(cfg, accelerator, model, optimizer, RunningStatistics(model), batches)
+        results.append({"loss": loss, "norm": torch.tensor(norm), **model.state_dict()})
+    for result in results[1:]:
+        for name, value in result.items():
+            if "running" not in name and "tracked" not in name:
+                torch.testing.assert_close(value.double(), results[0][name].double(), rtol=1e-12, atol=1e-12)
+
+
+def to_double(resnet: ModuleType, model: Any) -> None:
+    """Pixels reach the model in float32."""
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {"pixel_values": kwargs["pixel_values"].double()}), with_kwargs=True
+    )
+
+
+def test_non_finite_gradient_changes_nothing(resnet: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = resnet.Config(**TINY)
+    accelerator, model, optimizer = prepared(resnet, cfg, 1, torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forward = resnet.forward
+    monkeypatch.setattr(resnet, "forward", lambda *args: forward(*args) * float("nan"))
+    _, norm = resnet.train_update(cfg, accelerator, model, optimizer, RunningStatistics(model), [uint8_batch(8, 32, 3)])
+    assert not np.isfinite(norm)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if "tracked" not in name)
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path, shapes: Path) -> None:
+    entries = metrics_of(reference)
+    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    assert entries[-1]["train/loss"] < entries[0]["train/loss"] - 0.2
+    assert [entry["train/image_size"] for entry in entries][::11] == [12, 16]
+    processor = transformers.AutoImageProcessor.from_pretrained(reference)
+    assert processor.size == {"shortest_edge": 32}
+    model, loading = transformers.AutoModelForImageClassification.from_pretrained(reference, output_loading_info=True)
+    assert type(model) is transformers.ResNetForImageClassification
+    assert not loading["missing_keys"]
+    assert model.config.id2label == dict(enumerate(NAMES))
+    classify = transformers.pipeline("image-classification", str(reference))
+    assert {answer["label"] for answer in classify(str(next((shapes / "test").rglob("*.png"))))} == set(NAMES)
+    for name in ("README.md", "config.yaml", "run.json", "recipe.py", "figures/loss.png", "samples/step_00000012.txt"):
+        assert (reference / name).stat().st_size > 0, name
+    card = (reference / "README.md").read_text()
+    assert f"{entries[-1]['eval/top1']:.4f}" in card
+    for name in ("confusion_matrix.png", "surest_mistakes.png"):
+        assert f"(figures/{name})" in card
+        assert Image.open(reference / "figures" / name).size[0] > 100
+
+
+def test_evaluation_counts_every_picture_once_as_the_pipeline_does(reference: Path, shapes: Path) -> None:
+    """Against the library's own model and processor, one file at a time."""
+    model = transformers.AutoModelForImageClassification.from_pretrained(reference)
+    processor = transformers.AutoImageProcessor.from_pretrained(reference)
+    loss, right, files = 0.0, 0, sorted((shapes / "test").rglob("*.png"))
+    with torch.no_grad():
+        for file in files:
+            label = torch.tensor([NAMES.index(file.parent.name)])
+            output = model(**processor(Image.open(file).convert("RGB"), return_tensors="pt"), labels=label)
+            loss += output.loss.item()
+            right += int(output.logits.argmax() == label)
+    last = metrics_of(reference)[-1]
+    assert len(files) == 21
+    assert last["eval/loss"] == pytest.approx(loss / 21, rel=1e-4)
+    assert last["eval/top1"] == pytest.approx(right / 21)
+    assert last["eval/top5"] == 1
+    assert last["eval/skipped"] == 0
+
+
+def test_the_average_is_what_is_saved(resnet: ModuleType, shapes: Path, reference: Path, tmp_path: Path) -> None:
+    run(resnet, config_of(resnet, shapes, tmp_path / "run", ema_decay=0.0))
+    averaged, plain = weights(reference), weights(tmp_path / "run")
+    assert [entry["train/loss"] for entry in metrics_of(reference)] == [
+        entry["train/loss"] for entry in metrics_of(tmp_path / "run")
+    ]
+    names = ("resnet.embedder.embedder.convolution.weight", "resnet.embedder.embedder.normalization.running_mean")
+    assert not any(torch.equal(averaged[name], plain[name]) for name in names)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 5, 10])
+def test_resuming_is_exact_to_the_bit(
+    resnet: ModuleType, shapes: Path, reference: Path, tmp_path: Path, stop: int, workers: int
+) -> None:
+    run_dir = state_at(reference, stop, tmp_path / "run")
+    run(resnet, config_of(resnet, shapes, run_dir, save_every=1, keep_checkpoints=100, num_workers=workers))
+    assert results_of(run_dir) == results_of(reference)
+    assert_same_weights(run_dir, reference)
+
+
+def test_training_goes_on_from_weights_with_other_classes(
+    resnet: ModuleType, shapes: Path, reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shapes, tmp_path / "data")
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "data" / split / "middle")
+    fields = {"init": str(reference), "max_steps": 1, "learning_rate": 1e-9, "ema_decay": 0.0}
+    run(resnet, config_of(resnet, tmp_path / "data", tmp_path / "run", **fields))
+    after, before = weights(tmp_path / "run"), weights(reference)
+    assert after["classifier.1.weight"].shape == (2, 16)
+    name = "resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"
+    torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_pictures_are_held_out_where_there_is_no_split(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+    cfg = config_of(resnet, shapes / "train", tmp_path, eval_fraction=0.2)
+    train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
+    assert (len(train), len(held_out)) == (30, 9)
+    files = [{pictures.name(index) for index in range(len(pictures))} for pictures in (train, held_out)]
+    assert not files[0] & files[1]
+
+
+def test_dry_run_leaves_nothing(
+    resnet: ModuleType, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(resnet, config_of(resnet, shapes, tmp_path / "run", dry_run=True))
+    printed = capsys.readouterr().out
+    for row in ("parameters", "memory: total", "one checkpoint", "all updates"):
+        assert row in printed
+    grid = Path(re.search("model sees them: (.*)", printed)[1])  # type: ignore[index]
+    assert Image.open(grid).size[0] > 100
+    shutil.rmtree(grid.parent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_run_goes_on(shapes: Path, tmp_path: Path) -> None:
+    fields = {**TINY, "max_steps": 600, "data": shapes, "output_dir": tmp_path / "run", "num_workers": 1}
+    command = [sys.executable, str(ROOT / "recipes/resnet/pretrain.py"), *(f"--{k}={v}" for k, v in fields.items())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/") as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step 3/") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == cli.EXIT_STOPPED
+    assert errors.strip().splitlines()[-1].startswith("stopped: saved at step")
+    saved = [entry["step"] for entry in metrics_of(tmp_path / "run")]
+    assert saved == list(range(1, len(saved) + 1))
+
+
+@pytest.mark.slow
+def test_push_reaches_the_hub_and_loads_in_a_clean_process(
+    resnet: ModuleType, shapes: Path, reference: Path, tmp_path: Path
+) -> None:
+    """The Hub refuses two commits on the way; the run is the same as without a push, and the token shows nowhere."""
+    fields = {**TINY, "data": shapes, "push_every": 6}
+    picture = next((shapes / "test").rglob("*.png"))
+    program = f"print(pipeline('image-classification', 'tester/mine')({str(picture)!r})[0]['label'])"
+    answer, pushed = push_and_load(resnet, fields, program, tmp_path)
+    assert answer.strip() in NAMES
+    assert_same_weights(tmp_path / "run", reference)
+    figures = {"figures/loss.png", "figures/confusion_matrix.png", "figures/surest_mistakes.png"}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", *figures} <= pushed
+
+
+@pytest.mark.slow
+def test_default_run_reaches_its_goal(tmp_path: Path) -> None:
+    """The README's first command, which the issue of this recipe holds to 90 % of the test pictures in 4 minutes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes/resnet/pretrain.py")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run([*command, f"--output_dir={tmp_path / 'run'}"], check=True, env=environment, cwd="/", timeout=1200)
+    assert metrics_of(tmp_path / "run")[-1]["eval/top1"] >= 0.9
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["training_flops"] < 3000 * 128 * 8.3e7
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_gets_one_line_and_writes_nothing(
+    resnet: ModuleType, shapes: Path, reference: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    one = tmp_path / "one" / "train"
+    shutil.copytree(shapes / "train" / "left", one / "left")
+    different = tmp_path / "different"
+    shutil.copytree(shapes, different)
+    (different / "test" / "left").rename(different / "test" / "up")
+    cases = {
+        "data: '/no/such/folder'": {"data": "/no/such/folder"},
+        "expected a .parquet or .tar file, or a folder": {"data": str(tmp_path / "empty")},
+        "expected at least two classes, got 1: left": {"data": str(one)},
+        "expected pictures of at least 30 pixels, the size of the crops": {"final_image_size": 30},
+        "data_split: 'dev': expected one of train, test": {"data_split": "dev"},
+        "expected pictures of each class, got none of up": {"data": str(different)},
+        "depths: '1,x': expected comma-separated whole numbers": {"depths": "1,x"},
+        "hidden_sizes: '8': expected as many numbers as depths has: 2": {"hidden_sizes": "8"},
+        "final_image_size: 8: expected at least image_size": {"final_image_size": 8},
+        "min_crop_area: 0.0": {"min_crop_area": 0.0},
+        "label_smoothing: 1.0": {"label_smoothing": 1.0},
+        "global_batch_size: 8: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},
+        "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
+        "init: '/no/model'": {"init": "/no/model"},
+    }
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for message, fields in cases.items():
+        with pytest.raises(cli.UsageError) as caught:
+            run(resnet, config_of(resnet, **{"data": shapes, "run_dir": tmp_path / "run", **fields_for(fields)}))
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def fields_for(fields: dict[str, Any]) -> dict[str, Any]:
+    """`output_dir` is the run folder of `config_of`."""
+    return {("run_dir" if name == "output_dir" else name): value for name, value in fields.items()}
+
+
+def test_help_is_quick() -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes/resnet/pretrain.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - started < 30  # the README's number is 3 s; a loaded machine must not fail the test
+    for field in itertools.chain(TINY, ("data", "max_bad_fraction")):
+        assert field in done.stdout.replace("-", "_")
