@@ -115,11 +115,11 @@ import tempfile
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from shared import checkpoints, dry_run, figures, hub, launch, pictures, run_folder, schedules
 from shared.averaged_weights import AveragedWeights
@@ -291,13 +291,21 @@ class EvaluationBatches(Dataset):
 # Model
 
 
+class ResNetForImageClassification(transformers.ResNetForImageClassification):
+    """The library's class, under its name, which is what config.json will say."""
+
+    # accelerate asks for them under FSDP2, and the library has no answer for a model without embeddings.
+    get_input_embeddings = get_output_embeddings = lambda self: None
+    _no_split_modules = ("ResNetStage",)
+
+
 def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClassification:
     """A model from `init`, or a new one, in float32."""
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if cfg.init != "scratch":
         return load_classifier(ResNetForImageClassification, cfg.init, **labels)
-    config = ResNetConfig(
+    config = transformers.ResNetConfig(
         layer_type=cfg.layer_type,
         depths=cli.whole_numbers("depths", cfg.depths),
         hidden_sizes=cli.whole_numbers("hidden_sizes", cfg.hidden_sizes),
@@ -312,9 +320,9 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClas
     return model
 
 
-def build_processor(cfg: Config) -> ConvNextImageProcessorPil:
+def build_processor(cfg: Config) -> transformers.ConvNextImageProcessorPil:
     """What `AutoImageProcessor` loads: the same middle crop as in evaluation."""
-    return ConvNextImageProcessorPil(
+    return transformers.ConvNextImageProcessorPil(
         size={"shortest_edge": cfg.enlarge * cfg.eval_image_size},
         crop_pct=cfg.eval_crop_fraction,
         resample=2,  # bilinear
