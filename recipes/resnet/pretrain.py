@@ -131,6 +131,7 @@ from shared.export import export_model
 from shared.flops import training_flops
 from shared.metrics import Accuracy, TopKAccuracy
 from shared.optimizers import set_learning_rates
+from shared.picture_cache import PictureCache
 from shared.pictures import Pictures
 from shared.pretrained import load_classifier
 from shared.profiling import trace_updates
@@ -205,19 +206,19 @@ def random_crop(picture: EncodedPicture, size: int, min_area: float, draw: np.ra
     ten draws do not fit into the picture, it is the largest square in the middle.
     """
     width, height = picture.width, picture.height
-    for _ in range(10):
-        area = draw.uniform(min_area, 1) * width * height
-        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+    *sizes, (across, down), (mirror, _) = draw.random((12, 2)).tolist()
+    for of_area, of_ratio in sizes:
+        area = (min_area + of_area * (1 - min_area)) * width * height
+        ratio = (4 / 3) ** (2 * of_ratio - 1)
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(draw.integers(width - crop_width, endpoint=True))
-            top = int(draw.integers(height - crop_height, endpoint=True))
+            left, top = int(across * (width - crop_width + 1)), int(down * (height - crop_height + 1))
             break
     else:
         crop_width = crop_height = min(width, height)
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
     pixels = picture.crop((left, top, left + crop_width, top + crop_height), size)
-    return pixels[:, ::-1] if draw.random() < 0.5 else pixels
+    return pixels[:, ::-1] if mirror < 0.5 else pixels
 
 
 class CroppedUpdates(Dataset):
@@ -232,6 +233,7 @@ class CroppedUpdates(Dataset):
 
     def __init__(self, cfg: Config, train: Pictures, micro_batch_size: int, order: dict[str, int]) -> None:
         self._cfg, self._train, self._micro_batch_size, self._order = cfg, train, micro_batch_size, order
+        self._cache = PictureCache(train)
 
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[int]]:
         """The micro-batches of update `step`, and the pictures that could not be decoded."""
@@ -245,8 +247,7 @@ class CroppedUpdates(Dataset):
         for candidate in candidates(index, len(self._train), derive_seed(self._cfg.seed, "bad", epoch)):
             draw = np.random.Generator(np.random.Philox(key=derive_seed(self._cfg.seed, "crop", epoch, index)))
             try:
-                picture = EncodedPicture(self._train.read(candidate))
-                pixels = random_crop(picture, size, self._cfg.min_crop_area, draw)
+                pixels = random_crop(self._cache.open(candidate), size, self._cfg.min_crop_area, draw)
             except BadPicture:
                 bad.append(candidate)
                 continue

@@ -42,11 +42,11 @@ def difference(one: np.ndarray, other: Any) -> float:
 @settings(max_examples=60, deadline=None)
 def test_a_crop_at_a_smaller_scale_is_the_crop(size: int, left: int, top: int, width: int, height: int) -> None:
     data, box = encode(photograph(), quality=95), (left, top, left + width, top + height)
-    expected = Image.open(io.BytesIO(data)).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    expected = Image.open(io.BytesIO(data)).crop(box).resize((size, size), Image.Resampling.BILINEAR)
     found = EncodedPicture(data).crop(box, size)
     assert found.shape == (size, size, 3)
     assert found.dtype == np.uint8
-    assert difference(found, expected) < 3
+    assert difference(found, expected) < 5  # a box is rounded to pixels of the smaller picture
 
 
 def test_a_jpeg_is_decoded_at_the_smallest_scale_that_covers_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,13 +56,18 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_covers_the_crop(monkeypatc
         decoding.simplejpeg, "decode_jpeg", lambda *a, **k: decoded.append(original(*a, **k)) or decoded[-1]
     )
     picture = EncodedPicture(encode(photograph(800, 600)))
-    picture.crop((0, 0, 400, 400), 50)
-    picture.crop((0, 0, 400, 400), 200)
-    picture.crop((0, 0, 400, 400), 400)
-    heights = [image.shape[0] for image in decoded]
-    assert 75 <= heights[0] <= 150
-    assert 300 <= heights[1] <= 375
-    assert heights[2] == 600
+    for size in (20, 50, 51, 100, 199, 200, 201, 400, 500):
+        picture.crop((0, 0, 400, 500), size)
+    assert [image.shape[0] for image in decoded] == [75, 75, 150, 150, 300, 300, 600, 600, 600]
+
+
+def test_kept_pixels_give_the_same_crops() -> None:
+    for data in (encode(photograph(60, 40), "PNG"), encode(photograph(60, 40))):
+        picture, kept = EncodedPicture(data), EncodedPicture(data)
+        kept.keep_pixels()
+        for _ in range(2):
+            assert np.array_equal(kept.center_crop(24, 0.9), picture.center_crop(24, 0.9))
+            assert difference(kept.crop((5, 6, 45, 36), 32), picture.crop((5, 6, 45, 36), 32)) < 1
 
 
 MODES = {
