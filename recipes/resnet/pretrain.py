@@ -346,9 +346,9 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 
 def forward(model: Any, pixels: Tensor) -> Tensor:
     """Logits (B, C) of uint8 pictures (B, S, S, 3), whose layout in memory is already channels-last."""
-    scaled = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
-    return model(pixel_values=(scaled - mean) / std).logits
+    scaled = torch.addcmul(-mean / std, pixels.permute(0, 3, 1, 2).to(torch.float32), 1 / (255 * std))
+    return model(pixel_values=scaled).logits
 
 
 def loss_sum(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
