@@ -42,6 +42,13 @@ def test_commands_of_the_bert_readme_run_in_order(tmp_path: Path) -> None:
     assert entries[-1]["eval/nsp_accuracy"] >= 0.70
 
 
+@pytest.mark.slow
+def test_commands_of_the_resnet_readme_run_in_order(tmp_path: Path) -> None:
+    """The first must reach the README's goal; logistic regression reaches 81 %."""
+    entries = run_commands("resnet", tmp_path)
+    assert entries[-1]["eval/top1"] >= 0.90
+
+
 def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
     """As written, from the repository's root, with an empty home; the metrics of the first one's run.
 
@@ -73,13 +80,13 @@ def test_relative_links_lead_somewhere() -> None:
         assert (readme.parent / link).exists(), f"{readme}: {link}"
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt"])
+@pytest.mark.parametrize("family", ["bert", "gpt", "resnet"])
 def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
     readme = (ROOT / f"recipes/{family}/README.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)`", readme, re.MULTILINE))
     sources = [ROOT / f"recipes/{family}/pretrain.py", ROOT / "shared/throughput.py"]
     logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
-    assert documented == {key.replace("{unit}", "tokens") for key in logged}
+    assert documented == {key.replace("{unit}", "images" if family == "resnet" else "tokens") for key in logged}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -59,7 +59,9 @@ class Config(cli.RunControl):
     image_size: int = 20
     """Side of the crops at the start, in pixels."""
     final_image_size: int = 28
-    """Side of the crops from grow_until on; between them the side grows linearly."""
+    """Side of the crops from grow_until on."""
+    grow_from: float = 0.0
+    """Share of the updates after which the crops begin to grow, linearly."""
     grow_until: float = 0.8
     """Share of the updates after which the crops have their final size."""
     size_multiple: int = 4
@@ -161,6 +163,8 @@ def check_config(cfg: Config) -> None:
     cli.expect(grows, "final_image_size", cfg.final_image_size, "at least image_size")
     for field in ("grow_until", "eval_crop_fraction", "min_crop_area"):
         cli.expect(0 < getattr(cfg, field) <= 1, field, getattr(cfg, field), "a share in (0, 1]")
+    is_later = 0 <= cfg.grow_from < cfg.grow_until
+    cli.expect(is_later, "grow_from", cfg.grow_from, "a share in [0, grow_until)")
     for field in ("label_smoothing", "momentum", "ema_decay", "max_bad_fraction"):
         cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
     cli.expect(0 < cfg.eval_fraction < 1, "eval_fraction", cfg.eval_fraction, "a share in (0, 1)")
@@ -193,8 +197,8 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Pictures, Pictures]:
 
 def image_size_at(cfg: Config, step: int) -> int:
     """Side of the crops of update `step`: small ones first, which cost less (Howard 2018; Leclerc et al. 2023)."""
-    grown = min(1.0, step / (cfg.grow_until * cfg.max_steps))
-    side = cfg.image_size + grown * (cfg.final_image_size - cfg.image_size)
+    grown = (step / cfg.max_steps - cfg.grow_from) / (cfg.grow_until - cfg.grow_from)
+    side = cfg.image_size + min(max(grown, 0), 1) * (cfg.final_image_size - cfg.image_size)
     rounded = round(side / cfg.size_multiple) * cfg.size_multiple
     return min(max(rounded, cfg.image_size), cfg.final_image_size)
 

@@ -147,7 +147,7 @@ def test_every_stage_here_has_its_requirements_and_no_module_that_does_not_run_i
 
 
 def test_there_are_recipes_to_eject():
-    assert {"bert", "gpt"} <= set(FAMILIES)
+    assert {"bert", "gpt", "resnet"} <= set(FAMILIES)
 
 
 def test_the_gpt_recipe_takes_what_it_is_known_to_need():
@@ -251,6 +251,7 @@ TEXT = ["--data", "texts.jsonl", "--vocab_size", "300", "--global_batch_size", "
 TINY = {
     "bert": ([*TRANSFORMER, *TEXT], "AutoModelForMaskedLM"),
     "gpt": ([*TRANSFORMER, *TEXT], "AutoModelForCausalLM"),
+    "resnet": (["--depths", "1", "--hidden_sizes", "8", "--global_batch_size", "8"], "AutoModelForImageClassification"),
 }
 
 

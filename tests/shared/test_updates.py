@@ -1,11 +1,13 @@
 """Updates are the samples that the order names, as micro-batches, however many workers read them."""
 
 import itertools
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 
+from shared.command_line import UsageError
 from shared.sample_order import samples_of_update
 from shared.updates import Updates, load_updates
 
@@ -58,3 +60,32 @@ def test_workers_change_nothing(workers: int) -> None:
     found = [[batch["input_ids"].flatten().tolist() for batch in batches] for batches, _ in updates]
     alone = [Updates(SOURCES, 4, order())[step][0] for step in range(3, 7)]
     assert found == [[batch["input_ids"].flatten().tolist() for batch in batches] for batches in alone]
+
+
+def test_workers_end_with_a_loop_that_is_left_early() -> None:
+    """Also one that is left by an exception while the next update is on its way."""
+    updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 2, torch.device("cpu"))
+    for _ in range(3):
+        next(updates)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    updates.close()
+    for worker in workers:
+        worker.join(timeout=10)
+        assert not worker.is_alive()
+
+
+class Failing(Numbers):
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        if index == 3:
+            raise UsageError("data: sample 3 is no sample")
+        return super().read(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_goes_wrong_in_a_worker_is_raised_in_the_loop(workers: int) -> None:
+    sources = [Failing(10, 0)]
+    lone = {"weights": [1.0], "seed": 3, "global_batch_size": 2, "rank": 0, "num_processes": 1}
+    updates = load_updates(Updates(sources, 2, lone), range(5), workers, torch.device("cpu"))
+    with pytest.raises(UsageError, match="sample 3 is no sample"):
+        list(updates)
