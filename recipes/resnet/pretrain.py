@@ -141,6 +141,7 @@ from shared.randomness import derive_seed
 from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.sample_order import samples_of_update
+from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
 from shared.throughput import Throughput
 from shared.updates import load_updates
@@ -496,7 +497,7 @@ def main(cfg: Config) -> None:
     statistics = RunningStatistics(model)
 
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
-    skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
+    skipped = SkippedUpdates(state, cfg.max_bad_updates)
     average = AveragedWeights(accelerator, model, cfg.ema_decay, state.get("tensors", {}))
     bad = BadPictures(accelerator, train, cfg.max_bad_fraction, state.get("bad_pictures", []))
     loader = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
@@ -524,15 +525,14 @@ def main(cfg: Config) -> None:
         average.update(step)
         throughput.add(samples=cfg.global_batch_size * relative_cost, units=cfg.global_batch_size)
         bad.add(undecoded)
-        is_finite = math.isfinite(grad_norm)
-        skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
+        skipped.count(grad_norm)
 
-        is_last = step == cfg.max_steps or bad_in_a_row >= cfg.max_bad_updates
+        is_last = step == cfg.max_steps or skipped.are_too_many
         is_stopping = launch.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped, **throughput.read("images")}
+            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total, **throughput.read("images")}
             metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.check()}
         seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
@@ -543,7 +543,7 @@ def main(cfg: Config) -> None:
                 log.write_samples(step, describe_confusions(answers, train.class_names))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
+                state = {"training_seconds": seconds, **skipped.state()}
                 state |= {"bad_pictures": bad.gather(), "tensors": average.tensors()}
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
             if schedules.is_due(step, cfg.push_every):
@@ -552,10 +552,7 @@ def main(cfg: Config) -> None:
                 pusher.push(run_dir, f"step {step}", f"step-{step}")
         if profiler:
             profiler.step()
-        if bad_in_a_row >= cfg.max_bad_updates:
-            raise cli.TooManyNonFiniteUpdates(
-                f"{bad_in_a_row} updates in a row had no finite gradient, up to step {step}"
-            )
+        skipped.check(step)
         if is_stopping and step < cfg.max_steps:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
