@@ -422,7 +422,8 @@ def main(cfg: Config) -> None:
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total, **throughput.read("tokens")}
+            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
+            metrics |= throughput.read("tokens")
         seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
             if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):

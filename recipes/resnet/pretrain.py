@@ -128,6 +128,7 @@ from shared.averaged_weights import AveragedWeights
 from shared.bad_pictures import BadPictures, candidates
 from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED, micro_batches, to_device
+from shared.confusions import count_confusions, describe_confusions, surest_mistakes
 from shared.decoding import BadPicture, EncodedPicture
 from shared.export import export_model
 from shared.flops import training_flops
@@ -403,35 +404,15 @@ def evaluate(
     return metrics, answers
 
 
-def confusions(answers: dict[str, np.ndarray], class_names: tuple[str, ...]) -> np.ndarray:
-    """How often each class (rows) was taken for each (columns), int64 (C, C)."""
-    pairs = answers["label"] * len(class_names) + answers["guess"]
-    return np.bincount(pairs, minlength=len(class_names) ** 2).reshape(len(class_names), -1)
-
-
-def describe_confusions(answers: dict[str, np.ndarray], class_names: tuple[str, ...]) -> str:
-    """The classes that are most often taken for another, as text."""
-    counts = confusions(answers, class_names)
-    totals = counts.sum(1)
-    np.fill_diagonal(counts, 0)
-    worst = np.argsort(-counts, axis=None, kind="stable")[:NUM_SHOWN].tolist()
-    pairs = [divmod(place, len(class_names)) for place in worst if counts.flat[place]]
-    lines = [f"{class_names[a]} taken for {class_names[b]}: {counts[a, b]} of {totals[a]}" for a, b in pairs]
-    return "\n".join(lines) or "no mistake"
-
-
 def draw_figures(cfg: Config, held_out: Pictures, answers: dict[str, np.ndarray], folder: Path) -> dict[str, str]:
     """Confusion matrix and the surest mistakes, each as heading and file name for the card."""
-    names = held_out.class_names
-    figures.confusion_matrix(confusions(answers, names), names, folder / "confusion_matrix.png")
-    wrong = np.flatnonzero(answers["label"] != answers["guess"])
-    surest = wrong[np.argsort(-answers["probability"][wrong], kind="stable")][:NUM_SHOWN]
+    names, labels, guesses = held_out.class_names, answers["label"], answers["guess"]
+    figures.confusion_matrix(count_confusions(labels, guesses, len(names)), names, folder / "confusion_matrix.png")
+    surest = surest_mistakes(labels, guesses, answers["probability"], NUM_SHOWN)
     source = EvaluationBatches(cfg, held_out, batch_size=1)
     shown = [source.read(int(index))["pixel_values"] for index in answers["index"][surest]]
-    titles = [
-        f"{names[answers['guess'][place]]} ({answers['probability'][place]:.0%})\nis {names[answers['label'][place]]}"
-        for place in surest
-    ]
+    sure = [f"{names[guesses[place]]} ({answers['probability'][place]:.0%})" for place in surest]
+    titles = [f"{guess}\nis {names[labels[place]]}" for guess, place in zip(sure, surest, strict=True)]
     figures.picture_grid(shown, titles, folder / "surest_mistakes.png")
     return {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
 
@@ -532,7 +513,8 @@ def main(cfg: Config) -> None:
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total, **throughput.read("images")}
+            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
+            metrics |= throughput.read("images")
             metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.check()}
         seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
@@ -540,7 +522,7 @@ def main(cfg: Config) -> None:
                 with average.in_place():
                     evaluation, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
                 metrics |= evaluation
-                log.write_samples(step, describe_confusions(answers, train.class_names))
+                log.write_samples(step, describe_confusions(answers["label"], answers["guess"], train.class_names))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, **skipped.state()}
@@ -564,7 +546,7 @@ def main(cfg: Config) -> None:
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     drawn = draw_figures(cfg, held_out, answers, run_dir / "figures") if accelerator.is_main_process else {}
     shown = {"pipeline_tag": "image-classification", "usage": USAGE, "results": results, "figures": drawn}
-    samples = describe_confusions(answers, train.class_names)
+    samples = describe_confusions(answers["label"], answers["guess"], train.class_names)
     finish_run(log, pusher, run_dir, **shown, samples=samples, is_main_process=accelerator.is_main_process)
     accelerator.end_training()
 
