@@ -161,6 +161,8 @@ def check_config(cfg: Config) -> None:
     cli.expect_at_least(cfg, 1, "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
     cli.expect(cfg.learning_rate > 0, "learning_rate", cfg.learning_rate, "more than 0")
+    # The library's ResNet has no such choice, and the field must not be passed over in silence.
+    cli.expect(not cfg.gradient_checkpointing, "gradient_checkpointing", True, "False for this model")
     grows = cfg.final_image_size >= cfg.image_size
     cli.expect(grows, "final_image_size", cfg.final_image_size, "at least image_size")
     for field in ("grow_until", "eval_crop_fraction", "min_crop_area"):

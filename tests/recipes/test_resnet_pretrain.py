@@ -416,6 +416,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "final_image_size: 8: expected at least image_size": {"final_image_size": 8},
         "min_crop_area: 0.0": {"min_crop_area": 0.0},
         "grow_from: 0.9: expected a share in [0, grow_until)": {"grow_from": 0.9},
+        "gradient_checkpointing: True: expected False": {"gradient_checkpointing": True},
         "label_smoothing: 1.0": {"label_smoothing": 1.0},
         "global_batch_size: 8: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},
         "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
