@@ -313,7 +313,7 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClas
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if cfg.init != "scratch":
-        return load_classifier(ResNetForImageClassification, cfg.init, **labels)
+        return activate_in_place(load_classifier(ResNetForImageClassification, cfg.init, **labels))
     config = transformers.ResNetConfig(
         layer_type=cfg.layer_type,
         depths=cli.whole_numbers("depths", cfg.depths),
@@ -326,6 +326,14 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClas
         for block in stage.layers:
             # A block begins as its shortcut alone: Goyal et al. 2017, section 5.1.
             torch.nn.init.zeros_(block.layer[-1].normalization.weight)
+    return activate_in_place(model)
+
+
+def activate_in_place(model: ResNetForImageClassification) -> ResNetForImageClassification:
+    """Let each ReLU overwrite what it gets, which no backward pass needs: less memory to hold and to move."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = True
     return model
 
 
