@@ -525,7 +525,7 @@ def main(cfg: Config) -> None:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
             metrics |= throughput.read("images")
-            metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.check()}
+            metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.number()}
         seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
             if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
@@ -534,7 +534,7 @@ def main(cfg: Config) -> None:
                 metrics |= evaluation
                 log.write_samples(step, describe_confusions(answers["label"], answers["guess"], train.class_names))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
-            if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
+            if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, **skipped.state()}
                 state |= {"bad_pictures": bad.gather(), "tensors": average.tensors()}
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
@@ -545,6 +545,7 @@ def main(cfg: Config) -> None:
         if profiler:
             profiler.step()
         skipped.check(step)
+        bad.check()
         if is_stopping and step < cfg.max_steps:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 

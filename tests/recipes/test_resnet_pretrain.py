@@ -148,6 +148,9 @@ def test_damaged_pictures_are_replaced_the_same_way(resnet: ModuleType, shapes: 
     assert (last["train/bad_pictures"], last["eval/skipped"]) == (1, 1)
     with pytest.raises(cli.UsageError, match=r"max_bad_fraction: 0.01: expected .*left/3.png \(row"):
         run(resnet, config_of(resnet, tmp_path / "data", tmp_path / "strict", max_steps=6))
+    # What was trained is not lost: with another share the same command goes on.
+    run(resnet, config_of(resnet, tmp_path / "data", tmp_path / "strict", **fields))
+    assert results_of(tmp_path / "strict") == results_of(run_dirs[0])
 
 
 # -- model and objective -----------------------------------------------------------------------------------------------
