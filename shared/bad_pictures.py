@@ -40,6 +40,7 @@ class BadPictures:
     def __init__(self, accelerator: Any, pictures: Pictures, max_fraction: float, known: Iterable[int]) -> None:
         self._accelerator, self._pictures, self._max_fraction = accelerator, pictures, max_fraction
         self._found = set(known)
+        self._known: list[int] = []  # on all processes, at the newest `number`
 
     def add(self, undecoded: Iterable[int]) -> None:
         """Note an update's bad pictures on this process; new ones are logged."""
@@ -51,15 +52,24 @@ class BadPictures:
         """All that were found so far, on any process. Every process calls this."""
         return sorted(set().union(*gather_objects(self._accelerator, self._found)))
 
-    def check(self) -> int:
-        """Number of bad pictures so far. Every process calls this.
+    def number(self) -> int:
+        """How many there are so far, over all processes. Every process calls this."""
+        self._known = self.gather()
+        return len(self._known)
+
+    @property
+    def are_too_many(self) -> bool:
+        """Whether `check` will end the run, by the newest `number`."""
+        return len(self._known) > self._max_fraction * len(self._pictures)
+
+    def check(self) -> None:
+        """End a run whose data is too bad.
 
         Raises:
-            UsageError: they are more than the stated share.
+            UsageError: by the newest `number`, they are more than the stated share.
         """
-        found, fraction = self.gather(), self._max_fraction
-        if len(found) > fraction * len(self._pictures):
-            first = self._pictures.name(found[0])
+        if self.are_too_many:
+            first, fraction = self._pictures.name(self._known[0]), self._max_fraction
             expected = f"at most this share of {len(self._pictures)} pictures to be damaged"
-            raise UsageError(f"max_bad_fraction: {fraction}: expected {expected}, {len(found)} are, such as {first}")
-        return len(found)
+            found = f"{len(self._known)} are, such as {first}"
+            raise UsageError(f"max_bad_fraction: {fraction}: expected {expected}, {found}")

@@ -23,7 +23,7 @@ from shared.command_line import UsageError, redact
 FREE_FIELDS = (
     *("config", "output_dir", "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "num_workers"),
     *("max_bad_updates", "profile", "dry_run", "push_to_hub", "hub_private", "push_every", "report_to"),
-    *("timeout_minutes", "cache_dir", "per_device_batch_size", "gradient_checkpointing"),
+    *("timeout_minutes", "cache_dir", "per_device_batch_size", "gradient_checkpointing", "max_bad_fraction"),
 )
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "diffusers", "deepspeed", "numpy")
 

@@ -138,6 +138,7 @@ from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.sentence_cache import split_corpus
 from shared.sentence_pairs import NUM_SPECIAL, SentencePairs
+from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
 from shared.throughput import Throughput
 from shared.token_cache import cache_folder
@@ -565,7 +566,7 @@ def main(cfg: Config) -> None:
 
     previous_phase = Path(cfg.init) if cfg.init_optimizer else None
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase)
-    skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
+    skipped = SkippedUpdates(state, cfg.max_bad_updates)
     loader = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
     record = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
     with launch.raise_together(accelerator):
@@ -590,17 +591,16 @@ def main(cfg: Config) -> None:
         losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
         step += 1
         throughput.add(samples=cfg.global_batch_size, units=own_tokens * accelerator.num_processes)
-        is_finite = math.isfinite(grad_norm)
-        skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
+        skipped.count(grad_norm)
 
-        is_last = step == cfg.max_steps or bad_in_a_row >= cfg.max_bad_updates
+        is_last = step == cfg.max_steps or skipped.are_too_many
         is_stopping = launch.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             mlm_loss, nsp_loss = losses.tolist()
             metrics = {"train/loss": mlm_loss + nsp_loss, "train/mlm_loss": mlm_loss, "train/nsp_loss": nsp_loss}
             metrics |= {"train/learning_rate": cfg.learning_rate * factor, "train/grad_norm": grad_norm}
-            metrics |= {"train/skipped_updates": skipped, **throughput.read("tokens")}
+            metrics |= {"train/skipped_updates": skipped.total, **throughput.read("tokens")}
         seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
             if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
@@ -608,17 +608,14 @@ def main(cfg: Config) -> None:
                 log.write_samples(step, sample(accelerator, model, tokenizer, eval_pairs, vocabulary))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
+                state = {"training_seconds": seconds, **skipped.state()}
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
             if schedules.is_due(step, cfg.push_every):
                 export_model(accelerator, model, tokenizer, run_dir)
                 pusher.push(run_dir, f"step {step}", f"step-{step}")
         if profiler:
             profiler.step()
-        if bad_in_a_row >= cfg.max_bad_updates:
-            raise cli.TooManyNonFiniteUpdates(
-                f"{bad_in_a_row} updates in a row had no finite gradient, up to step {step}"
-            )
+        skipped.check(step)
         if is_stopping and step < cfg.max_steps:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 

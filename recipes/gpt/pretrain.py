@@ -128,6 +128,7 @@ from shared.profiling import trace_updates
 from shared.randomness import derive_seed
 from shared.report import finish_run
 from shared.run_log import RunLog
+from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
 from shared.text_generation import continue_prompt
 from shared.throughput import Throughput
@@ -391,7 +392,7 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
-    skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
+    skipped = SkippedUpdates(state, cfg.max_bad_updates)
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
     with launch.raise_together(accelerator):
@@ -414,15 +415,15 @@ def main(cfg: Config) -> None:
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
         step += 1
         throughput.add(samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
-        is_finite = math.isfinite(grad_norm)
-        skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
+        skipped.count(grad_norm)
 
-        is_last = step == cfg.max_steps or bad_in_a_row >= cfg.max_bad_updates
+        is_last = step == cfg.max_steps or skipped.are_too_many
         is_stopping = launch.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped, **throughput.read("tokens")}
+            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
+            metrics |= throughput.read("tokens")
         seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
             if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
@@ -430,7 +431,7 @@ def main(cfg: Config) -> None:
                 log.write_samples(step, sample(cfg, accelerator, model, tokenizer))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
+                state = {"training_seconds": seconds, **skipped.state()}
                 state["streams"] = launch.gather_objects(accelerator, streams)
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
             if schedules.is_due(step, cfg.push_every):
@@ -438,10 +439,7 @@ def main(cfg: Config) -> None:
                 pusher.push(run_dir, f"step {step}", f"step-{step}")
         if profiler:
             profiler.step()
-        if bad_in_a_row >= cfg.max_bad_updates:
-            raise cli.TooManyNonFiniteUpdates(
-                f"{bad_in_a_row} updates in a row had no finite gradient, up to step {step}"
-            )
+        skipped.check(step)
         if is_stopping and step < cfg.max_steps:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 

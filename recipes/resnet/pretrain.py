@@ -128,6 +128,7 @@ from shared.averaged_weights import AveragedWeights
 from shared.bad_pictures import BadPictures, candidates
 from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED, micro_batches, to_device
+from shared.confusions import count_confusions, describe_confusions, surest_mistakes
 from shared.decoding import BadPicture, EncodedPicture
 from shared.export import export_model
 from shared.flops import training_flops
@@ -141,6 +142,7 @@ from shared.randomness import derive_seed
 from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.sample_order import samples_of_update
+from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
 from shared.throughput import Throughput
 from shared.updates import load_updates
@@ -159,6 +161,8 @@ def check_config(cfg: Config) -> None:
     cli.expect_at_least(cfg, 1, "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
     cli.expect(cfg.learning_rate > 0, "learning_rate", cfg.learning_rate, "more than 0")
+    # The library's ResNet has no such choice, and the field must not be passed over in silence.
+    cli.expect(not cfg.gradient_checkpointing, "gradient_checkpointing", True, "False for this model")
     grows = cfg.final_image_size >= cfg.image_size
     cli.expect(grows, "final_image_size", cfg.final_image_size, "at least image_size")
     for field in ("grow_until", "eval_crop_fraction", "min_crop_area"):
@@ -309,7 +313,7 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClas
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if cfg.init != "scratch":
-        return load_classifier(ResNetForImageClassification, cfg.init, **labels)
+        return activate_in_place(load_classifier(ResNetForImageClassification, cfg.init, **labels))
     config = transformers.ResNetConfig(
         layer_type=cfg.layer_type,
         depths=cli.whole_numbers("depths", cfg.depths),
@@ -322,6 +326,14 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClas
         for block in stage.layers:
             # A block begins as its shortcut alone: Goyal et al. 2017, section 5.1.
             torch.nn.init.zeros_(block.layer[-1].normalization.weight)
+    return activate_in_place(model)
+
+
+def activate_in_place(model: ResNetForImageClassification) -> ResNetForImageClassification:
+    """Let each ReLU overwrite what it gets, which no backward pass needs: less memory to hold and to move."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = True
     return model
 
 
@@ -402,35 +414,15 @@ def evaluate(
     return metrics, answers
 
 
-def confusions(answers: dict[str, np.ndarray], class_names: tuple[str, ...]) -> np.ndarray:
-    """How often each class (rows) was taken for each (columns), int64 (C, C)."""
-    pairs = answers["label"] * len(class_names) + answers["guess"]
-    return np.bincount(pairs, minlength=len(class_names) ** 2).reshape(len(class_names), -1)
-
-
-def describe_confusions(answers: dict[str, np.ndarray], class_names: tuple[str, ...]) -> str:
-    """The classes that are most often taken for another, as text."""
-    counts = confusions(answers, class_names)
-    totals = counts.sum(1)
-    np.fill_diagonal(counts, 0)
-    worst = np.argsort(-counts, axis=None, kind="stable")[:NUM_SHOWN].tolist()
-    pairs = [divmod(place, len(class_names)) for place in worst if counts.flat[place]]
-    lines = [f"{class_names[a]} taken for {class_names[b]}: {counts[a, b]} of {totals[a]}" for a, b in pairs]
-    return "\n".join(lines) or "no mistake"
-
-
 def draw_figures(cfg: Config, held_out: Pictures, answers: dict[str, np.ndarray], folder: Path) -> dict[str, str]:
     """Confusion matrix and the surest mistakes, each as heading and file name for the card."""
-    names = held_out.class_names
-    figures.confusion_matrix(confusions(answers, names), names, folder / "confusion_matrix.png")
-    wrong = np.flatnonzero(answers["label"] != answers["guess"])
-    surest = wrong[np.argsort(-answers["probability"][wrong], kind="stable")][:NUM_SHOWN]
+    names, labels, guesses = held_out.class_names, answers["label"], answers["guess"]
+    figures.confusion_matrix(count_confusions(labels, guesses, len(names)), names, folder / "confusion_matrix.png")
+    surest = surest_mistakes(labels, guesses, answers["probability"], NUM_SHOWN)
     source = EvaluationBatches(cfg, held_out, batch_size=1)
     shown = [source.read(int(index))["pixel_values"] for index in answers["index"][surest]]
-    titles = [
-        f"{names[answers['guess'][place]]} ({answers['probability'][place]:.0%})\nis {names[answers['label'][place]]}"
-        for place in surest
-    ]
+    sure = [f"{names[guesses[place]]} ({answers['probability'][place]:.0%})" for place in surest]
+    titles = [f"{guess}\nis {names[labels[place]]}" for guess, place in zip(sure, surest, strict=True)]
     figures.picture_grid(shown, titles, folder / "surest_mistakes.png")
     return {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
 
@@ -496,7 +488,7 @@ def main(cfg: Config) -> None:
     statistics = RunningStatistics(model)
 
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
-    skipped, bad_in_a_row = state.get("skipped", 0), state.get("bad_in_a_row", 0)
+    skipped = SkippedUpdates(state, cfg.max_bad_updates)
     average = AveragedWeights(accelerator, model, cfg.ema_decay, state.get("tensors", {}))
     bad = BadPictures(accelerator, train, cfg.max_bad_fraction, state.get("bad_pictures", []))
     loader = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
@@ -524,26 +516,26 @@ def main(cfg: Config) -> None:
         average.update(step)
         throughput.add(samples=cfg.global_batch_size * relative_cost, units=cfg.global_batch_size)
         bad.add(undecoded)
-        is_finite = math.isfinite(grad_norm)
-        skipped, bad_in_a_row = skipped + (not is_finite), 0 if is_finite else bad_in_a_row + 1
+        skipped.count(grad_norm)
 
-        is_last = step == cfg.max_steps or bad_in_a_row >= cfg.max_bad_updates
+        is_last = step == cfg.max_steps or skipped.are_too_many
         is_stopping = launch.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped, **throughput.read("images")}
-            metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.check()}
+            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
+            metrics |= throughput.read("images")
+            metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.number()}
         seconds = seconds_before + throughput.training_seconds
         with throughput.pause():
             if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
                 with average.in_place():
                     evaluation, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
                 metrics |= evaluation
-                log.write_samples(step, describe_confusions(answers, train.class_names))
+                log.write_samples(step, describe_confusions(answers["label"], answers["guess"], train.class_names))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
-            if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, "skipped": skipped, "bad_in_a_row": bad_in_a_row}
+            if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
+                state = {"training_seconds": seconds, **skipped.state()}
                 state |= {"bad_pictures": bad.gather(), "tensors": average.tensors()}
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
             if schedules.is_due(step, cfg.push_every):
@@ -552,10 +544,8 @@ def main(cfg: Config) -> None:
                 pusher.push(run_dir, f"step {step}", f"step-{step}")
         if profiler:
             profiler.step()
-        if bad_in_a_row >= cfg.max_bad_updates:
-            raise cli.TooManyNonFiniteUpdates(
-                f"{bad_in_a_row} updates in a row had no finite gradient, up to step {step}"
-            )
+        skipped.check(step)
+        bad.check()
         if is_stopping and step < cfg.max_steps:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
@@ -567,7 +557,7 @@ def main(cfg: Config) -> None:
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     drawn = draw_figures(cfg, held_out, answers, run_dir / "figures") if accelerator.is_main_process else {}
     shown = {"pipeline_tag": "image-classification", "usage": USAGE, "results": results, "figures": drawn}
-    samples = describe_confusions(answers, train.class_names)
+    samples = describe_confusions(answers["label"], answers["guess"], train.class_names)
     finish_run(log, pusher, run_dir, **shown, samples=samples, is_main_process=accelerator.is_main_process)
     accelerator.end_training()
 

@@ -148,6 +148,9 @@ def test_damaged_pictures_are_replaced_the_same_way(resnet: ModuleType, shapes: 
     assert (last["train/bad_pictures"], last["eval/skipped"]) == (1, 1)
     with pytest.raises(cli.UsageError, match=r"max_bad_fraction: 0.01: expected .*left/3.png \(row"):
         run(resnet, config_of(resnet, tmp_path / "data", tmp_path / "strict", max_steps=6))
+    # What was trained is not lost: with another share the same command goes on.
+    run(resnet, config_of(resnet, tmp_path / "data", tmp_path / "strict", **fields))
+    assert results_of(tmp_path / "strict") == results_of(run_dirs[0])
 
 
 # -- model and objective -----------------------------------------------------------------------------------------------
@@ -416,6 +419,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "final_image_size: 8: expected at least image_size": {"final_image_size": 8},
         "min_crop_area: 0.0": {"min_crop_area": 0.0},
         "grow_from: 0.9: expected a share in [0, grow_until)": {"grow_from": 0.9},
+        "gradient_checkpointing: True: expected False": {"gradient_checkpointing": True},
         "label_smoothing: 1.0": {"label_smoothing": 1.0},
         "global_batch_size: 8: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},
         "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},

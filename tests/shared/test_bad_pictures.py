@@ -31,14 +31,16 @@ def test_each_bad_picture_counts_and_is_named_once(caplog: pytest.LogCaptureFixt
     assert [record.getMessage() for record in caplog.records] == [
         "a picture that cannot be decoded is replaced: 00007.png (row 7)"
     ]
-    assert bad.check() == 2
+    assert bad.number() == 2
     assert bad.gather() == [5, 7]
 
 
 def test_more_than_the_stated_share_stops_the_run() -> None:
     bad = of_run([3], max_fraction=0.001)
     bad.add([1])
-    assert bad.check() == 2
+    assert bad.number() == 2
+    bad.check()
     bad.add([4])
+    bad.number()
     with pytest.raises(UsageError, match=r"max_bad_fraction: 0.001: expected .* 3 are, such as 00001.png \(row 1\)"):
         bad.check()

@@ -1,5 +1,9 @@
 import io
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,8 @@ from PIL import Image
 from shared import pictures
 from shared.command_line import UsageError
 from shared.decoding import EncodedPicture
+from tests.conftest import ROOT
+from tests.hub_server import Repository, start_hub
 
 OPTIONS = {"config": "", "image_column": "", "label_column": ""}
 
@@ -193,3 +199,45 @@ def test_classes_too_small_to_split_and_pictures_too_small_to_crop(folder: Path)
     pictures.check_sides("name", train, 10)
     with pytest.raises(UsageError, match=r"data: 'name': expected .* at least 11 pixels, .* is 10"):
         pictures.check_sides("name", train, 11)
+
+
+READ_FROM_HUB = """
+import json, sys
+from shared.command_line import UsageError
+from shared.pictures import list_splits, open_pictures, validation_split
+
+data, split = sys.argv[1:]
+try:
+    opened = open_pictures(data, config="", split=split, image_column="", label_column="")
+    found = [opened.class_names, opened.labels.tolist(), [len(opened.read(index)) for index in range(len(opened))]]
+    print(json.dumps([*found, list_splits(data, ""), validation_split(data, "")]))
+except UsageError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_hub_data_set_is_read_like_the_files_it_is_made_of(tmp_path: Path) -> None:
+    """Through the real client against a Hub on the loopback, in a process that may go online."""
+    names = ["blue", "red"]
+    train = write_parquet(tmp_path / "train.parquet", [("red", 1), ("blue", 0), ("red", 1)], names=names)
+    test = write_parquet(tmp_path / "validation.parquet", [("blue", 0), ("red", 1)], names=names)
+    hub = start_hub()
+    repository = hub.repositories["datasets", "tester/colors"] = Repository(private=False)
+    files = {"data/train-00000-of-00001.parquet": train, "data/validation-00000-of-00001.parquet": test}
+    repository.commit({name: file.read_bytes() for name, file in files.items()}, "files")
+    environment = {key: value for key, value in hub.environment().items() if key != "HF_HUB_OFFLINE"}
+    environment = {**os.environ, **environment, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+
+    def read(data: str, split: str) -> Any:
+        command = [sys.executable, "-c", READ_FROM_HUB, data, split]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    local = open_split(train)
+    sizes = [len(local.read(index)) for index in range(3)]
+    assert read("tester/colors", "train") == [names, [1, 0, 1], sizes, ["train", "validation"], "validation"]
+    assert read("tester/colors", "validation")[1] == [0, 1]
+    assert read("tester/colors", "dev").startswith("data_split: 'dev': expected one of train, validation")
+    assert read("tester/nothing", "train").startswith("data: 'tester/nothing': expected a data set of pictures")
+    hub.stop()
