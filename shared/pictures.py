@@ -115,7 +115,8 @@ def list_splits(data: str, config: str) -> list[str]:
     import datasets
 
     with _load_errors(data):
-        return datasets.get_dataset_split_names(**_builder(data, config))
+        source = _builder(data, config)
+        return datasets.get_dataset_split_names(source.pop("path"), source.pop("name", None), **source)
 
 
 def validation_split(data: str, config: str) -> str:
