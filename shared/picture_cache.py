@@ -29,8 +29,9 @@ class PictureCache:
             return kept
         picture = EncodedPicture(self._pictures.read(index))
         size = picture.width * picture.height
-        if size <= SMALL and self._bytes + 3 * size <= MAX_BYTES:
-            picture.keep_pixels()
-            self._kept[index] = picture
-            self._bytes += 3 * size
+        if size <= SMALL:
+            picture.keep_pixels()  # also without room, or pixels of a JPEG would depend on what else was read
+            if self._bytes + 3 * size <= MAX_BYTES:
+                self._kept[index] = picture
+                self._bytes += 3 * size
         return picture

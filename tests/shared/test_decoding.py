@@ -67,7 +67,8 @@ def test_kept_pixels_give_the_same_crops() -> None:
         kept.keep_pixels()
         for _ in range(2):
             assert np.array_equal(kept.center_crop(24, 0.9), picture.center_crop(24, 0.9))
-            assert difference(kept.crop((5, 6, 45, 36), 32), picture.crop((5, 6, 45, 36), 32)) < 1
+            # Kept pixels of a JPEG were decoded with care, those of a crop at once.
+            assert difference(kept.crop((5, 6, 45, 36), 32), picture.crop((5, 6, 45, 36), 32)) < 3
 
 
 MODES = {
