@@ -100,10 +100,9 @@ def open_pictures(data: str, *, config: str, split: str, image_column: str, labe
     expect(split in splits, "data_split", split, f"one of {', '.join(splits)}, the splits of {data!r}")
     with _load_errors(data):
         dataset = datasets.load_dataset(**_builder(data, config), split=split)
-    picture = _pick(dataset, "image_column", image_column, lambda feature: isinstance(feature, datasets.Image))
+    picture = _pick_picture(dataset, image_column)
     dataset = dataset.cast_column(picture, datasets.Image(decode=False))
-    is_class = _pick_label(dataset, label_column, picture)
-    labels, class_names = _classes(dataset, is_class)
+    labels, class_names = _classes(dataset, _pick_label(dataset, label_column, picture))
     kept = dataset.select_columns([picture])
     pictures = Pictures(kept, picture, labels, class_names, np.arange(len(labels), dtype=np.int64))
     _check_classes(data, pictures)
@@ -161,7 +160,7 @@ def check_sides(data: str, pictures: Pictures, least: int) -> None:
     A few small ones, as ImageNet has, are enlarged.
 
     Raises:
-        UsageError: the median of the shorter sides is below `least` pixels, or most pictures cannot be decoded.
+        UsageError: the median of the shorter sides is below `least` pixels, or none of these can be decoded.
     """
     sides = []
     for index in spread(len(pictures), _SAMPLED_PICTURES):
@@ -214,11 +213,13 @@ def _load_errors(data: str) -> Iterator[None]:
         raise UsageError(f"data: {data!r}: expected a data set of pictures that can be read: {reason}") from error
 
 
-def _pick(dataset: Any, field: str, asked: str, fits: Any) -> str:
-    """The column asked for, or the only one that fits."""
-    candidates = [name for name, feature in dataset.features.items() if fits(feature)]
-    column = asked or (candidates[0] if len(candidates) == 1 else "")
-    expect(column in candidates, field, asked, f"one of the columns that fit: {', '.join(candidates) or 'none does'}")
+def _pick_picture(dataset: Any, asked: str) -> str:
+    import datasets
+
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    column = asked or (columns[0] if len(columns) == 1 else "")
+    there = ", ".join(columns) or "none does"
+    expect(column in columns, "image_column", asked, f"a column that holds pictures, of which there are: {there}")
     return column
 
 

@@ -1,10 +1,8 @@
 """What update t sees, for corpora that are read by index; `streaming.StreamedUpdates` is the same for streams."""
 
-import contextlib
-import queue
 import signal
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,34 +67,12 @@ def _read_ahead(items: Iterator[Any]) -> Iterator[Any]:
 
     Receiving a tensor costs a millisecond of handshakes. For a GPU torch's thread that pins memory does the same.
     """
-    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
-    is_closed = threading.Event()
-
-    def receive() -> None:
-        try:
-            for item in items:
-                waiting.put((item, None))
-                if is_closed.is_set():
-                    return
-            waiting.put((None, StopIteration()))
-        except BaseException as error:  # is raised where the item is asked for
-            waiting.put((None, error))
-
-    thread = threading.Thread(target=receive, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = waiting.get()
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise error
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
             yield item
-    finally:  # the thread must let go of the workers: they ignore signals, and end with their iterator
-        is_closed.set()
-        while thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                waiting.get(timeout=0.01)
 
 
 def _ignore_signals(worker: int) -> None:

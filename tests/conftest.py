@@ -82,17 +82,17 @@ def resnet() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of noisy pictures of 24 x 20 pixels, a bar in another place for each of three classes."""
+    """Class folders of noisy pictures of 24 x 20 pixels, a bar at another height for each of three classes."""
     import numpy as np
     from PIL import Image
 
     folder, draw = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
     for split, number in (("train", 13), ("test", 7)):
-        for place, name in enumerate(("left", "middle", "right")):
+        for place, name in enumerate(("high", "low", "middle")):
             (folder / split / name).mkdir(parents=True)
             for index in range(number):
                 pixels = draw.integers(0, 90, (20, 24, 3))
-                pixels[4:16, 2 + 8 * place : 6 + 8 * place] += 150
+                pixels[(1, 15, 8)[place] :][:4, 2:10] += 150  # on the left, so that a mirror image can be told
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{index}.png")
     return folder
 

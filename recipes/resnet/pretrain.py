@@ -527,20 +527,20 @@ def main(cfg: Config) -> None:
             metrics |= throughput.read("images")
             metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.number()}
         seconds = seconds_before + throughput.training_seconds
+        if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
+            with throughput.pause(), average.in_place():
+                evaluation, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
+            metrics |= evaluation
+            log.write_samples(step, describe_confusions(answers["label"], answers["guess"], train.class_names))
         with throughput.pause():
-            if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
-                with average.in_place():
-                    evaluation, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
-                metrics |= evaluation
-                log.write_samples(step, describe_confusions(answers["label"], answers["guess"], train.class_names))
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, **skipped.state()}
                 state |= {"bad_pictures": bad.gather(), "tensors": average.tensors()}
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
-            if schedules.is_due(step, cfg.push_every):
-                with average.in_place():
-                    export_model(accelerator, model, processor, run_dir)
+        if schedules.is_due(step, cfg.push_every):
+            with throughput.pause(), average.in_place():
+                export_model(accelerator, model, processor, run_dir)
                 pusher.push(run_dir, f"step {step}", f"step-{step}")
         if profiler:
             profiler.step()
