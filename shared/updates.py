@@ -1,6 +1,8 @@
 """What update t sees, for corpora that are read by index; `streaming.StreamedUpdates` is the same for streams."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -57,7 +59,7 @@ def load_updates(dataset: Any, steps: range | None, num_workers: int, device: to
         sampler=steps,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_heed_signals_of_the_parent_only,
     )
     return _read_ahead(iter(loader)) if num_workers and device.type != "cuda" else iter(loader)
 
@@ -75,11 +77,19 @@ def _read_ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
-def _ignore_signals(worker: int) -> None:
+def _heed_signals_of_the_parent_only(worker: int) -> None:
     """Let data workers live on when a signal goes to all processes of a run: the update it stops after needs them.
 
-    They end with the training process.
+    They still end by the SIGTERM of the training process itself, which waits for them when it exits.
     """
     del worker
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Blocked before threads are started, which inherit this, so the signal waits for the one thread that asks for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by_the_parent, daemon=True).start()
+
+
+def _end_by_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

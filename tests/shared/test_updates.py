@@ -2,6 +2,10 @@
 
 import itertools
 import multiprocessing
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,3 +93,37 @@ def test_what_goes_wrong_in_a_worker_is_raised_in_the_loop(workers: int) -> None
     updates = load_updates(Updates(sources, 2, lone), range(5), workers, torch.device("cpu"))
     with pytest.raises(UsageError, match="sample 3 is no sample"):
         list(updates)
+
+
+LEFT_OPEN = """
+import sys, torch
+sys.path[:0] = {path}
+from shared.updates import Updates, load_updates
+from test_updates import Numbers, order
+updates = load_updates(Updates([Numbers(10, 0), Numbers(7, 100)], 4, order()), range(1000), 2, torch.device("cpu"))
+next(updates)
+{then}
+"""
+
+
+@pytest.mark.parametrize(("then", "code"), [("", 0), ("raise RuntimeError('of the loop')", 1)])
+def test_a_program_ends_though_its_workers_are_still_reading(then: str, code: int) -> None:
+    program = LEFT_OPEN.format(path=[str(Path(__file__).parents[2]), str(Path(__file__).parent)], then=then)
+    ended = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == code
+    assert ("RuntimeError: of the loop" in ended.stderr) == (code == 1)
+
+
+def test_workers_outlive_a_signal_that_their_parent_did_not_send() -> None:
+    updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 1, torch.device("cpu"))
+    next(updates)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    for _ in range(20):
+        next(updates)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
+    updates.close()
