@@ -128,11 +128,11 @@ from shared.averaged_weights import AveragedWeights
 from shared.bad_pictures import BadPictures, candidates
 from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED, micro_batches, to_device
-from shared.confusions import count_confusions, describe_confusions, surest_mistakes
-from shared.decoding import BadPicture, EncodedPicture
+from shared.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
+from shared.crops import CenterCrops, random_crop
+from shared.decoding import BadPicture
 from shared.export import export_model
 from shared.flops import training_flops
-from shared.metrics import Accuracy, TopKAccuracy
 from shared.optimizers import set_learning_rates
 from shared.picture_cache import PictureCache
 from shared.pictures import Pictures
@@ -207,28 +207,6 @@ def image_size_at(cfg: Config, step: int) -> int:
     return min(max(rounded, cfg.image_size), cfg.final_image_size)
 
 
-def random_crop(picture: EncodedPicture, size: int, min_area: float, draw: np.random.Generator) -> np.ndarray:
-    """A random part of the picture, mirrored half of the time, uint8 (size, size, 3).
-
-    Its area is `min_area` to 1 of the picture's and its aspect ratio 3/4 to 4/3 (Szegedy et al. 2015, section 6); where
-    ten draws do not fit into the picture, it is the largest square in the middle.
-    """
-    width, height = picture.width, picture.height
-    *sizes, (across, down), (mirror, _) = draw.random((12, 2)).tolist()
-    for of_area, of_ratio in sizes:
-        area = (min_area + of_area * (1 - min_area)) * width * height
-        ratio = (4 / 3) ** (2 * of_ratio - 1)
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            left, top = int(across * (width - crop_width + 1)), int(down * (height - crop_height + 1))
-            break
-    else:
-        crop_width = crop_height = min(width, height)
-        left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    pixels = picture.crop((left, top, left + crop_width, top + crop_height), size)
-    return pixels[:, ::-1] if mirror < 0.5 else pixels
-
-
 class CroppedUpdates(Dataset):
     """Item `step` is what update `step` sees on this process: a function of seed and step, whoever reads it.
 
@@ -263,37 +241,9 @@ class CroppedUpdates(Dataset):
         raise cli.UsageError(f"data: {self._cfg.data!r}: expected pictures that can be decoded")
 
 
-class EvaluationBatches(Dataset):
-    """Item `batch` is the middle of each of its pictures.
-
-    Args:
-        cfg: of the run.
-        held_out: pictures to evaluate on.
-        batch_size: pictures of a batch.
-    """
-
-    def __init__(self, cfg: Config, held_out: Pictures, batch_size: int) -> None:
-        self._cfg, self._held_out, self._batch_size = cfg, held_out, batch_size
-
-    def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
-        """Pictures that cannot be decoded, and the one of a batch beyond the last, are grey and have no label."""
-        first = batch * self._batch_size
-        rows = [self.read(index) for index in range(first, min(first + self._batch_size, len(self._held_out)))]
-        return micro_batches(rows or [self._blank(0)], self._batch_size)[0]
-
-    def read(self, index: int) -> dict[str, np.ndarray]:
-        """One picture: pixel_values uint8 (S, S, 3), labels, indices."""
-        size = self._cfg.enlarge * self._cfg.eval_image_size
-        try:
-            pixels = EncodedPicture(self._held_out.read(index)).center_crop(size, self._cfg.eval_crop_fraction)
-        except BadPicture:
-            return self._blank(index)
-        return {"pixel_values": pixels, "labels": self._held_out.labels[index], "indices": np.array(index)}
-
-    def _blank(self, index: int) -> dict[str, np.ndarray]:
-        size = self._cfg.enlarge * self._cfg.eval_image_size
-        grey = np.full((size, size, 3), 128, dtype=np.uint8)
-        return {"pixel_values": grey, "labels": np.array(IGNORED), "indices": np.array(index)}
+def center_crops(cfg: Config, held_out: Pictures, batch_size: int) -> CenterCrops:
+    """What is evaluated, by batch."""
+    return CenterCrops(held_out, cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction, batch_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -380,51 +330,26 @@ def loss_sum(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 @torch.no_grad()
 def evaluate(
     cfg: Config, accelerator: Any, model: Any, held_out: Pictures, batch_size: int
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Loss (nats, labels not smoothed) and accuracies over every picture once.
-
-    Returns:
-        The metrics, and of each picture that could be decoded (N,): index, label, guess and the guess's probability.
-    """
+) -> tuple[dict[str, float], Answers]:
+    """Loss (nats, labels not smoothed) and accuracies over every picture once, and the answer to each."""
     model.eval()
     processes = accelerator.num_processes
     steps = range(accelerator.process_index, math.ceil(len(held_out) / batch_size / processes) * processes, processes)
-    batches = load_updates(EvaluationBatches(cfg, held_out, batch_size), steps, cfg.num_workers, accelerator.device)
+    crops = center_crops(cfg, held_out, batch_size)
+    batches = load_updates(crops, steps, cfg.num_workers, accelerator.device)
     is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
     nll, found = 0.0, []
     for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
         batch = to_device(batch, accelerator.device)
         logits = forward(model, batch["pixel_values"])
         nll += loss_sum(logits, batch["labels"], smoothing=0.0).item()
-        best = logits.float().softmax(-1).topk(min(5, logits.shape[1]))
-        columns = (batch["indices"][:, None], batch["labels"][:, None], best.values[:, :1], best.indices)
-        found.append(torch.cat([column.double() for column in columns], dim=1).cpu().numpy())
+        found.append(answers_of(logits.float().softmax(-1), batch))
     model.train()
-    gathered = launch.gather_objects(accelerator, (nll, np.concatenate(found)))
-    rows = np.concatenate([of_process for _, of_process in gathered])
-    rows = rows[rows[:, 1] != IGNORED]
-    guesses, labels = rows[:, 3:].astype(np.int64), rows[:, 1].astype(np.int64)
-    metrics = {
-        "eval/loss": sum(of_process for of_process, _ in gathered) / len(rows),
-        "eval/top1": Accuracy().compute(predictions=guesses[:, 0], references=labels)["accuracy"],
-        "eval/top5": TopKAccuracy().compute(predictions=guesses, references=labels)["accuracy"],
-        "eval/skipped": len(held_out) - len(rows),
-    }
-    answers = {"index": rows[:, 0].astype(np.int64), "label": labels, "guess": guesses[:, 0], "probability": rows[:, 2]}
-    return metrics, answers
-
-
-def draw_figures(cfg: Config, held_out: Pictures, answers: dict[str, np.ndarray], folder: Path) -> dict[str, str]:
-    """Confusion matrix and the surest mistakes, each as heading and file name for the card."""
-    names, labels, guesses = held_out.class_names, answers["label"], answers["guess"]
-    figures.confusion_matrix(count_confusions(labels, guesses, len(names)), names, folder / "confusion_matrix.png")
-    surest = surest_mistakes(labels, guesses, answers["probability"], NUM_SHOWN)
-    source = EvaluationBatches(cfg, held_out, batch_size=1)
-    shown = [source.read(int(index))["pixel_values"] for index in answers["index"][surest]]
-    sure = [f"{names[guesses[place]]} ({answers['probability'][place]:.0%})" for place in surest]
-    titles = [f"{guess}\nis {names[labels[place]]}" for guess, place in zip(sure, surest, strict=True)]
-    figures.picture_grid(shown, titles, folder / "surest_mistakes.png")
-    return {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
+    gathered = launch.gather_objects(accelerator, (nll, found))
+    answers = join_answers(part for _, parts in gathered for part in parts)
+    number = len(answers.labels)
+    metrics = {"eval/loss": sum(of_process for of_process, _ in gathered) / number, "eval/top1": answers.top1()}
+    return {**metrics, "eval/top5": answers.top5(), "eval/skipped": len(held_out) - number}, answers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -531,7 +456,7 @@ def main(cfg: Config) -> None:
             with throughput.pause(), average.in_place():
                 evaluation, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
             metrics |= evaluation
-            log.write_samples(step, describe_confusions(answers["label"], answers["guess"], train.class_names))
+            log.write_samples(step, describe_confusions(answers, train.class_names))
         with throughput.pause():
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
@@ -555,9 +480,12 @@ def main(cfg: Config) -> None:
     sides = [image_size_at(cfg, earlier) / cfg.final_image_size for earlier in range(step)]
     flops = facts["flops_per_picture"] * cfg.global_batch_size * sum(side**2 for side in sides)
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
-    drawn = draw_figures(cfg, held_out, answers, run_dir / "figures") if accelerator.is_main_process else {}
+    drawn = {}
+    if accelerator.is_main_process:
+        crops = center_crops(cfg, held_out, micro_batch_size)
+        drawn = draw_answers(answers, train.class_names, crops, run_dir / "figures")
     shown = {"pipeline_tag": "image-classification", "usage": USAGE, "results": results, "figures": drawn}
-    samples = describe_confusions(answers["label"], answers["guess"], train.class_names)
+    samples = describe_confusions(answers, train.class_names)
     finish_run(log, pusher, run_dir, **shown, samples=samples, is_main_process=accelerator.is_main_process)
     accelerator.end_training()
 

@@ -165,11 +165,13 @@ def read_jpegs(seconds: float) -> dict[str, float]:
     import numpy as np
     from PIL import Image
 
+    from shared.decoding import EncodedPicture
+
     recipe, cfg = load_recipe([])
     data = [make_jpeg(seed) for seed in range(NUM_JPEGS)]
 
     def ours(index: int, draw: Any) -> None:
-        recipe.random_crop(recipe.EncodedPicture(data[index]), CROP, cfg.min_crop_area, draw)
+        recipe.random_crop(EncodedPicture(data[index]), CROP, cfg.min_crop_area, draw)
 
     class Pillow:
         """A picture whose `crop` decodes all of it."""

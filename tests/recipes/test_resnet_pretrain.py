@@ -16,14 +16,12 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from shared import command_line as cli
 from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED
-from tests.conftest import ROOT, load_recipe
+from tests.conftest import ROOT
 from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, state_at, weights
 
 TINY = {
@@ -57,46 +55,6 @@ def reference(resnet: ModuleType, shapes: Path, tmp_path_factory: pytest.TempPat
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
-
-
-@given(width=st.integers(8, 60), height=st.integers(8, 60), min_area=st.floats(0.08, 1), seed=st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
-def test_crops_are_inside_the_picture_and_large_enough(width: int, height: int, min_area: float, seed: int) -> None:
-    boxes = []
-
-    class Picture:
-        def __init__(self) -> None:
-            self.width, self.height = width, height
-
-        def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-            boxes.append(box)
-            return np.zeros((size, size, 3), dtype=np.uint8)
-
-    random_crop = load_once().random_crop
-    random_crop(Picture(), 16, min_area, np.random.default_rng(seed))
-    [(left, top, right, bottom)] = boxes
-    assert 0 <= left < right <= width
-    assert 0 <= top < bottom <= height
-    across, down = right - left, bottom - top
-    is_middle = across == down == min(width, height)
-    # Sides are rounded to whole pixels, each by half of one at most.
-    assert is_middle or (across + 0.5) * (down + 0.5) >= min_area * width * height
-    assert is_middle or (across - 0.5) / (down + 0.5) <= 4 / 3
-    assert is_middle or (across + 0.5) / (down - 0.5) >= 3 / 4
-
-
-def load_once() -> ModuleType:
-    return sys.modules.get("recipe_resnet_pretrain") or load_recipe("resnet/pretrain.py")
-
-
-def test_half_of_the_crops_are_mirrored_and_areas_are_uniform(resnet: ModuleType, shapes: Path) -> None:
-    from shared.decoding import EncodedPicture
-
-    file = next((shapes / "train" / "high").glob("*.png"))
-    picture = EncodedPicture(file.read_bytes())
-    crops = [resnet.random_crop(picture, 12, 0.9, np.random.default_rng(seed)) for seed in range(400)]
-    bar_is_right = [crop[:, 6:].mean() > crop[:, :6].mean() for crop in crops]
-    assert 0.5 - 4 * 0.025 < np.mean(bar_is_right) < 0.5 + 4 * 0.025
 
 
 def test_the_side_grows_in_steps_and_ends_at_the_final_one(resnet: ModuleType) -> None:

@@ -1,0 +1,87 @@
+"""Square crops of pictures: random ones to train on, the middle ones to evaluate on."""
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from shared.batches import IGNORED, micro_batches
+from shared.decoding import BadPicture, EncodedPicture
+from shared.pictures import Pictures
+
+
+class Croppable(Protocol):
+    """A picture whose size is known, such as `EncodedPicture`."""
+
+    width: int
+    height: int
+
+    def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+        """Part of the picture, uint8 (size, size, 3)."""
+
+
+def random_crop(picture: Croppable, size: int, min_area: float, draw: np.random.Generator) -> np.ndarray:
+    """A random part of the picture, mirrored half of the time (Szegedy et al. 2015, section 6).
+
+    Where ten draws do not fit into the picture, it is the largest square in the middle.
+
+    Args:
+        picture: to cut from.
+        size: side of the result in pixels.
+        min_area: the crop has this share of the picture's area to all of it, and an aspect ratio of 3/4 to 4/3.
+        draw: where the randomness comes from.
+
+    Returns:
+        uint8 (size, size, 3).
+
+    Raises:
+        BadPicture: the file is damaged.
+    """
+    width, height = picture.width, picture.height
+    *sizes, (across, down), (mirror, _) = draw.random((12, 2)).tolist()
+    for of_area, of_ratio in sizes:
+        area = (min_area + of_area * (1 - min_area)) * width * height
+        ratio = (4 / 3) ** (2 * of_ratio - 1)
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = int(across * (width - crop_width + 1)), int(down * (height - crop_height + 1))
+            break
+    else:
+        crop_width = crop_height = min(width, height)
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    pixels = picture.crop((left, top, left + crop_width, top + crop_height), size)
+    return pixels[:, ::-1] if mirror < 0.5 else pixels
+
+
+class CenterCrops(Dataset):
+    """Item `batch` is the middle of each of its pictures, as the exported image processor cuts it.
+
+    Args:
+        held_out: pictures to evaluate on.
+        size: side of the crops in pixels.
+        crop_fraction: of the shorter side that a crop keeps.
+        batch_size: pictures of a batch.
+    """
+
+    def __init__(self, held_out: Pictures, size: int, crop_fraction: float, batch_size: int) -> None:
+        self._held_out, self._size, self._crop_fraction = held_out, size, crop_fraction
+        self._batch_size = batch_size
+
+    def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
+        """Pictures that cannot be decoded, and the one of a batch beyond the last, are grey and have no label."""
+        first = batch * self._batch_size
+        rows = [self.read(index) for index in range(first, min(first + self._batch_size, len(self._held_out)))]
+        return micro_batches(rows or [self._blank(0)], self._batch_size)[0]
+
+    def read(self, index: int) -> dict[str, Any]:
+        """One picture: pixel_values uint8 (S, S, 3), labels, indices."""
+        try:
+            pixels = EncodedPicture(self._held_out.read(index)).center_crop(self._size, self._crop_fraction)
+        except BadPicture:
+            return self._blank(index)
+        return {"pixel_values": pixels, "labels": self._held_out.labels[index], "indices": np.array(index)}
+
+    def _blank(self, index: int) -> dict[str, Any]:
+        grey = np.full((self._size, self._size, 3), 128, dtype=np.uint8)
+        return {"pixel_values": grey, "labels": np.array(IGNORED), "indices": np.array(index)}

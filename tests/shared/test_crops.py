@@ -1,0 +1,76 @@
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from shared.batches import IGNORED
+from shared.crops import CenterCrops, random_crop
+from shared.decoding import EncodedPicture
+from shared.pictures import open_pictures
+
+
+@given(width=st.integers(8, 60), height=st.integers(8, 60), min_area=st.floats(0.08, 1), seed=st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_crops_are_inside_the_picture_and_large_enough(width: int, height: int, min_area: float, seed: int) -> None:
+    boxes = []
+
+    class Picture:
+        def __init__(self) -> None:
+            self.width, self.height = width, height
+
+        def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+            boxes.append(box)
+            return np.zeros((size, size, 3), dtype=np.uint8)
+
+    random_crop(Picture(), 16, min_area, np.random.default_rng(seed))
+    [(left, top, right, bottom)] = boxes
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    across, down = right - left, bottom - top
+    is_middle = across == down == min(width, height)
+    # Sides are rounded to whole pixels, each by half of one at most.
+    assert is_middle or (across + 0.5) * (down + 0.5) >= min_area * width * height
+    assert is_middle or (across - 0.5) / (down + 0.5) <= 4 / 3
+    assert is_middle or (across + 0.5) / (down - 0.5) >= 3 / 4
+
+
+def test_half_of_the_crops_are_mirrored() -> None:
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    pixels[:, 8:] = 255
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    picture = EncodedPicture(stream.getvalue())
+    crops = [random_crop(picture, 12, 0.9, np.random.default_rng(seed)) for seed in range(400)]
+    is_white_right = [crop[:, 6:].mean() > crop[:, :6].mean() for crop in crops]
+    assert 0.5 - 4 * 0.025 < np.mean(is_white_right) < 0.5 + 4 * 0.025
+
+
+def test_areas_are_uniform() -> None:
+    areas = []
+
+    class Picture:
+        width = height = 1000
+
+        def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+            areas.append((box[2] - box[0]) * (box[3] - box[1]) / 1e6)
+            return np.zeros((size, size, 3), dtype=np.uint8)
+
+    for seed in range(2000):
+        random_crop(Picture(), 8, 0.2, np.random.default_rng(seed))
+    below = [np.mean(np.array(areas) < area) for area in (0.3, 0.4, 0.5)]  # above, some do not fit
+    assert np.diff([0, *below])[1:] == pytest.approx(below[0], rel=0.25)
+
+
+def test_batches_hold_each_picture_once_and_say_which_cannot_be_read() -> None:
+    pictures = open_pictures("sample", config="", split="test", image_column="", label_column="")
+    first = replace(pictures, labels=pictures.labels[:7], indices=pictures.indices[:7])
+    crops = CenterCrops(first, 28, 1.0, 3)
+    batches = [crops[number] for number in range(4)]
+    assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6], [0]]
+    assert np.concatenate([batch["labels"] for batch in batches[:3]]).tolist() == first.labels.tolist()
+    assert batches[3]["labels"].tolist() == [IGNORED]
+    assert set(batches[3]["pixel_values"].flatten()) == {128}
