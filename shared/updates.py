@@ -59,9 +59,16 @@ def load_updates(dataset: Any, steps: range | None, num_workers: int, device: to
         sampler=steps,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_heed_signals_of_the_parent_only,
+        worker_init_fn=_end_with_the_parent,
     )
-    return _read_ahead(iter(loader)) if num_workers and device.type != "cuda" else iter(loader)
+    # Data workers inherit this, from their first moment: a signal to all processes of a run must not end them, for the
+    # update that it stops after needs them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        items = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _read_ahead(items) if num_workers and device.type != "cuda" else items
 
 
 def _read_ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -77,19 +84,13 @@ def _read_ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
-def _heed_signals_of_the_parent_only(worker: int) -> None:
-    """Let data workers live on when a signal goes to all processes of a run: the update it stops after needs them.
-
-    They still end by the SIGTERM of the training process itself, which waits for them when it exits.
-    """
+def _end_with_the_parent(worker: int) -> None:
+    """Let a data worker heed the SIGTERM of the training process, which waits for it when it exits, and no other."""
     del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Blocked before threads are started, which inherit this, so the signal waits for the one thread that asks for it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_by_the_parent, daemon=True).start()
+    threading.Thread(target=_wait_for_the_parent, daemon=True).start()
 
 
-def _end_by_the_parent() -> None:
+def _wait_for_the_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

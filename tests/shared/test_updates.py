@@ -68,10 +68,11 @@ def test_workers_change_nothing(workers: int) -> None:
 
 def test_workers_end_with_a_loop_that_is_left_early() -> None:
     """Also one that is left by an exception while the next update is on its way."""
+    others = set(multiprocessing.active_children())
     updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 2, torch.device("cpu"))
     for _ in range(3):
         next(updates)
-    workers = multiprocessing.active_children()
+    workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     updates.close()
     for worker in workers:
@@ -115,9 +116,10 @@ def test_a_program_ends_though_its_workers_are_still_reading(then: str, code: in
 
 
 def test_workers_outlive_a_signal_that_their_parent_did_not_send() -> None:
+    others = set(multiprocessing.active_children())
     updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 1, torch.device("cpu"))
     next(updates)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - others
     for number in (signal.SIGTERM, signal.SIGINT):
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     for _ in range(20):
