@@ -37,7 +37,18 @@ def samples_of_update(
     Returns:
         (source, epoch of that source, index in that source) of each sample.
     """
-    positions = positions_of_update(step, global_batch_size, rank, num_processes)
+    return samples_at(positions_of_update(step, global_batch_size, rank, num_processes), sizes, weights, seed)
+
+
+def samples_at(positions: np.ndarray, sizes: list[int], weights: list[float], seed: int) -> list[tuple[int, int, int]]:
+    """The samples at the given places of that endless order, as (source, epoch of that source, index in that source).
+
+    Args:
+        positions: int64 (N,).
+        sizes: samples of each source.
+        weights: share of each source; they need not sum to 1.
+        seed: of the whole order.
+    """
     sources, numbers = mixture_sources(positions, weights, seed)
     epochs, indices = np.divmod(numbers, np.array(sizes)[sources])
     for source, epoch in set(zip(sources.tolist(), epochs.tolist(), strict=True)):

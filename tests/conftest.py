@@ -81,6 +81,12 @@ def resnet() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def resnet_rsb() -> ModuleType:
+    """recipes/resnet/pretrain_rsb.py as a module."""
+    return load_recipe("resnet/pretrain_rsb.py")
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of noisy pictures of 24 x 20 pixels, a bar at another height for each of three classes."""
     import numpy as np

@@ -84,7 +84,7 @@ def test_relative_links_lead_somewhere() -> None:
 def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
     readme = (ROOT / f"recipes/{family}/README.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)`", readme, re.MULTILINE))
-    sources = [ROOT / f"recipes/{family}/pretrain.py", ROOT / "shared/throughput.py"]
+    sources = [*(ROOT / "recipes" / family).glob("*.py"), ROOT / "shared/throughput.py"]
     logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
     assert documented == {key.replace("{unit}", "images" if family == "resnet" else "tokens") for key in logged}
 
@@ -93,10 +93,11 @@ def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
 def test_config_parses_and_opens_with_its_facts(path: Path) -> None:
     from shared.command_line import parse
 
-    recipe = load_recipe(f"{path.parents[1].name}/pretrain.py")
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    named = re.search(r"^# Program: (\w+\.py)$", head, re.MULTILINE)
+    recipe = load_recipe(f"{path.parents[1].name}/{named[1] if named else 'pretrain.py'}")
     cfg = parse(recipe.Config, ["--config", str(path)])
     recipe.check_config(cfg)
-    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for fact in ("Data:", "Expected:", "Hardware and time:"):
         assert fact in head
 

@@ -546,6 +546,8 @@ def main(cfg: Config) -> None:
     if cfg.optimizer != "adamw" and accelerator.distributed_type == "DEEPSPEED":
         needs = "ZeRO flattens the matrices that it needs, use --optimizer adamw"
         raise cli.UsageError(f"optimizer: {cfg.optimizer!r}: {needs}")
+    if cfg.optimizer == "lamb" and accelerator.distributed_type == "FSDP":
+        raise cli.UsageError("optimizer: 'lamb': FSDP2 cuts the matrices whose norms it needs, use muon or adamw")
     with launch.raise_together(accelerator):
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 

@@ -109,11 +109,13 @@ def test_bad_update_on_one_process_is_skipped_on_all(runs: Runs, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["muon", "lamb"])
-def test_optimizers_that_need_whole_matrices_are_refused_under_deepspeed(
-    runs: Runs, tmp_path: Path, optimizer: str
+@pytest.mark.parametrize(
+    ("engine", "optimizer"), [("deepspeed_zero2", "muon"), ("deepspeed_zero2", "lamb"), ("fsdp2", "lamb")]
+)
+def test_optimizers_that_need_whole_matrices_are_refused_where_there_are_none(
+    runs: Runs, tmp_path: Path, engine: str, optimizer: str
 ) -> None:
-    status, output = runs.run("deepspeed_zero2", tmp_path / "run", FIELDS[optimizer])
+    status, output = runs.run(engine, tmp_path / "run", FIELDS[optimizer])
     assert status == 1
     assert output.count(f"error: optimizer: '{optimizer}'") == 1
     assert_no_traceback(output)

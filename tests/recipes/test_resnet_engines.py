@@ -15,9 +15,12 @@ import torch
 from tests.launching import assert_no_traceback
 from tests.recipes.runs import Runs, assert_same, metric, weights
 from tests.recipes.test_resnet_pretrain import TINY as SIZES
+from tests.recipes.test_resnet_pretrain_rsb import TINY as LONG_SIZES
 
 TINY: dict[str, Any] = {**SIZES, "max_steps": 6, "save_every": 3, "per_device_batch_size": 4, "max_grad_norm": 0.5}
 # The average needs whole weights, which ZeRO-3 has not.
+# A small rate, for Adam's part of LAMB makes a step of full size from a gradient that is zero but for rounding.
+LONG = {**LONG_SIZES, "max_steps": 6, "save_every": 3, "per_device_batch_size": 4, "learning_rate": 0.005}
 FIELDS = {"ema": TINY, "plain": {**TINY, "ema_decay": 0.0}}
 ENGINES = [
     ("multi_cpu", "ema"),
@@ -31,6 +34,11 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def runs(resnet: ModuleType, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(resnet, FIELDS, shapes, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def long_runs(resnet_rsb: ModuleType, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(resnet_rsb, {"lamb": LONG}, shapes, tmp_path_factory.mktemp("long_engines"))
 
 
 def assert_close(run_dir: Path, other: Path) -> None:
@@ -84,5 +92,21 @@ def test_an_average_is_refused_under_zero3(runs: Runs, tmp_path: Path) -> None:
     status, output = runs.run("deepspeed_zero3", tmp_path / "run", FIELDS["ema"])
     assert status == 1
     assert output.count("error: ema_decay: 0.5: expected 0 under ZeRO-3") == 1
+    assert_no_traceback(output)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_in_the_long_recipe(long_runs: Runs) -> None:
+    """Mixing, RandAugment, repeated crops and skipped blocks are those of one process."""
+    assert_close(long_runs.of_engine("multi_cpu", "lamb"), long_runs.of_one_process("lamb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero2"])
+def test_lamb_is_refused_where_matrices_are_cut(long_runs: Runs, tmp_path: Path, engine: str) -> None:
+    status, output = long_runs.run(engine, tmp_path / "run", LONG)
+    assert status == 1
+    assert output.count("expected DDP, for LAMB needs the norms of whole matrices") == 1
     assert_no_traceback(output)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
