@@ -14,17 +14,18 @@ logger = logging.getLogger(__name__)
 _MAX_REPLACEMENTS = 100  # of a picture, then the data set is taken for unreadable
 
 
-def candidates(index: int, size: int, seed: int) -> Iterator[int]:
+def candidates(index: int, size: int, seed: int, epoch: int) -> Iterator[int]:
     """A picture and those that stand in for it, in order, the same at every call.
 
     Args:
         index: the picture that is wanted.
         size: number of pictures.
         seed: another one gives other replacements.
+        epoch: likewise.
     """
     yield index
     for attempt in range(_MAX_REPLACEMENTS):
-        yield derive_seed(seed, "replacement", index, attempt) % size
+        yield derive_seed(seed, "replacement", epoch, index, attempt) % size
 
 
 class BadPictures:

@@ -1,6 +1,7 @@
 """Square crops of pictures: random ones to train on, the middle ones to evaluate on."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,10 @@ class Croppable(Protocol):
         """Part of the picture, uint8 (size, size, 3)."""
 
 
-def random_crop(picture: Croppable, size: int, min_area: float, draw: np.random.Generator) -> np.ndarray:
+CROP_DRAWS = 23  # uniform numbers that a random crop takes: two for each of ten sizes, two for its place, one to mirror
+
+
+def random_crop(picture: Croppable, size: int, min_area: float, draws: Sequence[float]) -> np.ndarray:
     """A random part of the picture, mirrored half of the time (Szegedy et al. 2015, section 6).
 
     Where ten draws do not fit into the picture, it is the largest square in the middle.
@@ -30,7 +34,7 @@ def random_crop(picture: Croppable, size: int, min_area: float, draw: np.random.
         picture: to cut from.
         size: side of the result in pixels.
         min_area: the crop has this share of the picture's area to all of it, and an aspect ratio of 3/4 to 4/3.
-        draw: where the randomness comes from.
+        draws: `CROP_DRAWS` numbers, uniform in [0, 1).
 
     Returns:
         uint8 (size, size, 3).
@@ -39,8 +43,8 @@ def random_crop(picture: Croppable, size: int, min_area: float, draw: np.random.
         BadPicture: the file is damaged.
     """
     width, height = picture.width, picture.height
-    *sizes, (across, down), (mirror, _) = draw.random((12, 2)).tolist()
-    for of_area, of_ratio in sizes:
+    across, down, mirror, *sizes = draws
+    for of_area, of_ratio in zip(sizes[::2], sizes[1::2], strict=True):
         area = (min_area + of_area * (1 - min_area)) * width * height
         ratio = (4 / 3) ** (2 * of_ratio - 1)
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))

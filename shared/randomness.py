@@ -8,8 +8,9 @@ import hashlib
 
 import numpy as np
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # step of splitmix64's counter, Steele et al. 2014
 _ROUNDS = 6  # of the Feistel network; 4 already give a pseudo-random permutation (Luby and Rackoff 1988)
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64, Steele et al. 2014
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of splitmix64 as well
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -17,6 +18,24 @@ def derive_seed(*parts: int | str) -> int:
     plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # 3 and numpy's 3 are the same
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def uniform_numbers(seed: int, *counters: np.ndarray, count: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for many samples at once, by splitmix64; a row depends on its counters alone.
+
+    Args:
+        seed: another seed gives other numbers.
+        counters: int64 (N,) each, not negative, such as the epoch and the index of each sample.
+        count: numbers of a sample.
+
+    Returns:
+        float64 (N, count).
+    """
+    keys = np.full(len(counters[0]), seed, dtype=np.uint64)
+    for counter in counters:
+        keys = _splitmix(keys + (counter.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    bits = _splitmix(keys[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    return (bits >> np.uint64(11)) * 2.0**-53  # as many bits as a float64 has
 
 
 def shuffled_indices(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -47,8 +66,12 @@ def shuffled_indices(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
 def _feistel(values: np.ndarray, half_bits: np.uint64, mask: np.uint64, keys: np.ndarray) -> np.ndarray:
     left, right = values >> half_bits, values & mask
     for key in keys:
-        mixed = right + key
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX[0]
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX[1]
-        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        left, right = right, left ^ (_splitmix(right + key) & mask)
     return (left << half_bits) | right
+
+
+def _splitmix(values: np.ndarray) -> np.ndarray:
+    """Spread every bit of uint64 over all others."""
+    values = (values ^ (values >> np.uint64(30))) * _MIX[0]
+    values = (values ^ (values >> np.uint64(27))) * _MIX[1]
+    return values ^ (values >> np.uint64(31))

@@ -129,7 +129,7 @@ from shared.bad_pictures import BadPictures, candidates
 from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED, micro_batches, to_device
 from shared.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
-from shared.crops import CenterCrops, random_crop
+from shared.crops import CROP_DRAWS, CenterCrops, random_crop
 from shared.decoding import BadPicture
 from shared.export import export_model
 from shared.flops import training_flops
@@ -138,7 +138,7 @@ from shared.picture_cache import PictureCache
 from shared.pictures import Pictures
 from shared.pretrained import load_classifier
 from shared.profiling import trace_updates
-from shared.randomness import derive_seed
+from shared.randomness import derive_seed, uniform_numbers
 from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.sample_order import samples_of_update
@@ -224,16 +224,17 @@ class CroppedUpdates(Dataset):
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[int]]:
         """The micro-batches of update `step`, and the pictures that could not be decoded."""
         size, bad = self._cfg.enlarge * image_size_at(self._cfg, step), []
-        drawn = samples_of_update(step, [len(self._train)], [1.0], **self._order)
-        rows = [self._read(epoch, index, size, bad) for _, epoch, index in drawn]
+        _, epochs, indices = np.transpose(samples_of_update(step, [len(self._train)], [1.0], **self._order))
+        draws = uniform_numbers(derive_seed(self._cfg.seed, "crop"), epochs, indices, count=CROP_DRAWS).tolist()
+        drawn = zip(epochs.tolist(), indices.tolist(), draws, strict=True)
+        rows = [self._read(*where, size, bad) for where in drawn]
         return micro_batches(rows, self._micro_batch_size), bad
 
-    def _read(self, epoch: int, index: int, size: int, bad: list[int]) -> dict[str, np.ndarray]:
+    def _read(self, epoch: int, index: int, draws: list[float], size: int, bad: list[int]) -> dict[str, np.ndarray]:
         """A crop of the picture, or of the first replacement that can be decoded; what cannot goes to `bad`."""
-        for candidate in candidates(index, len(self._train), derive_seed(self._cfg.seed, "bad", epoch)):
-            draw = np.random.Generator(np.random.Philox(key=derive_seed(self._cfg.seed, "crop", epoch, index)))
+        for candidate in candidates(index, len(self._train), self._cfg.seed, epoch):
             try:
-                pixels = random_crop(self._cache.open(candidate), size, self._cfg.min_crop_area, draw)
+                pixels = random_crop(self._cache.open(candidate), size, self._cfg.min_crop_area, draws)
             except BadPicture:
                 bad.append(candidate)
                 continue

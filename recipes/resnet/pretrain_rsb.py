@@ -133,7 +133,7 @@ from shared.bad_pictures import BadPictures, candidates
 from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED, micro_batches, to_device
 from shared.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
-from shared.crops import CenterCrops, random_crop
+from shared.crops import CROP_DRAWS, CenterCrops, random_crop
 from shared.decoding import BadPicture
 from shared.export import export_model
 from shared.flops import training_flops
@@ -143,7 +143,7 @@ from shared.pictures import Pictures
 from shared.pretrained import load_classifier
 from shared.profiling import trace_updates
 from shared.rand_augment import MAX_MAGNITUDE, rand_augment
-from shared.randomness import derive_seed
+from shared.randomness import derive_seed, uniform_numbers
 from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.sample_order import positions_of_update, samples_at
@@ -224,20 +224,23 @@ class CroppedUpdates(Dataset):
         seed = order.pop("seed")
         # Berman et al. 2019: a picture stands in the order once for all of its crops.
         places, copies = np.divmod(positions_of_update(step, **order), self._cfg.repeats)
-        drawn = samples_at(places, [len(self._train)], [1.0], seed)
-        rows = [self._read(epoch, index, copy, bad) for (_, epoch, index), copy in zip(drawn, copies, strict=True)]
+        _, epochs, indices = np.transpose(samples_at(places, [len(self._train)], [1.0], seed))
+        draws = uniform_numbers(derive_seed(self._cfg.seed, "crop"), epochs, indices, copies, count=CROP_DRAWS).tolist()
+        drawn = zip(epochs.tolist(), indices.tolist(), copies.tolist(), draws, strict=True)
+        rows = [self._read(*where, bad) for where in drawn]
         return micro_batches(rows, self._micro_batch_size), bad
 
-    def _read(self, epoch: int, index: int, copy: int, bad: list[int]) -> dict[str, np.ndarray]:
+    def _read(self, epoch: int, index: int, copy: int, draws: list[float], bad: list[int]) -> dict[str, np.ndarray]:
         """A crop of the picture, or of the first replacement that can be decoded; what cannot goes to `bad`."""
         cfg = self._cfg
-        for candidate in candidates(index, len(self._train), derive_seed(cfg.seed, "bad", epoch)):
-            draw = np.random.Generator(np.random.Philox(key=derive_seed(cfg.seed, "crop", epoch, index, copy)))
+        for candidate in candidates(index, len(self._train), cfg.seed, epoch):
             try:
-                pixels = random_crop(self._cache.open(candidate), cfg.enlarge * cfg.image_size, cfg.min_crop_area, draw)
+                picture = self._cache.open(candidate)
+                pixels = random_crop(picture, cfg.enlarge * cfg.image_size, cfg.min_crop_area, draws)
             except BadPicture:
                 bad.append(candidate)
                 continue
+            draw = np.random.Generator(np.random.Philox(key=derive_seed(cfg.seed, "augment", epoch, index, copy)))
             operations, magnitude = cfg.rand_augment_operations, cfg.rand_augment_magnitude
             pixels = rand_augment(pixels, operations, magnitude, cfg.rand_augment_spread, draw)
             return {"pixel_values": pixels, "labels": self._train.labels[candidate]}

@@ -165,13 +165,14 @@ def read_jpegs(seconds: float) -> dict[str, float]:
     import numpy as np
     from PIL import Image
 
+    from shared.crops import CROP_DRAWS
     from shared.decoding import EncodedPicture
 
     recipe, cfg = load_recipe([])
     data = [make_jpeg(seed) for seed in range(NUM_JPEGS)]
 
-    def ours(index: int, draw: Any) -> None:
-        recipe.random_crop(EncodedPicture(data[index]), CROP, cfg.min_crop_area, draw)
+    def ours(index: int, draws: Any) -> None:
+        recipe.random_crop(EncodedPicture(data[index]), CROP, cfg.min_crop_area, draws)
 
     class Pillow:
         """A picture whose `crop` decodes all of it."""
@@ -183,15 +184,15 @@ def read_jpegs(seconds: float) -> dict[str, float]:
         def crop(self, box: tuple[int, int, int, int], size: int) -> Any:
             return np.asarray(self._image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box))
 
-    def theirs(index: int, draw: Any) -> None:
-        recipe.random_crop(Pillow(data[index]), CROP, cfg.min_crop_area, draw)
+    def theirs(index: int, draws: Any) -> None:
+        recipe.random_crop(Pillow(data[index]), CROP, cfg.min_crop_area, draws)
 
     rates: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(6):
         for name, read in (("ours", ours), ("theirs", theirs)):
             started, number = time.perf_counter(), 0
             while time.perf_counter() - started < seconds:
-                read(number % NUM_JPEGS, np.random.default_rng(number))
+                read(number % NUM_JPEGS, np.random.default_rng(number).random(CROP_DRAWS))
                 number += 1
             if turn:  # the first warms up
                 rates[name].append(number / (time.perf_counter() - started))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shared.batches import IGNORED
-from shared.crops import CenterCrops, random_crop
+from shared.crops import CROP_DRAWS, CenterCrops, random_crop
 from shared.decoding import EncodedPicture
 from shared.pictures import open_pictures
 
@@ -26,7 +26,7 @@ def test_crops_are_inside_the_picture_and_large_enough(width: int, height: int, 
             boxes.append(box)
             return np.zeros((size, size, 3), dtype=np.uint8)
 
-    random_crop(Picture(), 16, min_area, np.random.default_rng(seed))
+    random_crop(Picture(), 16, min_area, np.random.default_rng(seed).random(CROP_DRAWS))
     [(left, top, right, bottom)] = boxes
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -44,7 +44,7 @@ def test_half_of_the_crops_are_mirrored() -> None:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     picture = EncodedPicture(stream.getvalue())
-    crops = [random_crop(picture, 12, 0.9, np.random.default_rng(seed)) for seed in range(400)]
+    crops = [random_crop(picture, 12, 0.9, np.random.default_rng(seed).random(CROP_DRAWS)) for seed in range(400)]
     is_white_right = [crop[:, 6:].mean() > crop[:, :6].mean() for crop in crops]
     assert 0.5 - 4 * 0.025 < np.mean(is_white_right) < 0.5 + 4 * 0.025
 
@@ -60,7 +60,7 @@ def test_areas_are_uniform() -> None:
             return np.zeros((size, size, 3), dtype=np.uint8)
 
     for seed in range(2000):
-        random_crop(Picture(), 8, 0.2, np.random.default_rng(seed))
+        random_crop(Picture(), 8, 0.2, np.random.default_rng(seed).random(CROP_DRAWS))
     below = [np.mean(np.array(areas) < area) for area in (0.3, 0.4, 0.5)]  # above, some do not fit
     assert np.diff([0, *below])[1:] == pytest.approx(below[0], rel=0.25)
 

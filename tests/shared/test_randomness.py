@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.randomness import derive_seed, shuffled_indices
+from shared.randomness import derive_seed, shuffled_indices, uniform_numbers
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -98,3 +98,40 @@ def test_seeds_and_orders_never_change() -> None:
     # A run resumed with a newer version must go on with the same data.
     assert derive_seed(0, "order", 1) == 2002067703672271585
     assert order(10, 0) == [1, 5, 4, 6, 7, 0, 2, 9, 8, 3]
+
+
+def test_uniform_numbers_are_splitmix64() -> None:
+    """Against a plain program in whole numbers; Steele et al. 2014, figure 16."""
+
+    def mix(value: int) -> int:
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+        return value ^ (value >> 31)
+
+    golden, seed = 0x9E3779B97F4A7C15, derive_seed("seed")
+    found = uniform_numbers(seed, np.array([0, 7]), np.array([12, 2**40]), count=3)
+    for row, (epoch, index) in zip(found, ((0, 12), (7, 2**40)), strict=True):
+        key = mix((mix((seed + (epoch + 1) * golden) % 2**64) + (index + 1) * golden) % 2**64)
+        expected = [(mix((key + place * golden) % 2**64) >> 11) / 2**53 for place in (1, 2, 3)]
+        assert row.tolist() == expected
+
+
+def test_uniform_numbers_are_uniform_and_not_alike_in_neighbours() -> None:
+    numbers = uniform_numbers(3, np.repeat(np.arange(50), 400), np.tile(np.arange(400), 50), count=4)
+    assert numbers.shape == (20_000, 4)
+    assert 0 <= numbers.min() < numbers.max() < 1
+    counts = np.stack([np.histogram(column, bins=20, range=(0, 1))[0] for column in numbers.T])
+    chi_squared = ((counts - 1000) ** 2 / 1000).sum(1)  # of 19 degrees of freedom: beyond 44 once in a thousand
+    assert (chi_squared < 44).all()
+    flat = numbers.reshape(50, 400, 4)
+    pairs = [(flat[1:], flat[:-1]), (flat[:, 1:], flat[:, :-1]), (flat[..., 1:], flat[..., :-1])]
+    for one, other in pairs:
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.02
+    assert len(np.unique(numbers)) == numbers.size
+
+
+def test_uniform_numbers_do_not_depend_on_what_is_asked_with_them() -> None:
+    whole = uniform_numbers(1, np.arange(9), count=5)
+    assert np.array_equal(uniform_numbers(1, np.array([7, 2]), count=5), whole[[7, 2]])
+    assert np.array_equal(uniform_numbers(1, np.arange(9), count=2), whole[:, :2])
+    assert not np.array_equal(uniform_numbers(2, np.arange(9), count=5), whole)
