@@ -6,7 +6,6 @@ from typing import Any
 
 from shared.command_line import UsageError
 from shared.launch import gather_objects
-from shared.pictures import Pictures
 from shared.randomness import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -33,23 +32,23 @@ class BadPictures:
 
     Args:
         accelerator: knows the processes.
-        pictures: to train on.
-        max_fraction: share of all pictures above which `check` stops the run.
+        num_pictures: of the data to train on.
+        max_fraction: share of them above which `check` stops the run.
         known: what `gather` gave, of the run that goes on.
     """
 
-    def __init__(self, accelerator: Any, pictures: Pictures, max_fraction: float, known: Iterable[int]) -> None:
-        self._accelerator, self._pictures, self._max_fraction = accelerator, pictures, max_fraction
+    def __init__(self, accelerator: Any, num_pictures: int, max_fraction: float, known: Iterable[str]) -> None:
+        self._accelerator, self._num_pictures, self._max_fraction = accelerator, num_pictures, max_fraction
         self._found = set(known)
-        self._known: list[int] = []  # on all processes, at the newest `number`
+        self._known: list[str] = []  # on all processes, at the newest `number`
 
-    def add(self, undecoded: Iterable[int]) -> None:
-        """Note an update's bad pictures on this process; new ones are logged."""
-        for index in set(undecoded) - self._found:
-            self._found.add(index)
-            logger.warning("a picture that cannot be decoded is replaced: %s", self._pictures.name(index))
+    def add(self, names: Iterable[str]) -> None:
+        """Note the names of an update's bad pictures on this process; new ones are logged."""
+        for name in sorted(set(names) - self._found):
+            self._found.add(name)
+            logger.warning("a picture that cannot be decoded is replaced: %s", name)
 
-    def gather(self) -> list[int]:
+    def gather(self) -> list[str]:
         """All that were found so far, on any process. Every process calls this."""
         return sorted(set().union(*gather_objects(self._accelerator, self._found)))
 
@@ -61,7 +60,7 @@ class BadPictures:
     @property
     def are_too_many(self) -> bool:
         """Whether `check` will end the run, by the newest `number`."""
-        return len(self._known) > self._max_fraction * len(self._pictures)
+        return len(self._known) > self._max_fraction * self._num_pictures
 
     def check(self) -> None:
         """End a run whose data is too bad.
@@ -70,7 +69,6 @@ class BadPictures:
             UsageError: by the newest `number`, they are more than the stated share.
         """
         if self.are_too_many:
-            first, fraction = self._pictures.name(self._known[0]), self._max_fraction
-            expected = f"at most this share of {len(self._pictures)} pictures to be damaged"
-            found = f"{len(self._known)} are, such as {first}"
-            raise UsageError(f"max_bad_fraction: {fraction}: expected {expected}, {found}")
+            expected = f"at most this share of {self._num_pictures} pictures to be damaged"
+            found = f"{len(self._known)} are, such as {self._known[0]}"
+            raise UsageError(f"max_bad_fraction: {self._max_fraction}: expected {expected}, {found}")

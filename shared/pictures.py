@@ -8,7 +8,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,17 +96,28 @@ def open_pictures(data: str, *, config: str, split: str, image_column: str, labe
     """
     import datasets
 
+    dataset, picture, label = open_dataset(data, config, split, image_column, label_column, streaming=False)
+    dataset = dataset.cast_column(picture, datasets.Image(decode=False))
+    labels, class_names = _classes(dataset, label)
+    kept = dataset.select_columns([picture])
+    pictures = Pictures(kept, picture, labels, class_names, np.arange(len(labels), dtype=np.int64))
+    _check_labels(data, pictures)
+    check_classes(data, class_names)
+    return pictures
+
+
+def open_dataset(
+    data: str, config: str, split: str, image_column: str, label_column: str, *, streaming: bool
+) -> tuple[Any, str, str]:
+    """A split as `datasets` has it, and the names of its columns of pictures and of classes; see `open_pictures`."""
+    import datasets
+
     splits = list_splits(data, config)
     expect(split in splits, "data_split", split, f"one of {', '.join(splits)}, the splits of {data!r}")
     with _load_errors(data):
-        dataset = datasets.load_dataset(**_builder(data, config), split=split)
+        dataset = datasets.load_dataset(**_builder(data, config), split=split, streaming=streaming)
     picture = _pick_picture(dataset, image_column)
-    dataset = dataset.cast_column(picture, datasets.Image(decode=False))
-    labels, class_names = _classes(dataset, _pick_label(dataset, label_column, picture))
-    kept = dataset.select_columns([picture])
-    pictures = Pictures(kept, picture, labels, class_names, np.arange(len(labels), dtype=np.int64))
-    _check_classes(data, pictures)
-    return pictures
+    return dataset, picture, _pick_label(dataset, label_column, picture)
 
 
 def list_splits(data: str, config: str) -> list[str]:
@@ -139,6 +150,17 @@ def hold_out(pictures: Pictures, fraction: float) -> tuple[Pictures, Pictures]:
         seed = derive_seed(HELD_OUT_SEED, "held out", label)
         is_held_out[of_class[shuffled_indices(np.arange(number), len(of_class), seed)]] = True
     return pictures.subset(np.flatnonzero(~is_held_out)), pictures.subset(np.flatnonzero(is_held_out))
+
+
+def check_classes(data: str, class_names: Sequence[str]) -> None:
+    """Refuse data of one class.
+
+    Raises:
+        UsageError: it names the class.
+    """
+    if len(class_names) < 2:
+        got = f"{len(class_names)}: {', '.join(class_names)}"
+        raise UsageError(f"data: {data!r}: expected at least two classes, got {got}")
 
 
 def check_every_class(data: str, pictures: Pictures) -> None:
@@ -247,7 +269,7 @@ def _classes(dataset: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array([-1 if value is None else value for value in values], dtype=np.int64), tuple(names)
 
 
-def _check_classes(data: str, pictures: Pictures) -> None:
+def _check_labels(data: str, pictures: Pictures) -> None:
     names, labels = pictures.class_names, pictures.labels
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
@@ -255,5 +277,3 @@ def _check_classes(data: str, pictures: Pictures) -> None:
         raise UsageError(
             f"data: {data!r}: expected labels from 0 to {len(names) - 1}, got {where}, {len(wrong)} in all"
         )
-    if len(names) < 2:
-        raise UsageError(f"data: {data!r}: expected at least two classes, got {len(names)}: {', '.join(names)}")

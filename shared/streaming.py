@@ -1,17 +1,14 @@
 """Rows from a corpus that is read as it arrives, never stored.
 
-A stream has no index, so order and state differ from the cached path: the shards (files, or the data set's own) are
-shuffled each pass and dealt to the processes, documents come in their order within a shard, and a bounded window of
-them is cut, packed best-fit and shuffled at a time. The state that a checkpoint keeps is where the window began and
-how many of its rows are used up; resuming reads that window again, so the rows are the same as without the stop. What
-stays approximate: with another number of processes the shards are dealt anew, from the next pass on.
+A stream has no index, so order and state differ from the cached path: documents come as `shards.deal_records` deals
+them, and a bounded window of them is cut, packed best-fit and shuffled at a time.
 """
 
 import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,45 +20,13 @@ from shared.documents import LocalTexts, Texts, hub_errors, local_path, open_tex
 from shared.packing import MAX_WASTE, BestFitPacker, cut, fill_row
 from shared.randomness import derive_seed, shuffled_indices
 from shared.sample_order import mixture_sources, positions_of_update
+from shared.shards import StreamState, deal_records, resumed_state
 from shared.token_cache import content_share
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT_FROM = 10_000  # documents of a stream's beginning among which those to evaluate on are found
 WINDOW_ROWS = 512  # 2 MB of tokens at 1,024 a row; more would shuffle better and start later
-
-
-class StreamState(TypedDict):
-    """Where one process is in a stream: enough to go on exactly with the same number of processes."""
-
-    num_processes: int
-    epoch: int  # pass over the shards
-    shard: int  # place in this process's order of them
-    document: int  # documents of that shard that earlier windows used
-    rows: int  # rows of the current window that are used up
-
-
-def start_of_stream(num_processes: int) -> StreamState:
-    """The state before the first row."""
-    return {"num_processes": num_processes, "epoch": 0, "shard": 0, "document": 0, "rows": 0}
-
-
-def resumed_state(states: Sequence[StreamState], rank: int, num_processes: int) -> StreamState:
-    """The state from which process `rank` goes on.
-
-    Args:
-        states: of every process, as a checkpoint kept them; with another number of them than `num_processes` all go
-            on with the next pass, none = from the start.
-        rank: this process.
-        num_processes: processes in all.
-    """
-    if len(states) == num_processes:
-        return states[rank]
-    start = start_of_stream(num_processes)
-    if not states:
-        return start
-    logger.warning("the stream was read by %d processes: a new pass over it begins", len(states))
-    return {**start, "epoch": 1 + max(state["epoch"] for state in states)}
 
 
 def open_shards(data: str, *, config: str, split: str, text_column: str) -> Sequence[Texts]:
@@ -132,9 +97,9 @@ def stream_rows(
         UsageError: no document is left to this process, since all are empty or held out, or there are too few.
     """
     begin, end = tokenization.special_ids(tokenizer)
-    documents = _documents(shards, eval_fraction, seed, rank, state)
-    window_start: StreamState = {**state, "rows": 0}
-    used = state["rows"]
+    documents = deal_records([_Trained(shard, eval_fraction) for shard in shards], seed, rank, state)
+    window_start: StreamState = {**state, "used": 0}
+    used = state["used"]
     while True:
         window: list[np.ndarray] = []
         packer = BestFitPacker(seq_length, MAX_WASTE)
@@ -149,49 +114,22 @@ def stream_rows(
             num_tokens += len(ids)
         rows += packer.flush()
         tokens = np.concatenate(window)
-        window_seed = derive_seed(
-            seed, "window", window_start["epoch"], window_start["shard"], window_start["document"]
-        )
+        window_seed = derive_seed(seed, "window", window_start["epoch"], window_start["shard"], window_start["record"])
         order = shuffled_indices(np.arange(len(rows)), len(rows), derive_seed(window_seed, rank))
         for position in range(used, len(rows)):
             row = [tokens[start : start + length + 1] for start, length in rows[order[position]]]
-            yield fill_row(row, seq_length, end), {**window_start, "rows": position + 1}
+            yield fill_row(row, seq_length, end), {**window_start, "used": position + 1}
         window_start, used = window_end, 0
 
 
-def _documents(
-    shards: Sequence[Iterable[str]], eval_fraction: float, seed: int, rank: int, state: StreamState
-) -> Iterator[tuple[str, StreamState]]:
-    """This process's documents without end, each with the state of a window that begins after it."""
-    processes, epoch, first_shard, skipped = state["num_processes"], state["epoch"], state["shard"], state["document"]
-    # With fewer shards than processes, all read all shards and each keeps its share of the documents.
-    deals_shards = len(shards) >= processes
-    while True:
-        order = shuffled_indices(np.arange(len(shards)), len(shards), derive_seed(seed, "shards", epoch))
-        mine = order[rank::processes] if deals_shards else order
-        is_futile = first_shard == skipped == 0  # unless this pass, from its start on, comes upon a document
-        for place in range(first_shard, len(mine)):
-            for number, document in enumerate(shards[mine[place]]):
-                is_mine = deals_shards or number % processes == rank
-                if number < skipped or not is_mine or not document or is_held_out(document, eval_fraction):
-                    continue
-                is_futile = False
-                yield (
-                    document,
-                    {"num_processes": processes, "epoch": epoch, "shard": place, "document": number + 1, "rows": 0},
-                )
-            skipped = 0
-        if is_futile and not (deals_shards and _has_documents(shards, eval_fraction)):
-            raise UsageError(
-                f"data: expected documents to train on in a pass over the stream, got none for process {rank} of "
-                f"{processes}: all are held out, or there are fewer than processes"
-            )
-        epoch, first_shard = epoch + 1, 0
+class _Trained:
+    """The documents of a shard that are not empty and not held out."""
 
+    def __init__(self, shard: Iterable[str], eval_fraction: float) -> None:
+        self._shard, self._eval_fraction = shard, eval_fraction
 
-def _has_documents(shards: Sequence[Iterable[str]], eval_fraction: float) -> bool:
-    """Whether another dealing of the shards could give a process something."""
-    return any(document and not is_held_out(document, eval_fraction) for shard in shards for document in shard)
+    def __iter__(self) -> Iterator[str]:
+        return (document for document in self._shard if document and not is_held_out(document, self._eval_fraction))
 
 
 class TextStream:

@@ -12,7 +12,8 @@ minutes; recipes/resnet/README.md has the measured results and what differs from
 
 # Shapes: B pictures of a micro-batch, S side of a picture, C classes, N pictures evaluated.
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ class Config(cli.RunControl):
     """sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
+    streaming: bool = False
+    """Read pictures as they arrive, in one data worker, instead of storing the data set; see the README."""
     data_split: str = "train"
     """Split to train on."""
     eval_split: str = ""
@@ -112,6 +115,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
 
+import itertools
 import math
 import tempfile
 
@@ -120,7 +124,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from shared import checkpoints, dry_run, figures, hub, launch, pictures, run_folder, schedules
@@ -130,11 +134,12 @@ from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED, micro_batches, to_device
 from shared.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
 from shared.crops import CROP_DRAWS, CenterCrops, random_crop
-from shared.decoding import BadPicture
+from shared.decoding import BadPicture, EncodedPicture
 from shared.export import export_model
 from shared.flops import training_flops
 from shared.optimizers import set_learning_rates
 from shared.picture_cache import PictureCache
+from shared.picture_streaming import HELD_OUT_FROM, PictureStream, StreamedPicture, open_picture_stream, store
 from shared.pictures import Pictures
 from shared.pretrained import load_classifier
 from shared.profiling import trace_updates
@@ -142,6 +147,7 @@ from shared.randomness import derive_seed, uniform_numbers
 from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.sample_order import samples_of_update
+from shared.shards import StreamState, resumed_state
 from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
 from shared.throughput import Throughput
@@ -181,21 +187,27 @@ def check_config(cfg: Config) -> None:
 # Data
 
 
-def open_data(cfg: Config, accelerator: Any) -> tuple[Pictures, Pictures]:
+def open_data(cfg: Config, accelerator: Any) -> tuple[Pictures | PictureStream, Pictures]:
     """The pictures to train on and to evaluate on."""
     columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
+    open_split = open_picture_stream if cfg.streaming else pictures.open_pictures
     with launch.node_main_first(accelerator):
-        train = pictures.open_pictures(cfg.data, config=cfg.data_config, split=cfg.data_split, **columns)
-        pictures.check_every_class(cfg.data, train)
+        train = open_split(cfg.data, config=cfg.data_config, split=cfg.data_split, **columns)
+        if not cfg.streaming:
+            pictures.check_every_class(cfg.data, train)
         eval_split = cfg.eval_split or pictures.validation_split(cfg.data, cfg.data_config)
         if eval_split:
-            held_out = pictures.open_pictures(cfg.data, config=cfg.data_config, split=eval_split, **columns)
+            held_out = open_split(cfg.data, config=cfg.data_config, split=eval_split, **columns)
             same = held_out.class_names == train.class_names
             cli.expect(same, "eval_split", eval_split, f"the {len(train.class_names)} classes of {cfg.data_split}")
+            held_out = store(held_out, 0) if cfg.streaming else held_out
+        elif cfg.streaming:
+            held_out = store(train.between(0, cfg.eval_fraction), round(cfg.eval_fraction * HELD_OUT_FROM))
+            train = train.between(cfg.eval_fraction, 1)
         else:
             train, held_out = pictures.hold_out(train, cfg.eval_fraction)
         largest = max(cfg.final_image_size, cfg.eval_image_size)
-        pictures.check_sides(cfg.data, train, largest)
+        pictures.check_sides(cfg.data, held_out if cfg.streaming else train, largest)
     return train, held_out
 
 
@@ -221,25 +233,87 @@ class CroppedUpdates(Dataset):
         self._cfg, self._train, self._micro_batch_size, self._order = cfg, train, micro_batch_size, order
         self._cache = PictureCache(train)
 
-    def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[int]]:
-        """The micro-batches of update `step`, and the pictures that could not be decoded."""
+    def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[str], None]:
+        """The micro-batches of update `step`, the names of pictures that could not be decoded, and no state."""
         size, bad = self._cfg.enlarge * image_size_at(self._cfg, step), []
         _, epochs, indices = np.transpose(samples_of_update(step, [len(self._train)], [1.0], **self._order))
         draws = uniform_numbers(derive_seed(self._cfg.seed, "crop"), epochs, indices, count=CROP_DRAWS).tolist()
         drawn = zip(epochs.tolist(), indices.tolist(), draws, strict=True)
         rows = [self._read(*where, size, bad) for where in drawn]
-        return micro_batches(rows, self._micro_batch_size), bad
+        return micro_batches(rows, self._micro_batch_size), bad, None
 
-    def _read(self, epoch: int, index: int, draws: list[float], size: int, bad: list[int]) -> dict[str, np.ndarray]:
+    def _read(self, epoch: int, index: int, draws: list[float], size: int, bad: list[str]) -> dict[str, np.ndarray]:
         """A crop of the picture, or of the first replacement that can be decoded; what cannot goes to `bad`."""
         for candidate in candidates(index, len(self._train), self._cfg.seed, epoch):
             try:
                 pixels = random_crop(self._cache.open(candidate), size, self._cfg.min_crop_area, draws)
             except BadPicture:
-                bad.append(candidate)
+                bad.append(self._train.name(candidate))
                 continue
             return {"pixel_values": pixels, "labels": self._train.labels[candidate]}
         raise cli.UsageError(f"data: {self._cfg.data!r}: expected pictures that can be decoded")
+
+
+class StreamedCrops(IterableDataset):
+    """The same for pictures that are read as they arrive: endless updates, from `step` on.
+
+    Args:
+        cfg: of the run.
+        train: pictures to train on.
+        micro_batch_size: pictures of a micro-batch.
+        order: seed, global_batch_size, rank and num_processes.
+        step: first update.
+        states: of every process, as a checkpoint kept them; empty = from the start.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        train: PictureStream,
+        micro_batch_size: int,
+        order: dict[str, int],
+        step: int,
+        states: list[StreamState],
+    ) -> None:
+        self._cfg, self._train, self._micro_batch_size, self._step = cfg, train, micro_batch_size, step
+        self._share = order["global_batch_size"] // order["num_processes"]
+        state = resumed_state(states, order["rank"], order["num_processes"])
+        self._start = {"seed": derive_seed(cfg.seed, "stream"), "rank": order["rank"], "state": state}
+
+    def __iter__(self) -> Iterator[tuple[list[dict[str, np.ndarray]], list[str], StreamState]]:
+        """The micro-batches of each update, the names of pictures that could not be decoded, the state after it."""
+        arriving, state = self._train.read(**self._start), self._start["state"]
+        for step in itertools.count(self._step):
+            size = self._cfg.enlarge * image_size_at(self._cfg, step)
+            rows: list[dict[str, np.ndarray]] = []
+            bad: list[str] = []
+            while len(rows) < self._share:
+                picture, state = next(arriving)
+                try:
+                    rows.append(self._crop(picture, state["epoch"], size))
+                except BadPicture:
+                    bad.append(picture.name)
+            yield micro_batches(rows, self._micro_batch_size), bad, state
+
+    def _crop(self, picture: StreamedPicture, epoch: int, size: int) -> dict[str, np.ndarray]:
+        """A crop as a function of the seed, the pass and the picture's bytes."""
+        where = (np.array([epoch]), np.array([picture.key]))
+        [draws] = uniform_numbers(derive_seed(self._cfg.seed, "crop"), *where, count=CROP_DRAWS).tolist()
+        pixels = random_crop(EncodedPicture(picture.data), size, self._cfg.min_crop_area, draws)
+        return {"pixel_values": pixels, "labels": np.array(picture.label)}
+
+
+def open_updates(
+    cfg: Config, accelerator: Any, train: Any, micro_batch_size: int, step: int, states: list[StreamState]
+) -> Iterator[tuple[list[dict[str, Tensor]], list[str], StreamState | None]]:
+    """Updates from `step` on: each this process's micro-batches, the names of bad pictures, and its stream's state."""
+    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
+    if cfg.streaming:
+        stream = StreamedCrops(cfg, train, micro_batch_size, order, step, states)
+        return load_updates(stream, None, min(cfg.num_workers, 1), accelerator.device)
+    updates = CroppedUpdates(cfg, train, micro_batch_size, order)
+    return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
 def center_crops(cfg: Config, held_out: Pictures, batch_size: int) -> CenterCrops:
@@ -397,11 +471,8 @@ def main(cfg: Config) -> None:
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
     train, held_out = open_data(cfg, accelerator)
-    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
-    updates = CroppedUpdates(cfg, train, micro_batch_size, order)
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, updates)
+        report_costs(cfg, accelerator, train, micro_batch_size)
         return
     model = build_model(cfg, train.class_names)
     facts = describe(cfg, accelerator, model, train)
@@ -416,8 +487,8 @@ def main(cfg: Config) -> None:
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
     skipped = SkippedUpdates(state, cfg.max_bad_updates)
     average = AveragedWeights(accelerator, model, cfg.ema_decay, state.get("tensors", {}))
-    bad = BadPictures(accelerator, train, cfg.max_bad_fraction, state.get("bad_pictures", []))
-    loader = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    bad = BadPictures(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_pictures", []))
+    updates = open_updates(cfg, accelerator, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     with launch.raise_together(accelerator):
         hub.check_push(hub_id, private=cfg.hub_private)
@@ -432,7 +503,7 @@ def main(cfg: Config) -> None:
     model.train()
     while step < cfg.max_steps:
         with throughput.waiting_for_data():
-            batches, undecoded = next(loader)
+            batches, undecoded, stream = next(updates)
         factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.0)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
@@ -463,6 +534,8 @@ def main(cfg: Config) -> None:
             if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, **skipped.state()}
                 state |= {"bad_pictures": bad.gather(), "tensors": average.tensors()}
+                if stream:
+                    state["streams"] = launch.gather_objects(accelerator, stream)
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
         if schedules.is_due(step, cfg.push_every):
             with throughput.pause(), average.in_place():
@@ -491,22 +564,25 @@ def main(cfg: Config) -> None:
     accelerator.end_training()
 
 
-def describe(cfg: Config, accelerator: Any, model: Any, train: Pictures) -> dict[str, Any]:
+def describe(cfg: Config, accelerator: Any, model: Any, train: Pictures | PictureStream) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
     side = cfg.enlarge * cfg.final_image_size
+    size = train.num_pictures if isinstance(train, PictureStream) else len(train)
     return {
         "parameters": model.num_parameters(),
         "classes": len(train.class_names),
         "flops_per_picture": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
         "pictures_per_update": cfg.global_batch_size,
-        "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
+        "updates_per_epoch": round(size / cfg.global_batch_size, 1) if size else "unknown, streamed",
         **launch.describe(accelerator),
     }
 
 
-def report_costs(cfg: Config, accelerator: Any, train: Pictures, updates: CroppedUpdates) -> None:
+def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: int) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    last = to_device(updates[cfg.max_steps - 1][0][0], accelerator.device)
+    cfg = replace(cfg, num_workers=0)
+    (micro_batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
+    last = to_device(micro_batch, accelerator.device)
     pixels = last["pixel_values"].permute(0, 3, 1, 2).float()
     with dry_run.without_memory():
         model = build_model(cfg, train.class_names)
@@ -521,10 +597,10 @@ def report_costs(cfg: Config, accelerator: Any, train: Pictures, updates: Croppe
         rows["all updates"] = "at most " + dry_run.human_seconds(seconds * cfg.max_steps)
     accelerator.print(dry_run.table(rows))
     if accelerator.is_main_process:
-        first, _ = updates[0]
-        shown = first[0]["pixel_values"][:NUM_SHOWN], first[0]["labels"][:NUM_SHOWN]
+        (first, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0, []))
+        names = [train.class_names[label] for label in first["labels"][:NUM_SHOWN]]
         grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "pictures.png"
-        figures.picture_grid(list(shown[0]), [train.class_names[label] for label in shown[1]], grid)
+        figures.picture_grid(list(first["pixel_values"][:NUM_SHOWN].numpy()), names, grid)
         accelerator.print(f"training pictures as the model sees them: {grid}")
 
 

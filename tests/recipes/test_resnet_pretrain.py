@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,7 +76,7 @@ def test_updates_are_a_function_of_seed_and_step(resnet: ModuleType, shapes: Pat
     def pixels(step: int, batch_size: int, rank: int, processes: int, seed: int = 0) -> list[bytes]:
         changed = config_of(resnet, shapes, tmp_path, seed=seed)
         order = {"seed": seed, "global_batch_size": batch_size, "rank": rank, "num_processes": processes}
-        batches, bad = resnet.CroppedUpdates(changed, train, 2, order)[step]
+        batches, bad, _ = resnet.CroppedUpdates(changed, train, 2, order)[step]
         assert bad == []
         return [row.tobytes() for batch in batches for row in batch["pixel_values"]]
 
@@ -287,6 +288,35 @@ def test_resuming_is_exact_to_the_bit(
     run(resnet, config_of(resnet, shapes, run_dir, save_every=1, keep_checkpoints=100, num_workers=workers))
     assert results_of(run_dir) == results_of(reference)
     assert_same_weights(run_dir, reference)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_learns_and_resumes_to_the_bit(
+    resnet: ModuleType, shapes: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With windows of 45 pictures, of which updates of 8 leave some; a damaged one is passed over and counted."""
+    monkeypatch.setattr("shared.picture_streaming.WINDOW", 45)
+    shutil.copytree(shapes, tmp_path / "data")
+    (tmp_path / "data" / "train" / "low" / "5.png").write_bytes(b"no picture")
+    fields = {"streaming": True, "max_steps": 40, "save_every": 1, "keep_checkpoints": 100, "num_workers": workers}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(resnet, config_of(resnet, tmp_path / "data", whole, **fields))
+    state_at(whole, 7, stopped)
+    run(resnet, config_of(resnet, tmp_path / "data", stopped, **fields))
+    assert results_of(stopped) == results_of(whole)
+    assert_same_weights(stopped, whole)
+    entries = metrics_of(whole)
+    assert np.mean([entry["train/loss"] for entry in entries[-5:]]) < 0.8 < entries[0]["train/loss"] - 0.2
+    assert entries[-1]["train/bad_pictures"] == 1
+
+
+def test_a_stream_without_another_split_holds_some_out(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+    cfg = config_of(resnet, shapes / "train", tmp_path, eval_fraction=0.2, streaming=True)
+    train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
+    files = {picture.data for picture in train}
+    assert len(files) + len(held_out) == 39
+    assert not files & {held_out.read(index) for index in range(len(held_out))}
+    run(resnet, replace(cfg, dry_run=True))
 
 
 def test_training_goes_on_from_weights_with_other_classes(

@@ -63,7 +63,7 @@ def test_processes_share_the_global_batch(resnet_rsb: ModuleType, shapes: Path, 
 
     def pixels(rank: int, processes: int) -> list[bytes]:
         order = {"seed": 0, "global_batch_size": 8, "rank": rank, "num_processes": processes}
-        batches, _ = resnet_rsb.CroppedUpdates(cfg, train, 2, order)[5]
+        batches, _, _ = resnet_rsb.CroppedUpdates(cfg, train, 2, order)[5]
         return [row.tobytes() for batch in batches for row in batch["pixel_values"]]
 
     assert pixels(0, 1) == pixels(0, 2) + pixels(1, 2)
@@ -169,6 +169,20 @@ def test_resuming_is_exact_to_the_bit(
     run(resnet_rsb, config_of(resnet_rsb, shapes, run_dir, save_every=1, keep_checkpoints=100, num_workers=workers))
     assert results_of(run_dir) == results_of(reference)
     assert_same_weights(run_dir, reference)
+
+
+def test_streaming_resumes_to_the_bit(
+    resnet_rsb: ModuleType, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates of 8 end within the three crops of a picture."""
+    monkeypatch.setattr("shared.picture_streaming.WINDOW", 10)
+    fields = {"streaming": True, "save_every": 1, "keep_checkpoints": 100}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(resnet_rsb, config_of(resnet_rsb, shapes, whole, **fields))
+    state_at(whole, 7, stopped)
+    run(resnet_rsb, config_of(resnet_rsb, shapes, stopped, **fields, num_workers=1))
+    assert results_of(stopped) == results_of(whole)
+    assert_same_weights(stopped, whole)
 
 
 def test_dry_run_leaves_nothing(

@@ -5,12 +5,10 @@ from accelerate import Accelerator
 
 from shared.bad_pictures import BadPictures, candidates
 from shared.command_line import UsageError
-from shared.pictures import open_pictures
 
 
-def of_run(known: list[int], max_fraction: float) -> BadPictures:
-    options = {"config": "", "image_column": "", "label_column": ""}
-    return BadPictures(Accelerator(cpu=True), open_pictures("sample", split="test", **options), max_fraction, known)
+def of_run(known: list[str], max_fraction: float) -> BadPictures:
+    return BadPictures(Accelerator(cpu=True), 2000, max_fraction, known)
 
 
 def test_replacements_are_the_same_at_every_call() -> None:
@@ -24,23 +22,21 @@ def test_replacements_are_the_same_at_every_call() -> None:
 
 
 def test_each_bad_picture_counts_and_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    bad = of_run([5], max_fraction=0.5)
+    bad = of_run(["5.png"], max_fraction=0.5)
     with caplog.at_level(logging.WARNING):
-        bad.add([7, 7, 5])
-        bad.add([7])
-    assert [record.getMessage() for record in caplog.records] == [
-        "a picture that cannot be decoded is replaced: 00007.png (row 7)"
-    ]
+        bad.add(["7.png", "7.png", "5.png"])
+        bad.add(["7.png"])
+    assert [record.getMessage() for record in caplog.records] == ["a picture that cannot be decoded is replaced: 7.png"]
     assert bad.number() == 2
-    assert bad.gather() == [5, 7]
+    assert bad.gather() == ["5.png", "7.png"]
 
 
 def test_more_than_the_stated_share_stops_the_run() -> None:
-    bad = of_run([3], max_fraction=0.001)
-    bad.add([1])
+    bad = of_run(["3.png"], max_fraction=0.001)
+    bad.add(["1.png"])
     assert bad.number() == 2
     bad.check()
-    bad.add([4])
+    bad.add(["4.png"])
     bad.number()
-    with pytest.raises(UsageError, match=r"max_bad_fraction: 0.001: expected .* 3 are, such as 00001.png \(row 1\)"):
+    with pytest.raises(UsageError, match=r"max_bad_fraction: 0.001: expected .* 3 are, such as 1.png"):
         bad.check()

@@ -19,15 +19,13 @@ from shared.batches import IGNORED
 from shared.command_line import UsageError
 from shared.documents import DOCUMENT_SEPARATOR, open_texts
 from shared.packing import pack_corpus
+from shared.shards import StreamState, deal_records, resumed_state, start_of_stream
 from shared.streaming import (
     StreamedUpdates,
-    StreamState,
     TextStream,
     is_held_out,
     open_shards,
     open_streams,
-    resumed_state,
-    start_of_stream,
     stream_rows,
 )
 from shared.tokenization import decode_bytes
@@ -130,13 +128,13 @@ def test_resuming_reads_each_earlier_shard_no_more(tokenizer: Any) -> None:
 
 
 def test_with_as_many_processes_each_goes_on_where_it_was() -> None:
-    states = [start_of_stream(2) | {"epoch": 1, "rows": rank} for rank in range(2)]
+    states = [start_of_stream(2) | {"epoch": 1, "used": rank} for rank in range(2)]
     assert [resumed_state(states, rank, 2) for rank in range(2)] == states
     assert resumed_state([], 1, 2) == start_of_stream(2)
 
 
 def test_with_another_number_of_processes_all_begin_the_same_new_pass(caplog: pytest.LogCaptureFixture) -> None:
-    states = [start_of_stream(3) | {"epoch": epoch, "shard": 1, "document": 5, "rows": 2} for epoch in (4, 6, 5)]
+    states = [start_of_stream(3) | {"epoch": epoch, "shard": 1, "record": 5, "used": 2} for epoch in (4, 6, 5)]
     with caplog.at_level(logging.WARNING):
         resumed = [resumed_state(states, rank, 2) for rank in range(2)]
     assert resumed == [start_of_stream(2) | {"epoch": 7}] * 2
@@ -158,7 +156,7 @@ def test_every_document_comes_once_a_pass(number: int, processes: int) -> None:
 
 
 def documents_of_a_pass(shards: Sequence[Shard], processes: int, rank: int, epoch: int) -> list[str]:
-    documents = streaming._documents(shards, 0.0, 0, rank, start_of_stream(processes) | {"epoch": epoch})
+    documents = deal_records(shards, 0, rank, start_of_stream(processes) | {"epoch": epoch})
     return [document for document, _ in itertools.takewhile(lambda pair: pair[1]["epoch"] == epoch, documents)]
 
 
@@ -175,7 +173,7 @@ def test_every_document_of_a_pass_is_in_its_rows(tokenizer: Any, monkeypatch: py
 def test_a_long_document_is_cut_and_nothing_of_it_is_lost(tokenizer: Any, prose: list[str]) -> None:
     rows = first_rows(100, [Shard([prose[0][:9000]])], tokenizer, start_of_stream(1))
     end_tokens = sum(int(np.sum(row["labels"] == tokenizer.eos_token_id)) for row, _ in rows)
-    window = [row for row, state in rows if state["document"] == 0 and state["epoch"] == 0]
+    window = [row for row, state in rows if state["record"] == 0 and state["epoch"] == 0]
     expected = tokenizer.backend_tokenizer.encode(prose[0][:9000], add_special_tokens=False).ids
     labels = np.concatenate([row["labels"][row["labels"] != IGNORED] for row in window])
     assert sorted(labels.tolist()) == sorted([*expected, tokenizer.eos_token_id])
@@ -213,7 +211,7 @@ def test_an_error_that_one_process_alone_sees_is_shown(tokenizer: Any, caplog: p
     updates = streaming.StreamedUpdates([TextStream("a", [Shard(["only one"])])], tokenizer, 16, 1, order, 0, [])
     with pytest.raises(UsageError, match="got none for process 1"):
         next(iter(updates))
-    assert "process 1: data: expected documents" in caplog.text
+    assert "process 1: data: expected records" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +261,7 @@ def test_held_out_documents_can_be_packed(tokenizer: Any, tmp_path: Path) -> Non
 def test_a_stream_of_nothing_ends_in_an_error(
     tokenizer: Any, documents: list[str], number: int, processes: int
 ) -> None:
-    with pytest.raises(UsageError, match=r"^data: expected documents to train on in a pass over the stream, got none"):
+    with pytest.raises(UsageError, match=r"^data: expected records to train on in a pass over the stream, got none"):
         first_rows(1, [Shard(documents)] * number, tokenizer, start_of_stream(processes))
 
 
@@ -291,9 +289,9 @@ def test_a_shard_of_nothing_among_others_is_no_error(tokenizer: Any) -> None:
 
 @pytest.mark.timeout(20)
 def test_a_pass_that_is_resumed_at_its_very_end_is_no_error(tokenizer: Any) -> None:
-    state: StreamState = {"num_processes": 1, "epoch": 0, "shard": 0, "document": 12, "rows": 0}
+    state: StreamState = {"num_processes": 1, "epoch": 0, "shard": 0, "record": 12, "used": 0}
     [(_, after)] = first_rows(1, shards_of(1), tokenizer, state)
-    assert (after["epoch"], after["document"]) == (0, 12)
+    assert (after["epoch"], after["record"]) == (0, 12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
