@@ -17,7 +17,6 @@ Rules:
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -30,10 +29,12 @@ from typing import Any
 from harness import (
     ROOT,
     WARM_UPDATES,
+    EnoughUpdates,
     Row,
     answer_child,
     execute,
     in_child,
+    load_recipe,
     measure_parts,
     peak_bytes,
     read_options,
@@ -54,18 +55,9 @@ WIDE_VOCABULARY = 30_522
 # In child processes, so that each side's memory is its own. Imports are late for the same reason.
 
 
-def load_recipe(flags: list[str]) -> tuple[Any, Any]:
-    """The recipe as a module, and its config from `flags`."""
-    spec = importlib.util.spec_from_file_location("bert_pretrain", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recipe
-    spec.loader.exec_module(recipe)
-    return recipe, recipe.cli.parse(recipe.Config, flags)
-
-
 def prepare(folder: str) -> dict[str, Any]:
     """Build the caches and a vocabulary as large as the paper's; return what the other parts need."""
-    recipe, cfg = load_recipe([])
+    recipe, cfg = load_recipe(RECIPE, [])
     accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", folder, False)
     tokenizer, pairs, _ = recipe.open_data(cfg, accelerator)
     vocabulary = tokenizer.get_vocab()
@@ -97,7 +89,7 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, evaluate
     import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    recipe, cfg = load_recipe(flags)
+    recipe, cfg = load_recipe(RECIPE, flags)
     accelerator = accelerate.Accelerator(cpu=True)
     tokenizer, pairs, eval_pairs = recipe.open_data(cfg, accelerator)
     rows = [pairs.read(0, pair) for pair in range(min(len(pairs.epoch(0)), max_steps * cfg.global_batch_size))]
@@ -152,13 +144,9 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, evaluate
     return result
 
 
-class EnoughUpdates(Exception):
-    """Leaves the recipe's loop."""
-
-
 def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     """Run the recipe's own `main()` for some updates; speed, real tokens and the share of making pairs and masks."""
-    recipe, cfg = load_recipe(flags)
+    recipe, cfg = load_recipe(RECIPE, flags)
     times, tokens, making = [], [], [0.0]
     train_update, make = recipe.train_update, recipe.MaskedUpdates.__getitem__
 
@@ -190,7 +178,7 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
 
 def make_pairs(flags: list[str]) -> dict[str, float]:
     """Find the pairs of one epoch that nobody has asked for yet."""
-    recipe, cfg = load_recipe(flags)
+    recipe, cfg = load_recipe(RECIPE, flags)
     accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", "", False)
     _, pairs, _ = recipe.open_data(cfg, accelerator)
     from shared.sentence_pairs import make_pairs as make

@@ -9,7 +9,7 @@ network is needed. A figure is the median over the updates after the first ten, 
 
 import argparse
 
-from harness import GPU_WARM_UPDATES, commit_of_the_tree, run_on_gpu, say
+from harness import EMBEDDED_PROSE, GPU_WARM_UPDATES, commit_of_the_tree, run_on_gpu, say
 
 
 def main() -> None:
@@ -22,7 +22,9 @@ def main() -> None:
     if options.updates <= GPU_WARM_UPDATES:
         parser.error(f"--updates: {options.updates}: expected more than {GPU_WARM_UPDATES}")
     for config in options.configs.split(","):
-        found = run_on_gpu("bert", config, options.updates, options.per_device_batch_size, schedule_steps=0)
+        found = run_on_gpu(
+            "bert", config, options.updates, options.per_device_batch_size, schedule_steps=0, **EMBEDDED_PROSE
+        )
         rate, mfu, waiting = (found[f"perf/{key}"] for key in ("tokens_per_second", "mfu", "data_wait_fraction"))
         sequences = found["pairs_per_update"] / found["seconds_per_update"]
         cells = (

@@ -22,7 +22,6 @@ Rules, the same on both sides:
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -40,11 +39,13 @@ from harness import (
     OUTPUT,
     ROOT,
     WARM_UPDATES,
+    EnoughUpdates,
     Row,
     answer_child,
     environment,
     execute,
     in_child,
+    load_recipe,
     measure_parts,
     peak_bytes,
     read_options,
@@ -65,20 +66,11 @@ SHORTER = (0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25)  # runs tried, as shares o
 # In child processes, so that each side's memory is its own. Imports are late for the same reason.
 
 
-def load_recipe(flags: list[str]) -> tuple[Any, Any]:
-    """The recipe as a module, and its config from `flags`."""
-    spec = importlib.util.spec_from_file_location("gpt_pretrain", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recipe
-    spec.loader.exec_module(recipe)
-    return recipe, recipe.cli.parse(recipe.Config, flags)
-
-
 def prepare(folder: str) -> dict[str, Any]:
     """Build the caches, the Trainer's rows and the configurations of its models; return what the other parts need."""
     import numpy as np
 
-    recipe, cfg = load_recipe([])
+    recipe, cfg = load_recipe(RECIPE, [])
     accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", folder, False)
     tokenizer, [train], _ = recipe.open_data(cfg, accelerator)
     model = recipe.build_model(cfg, tokenizer)
@@ -192,15 +184,11 @@ def run_trainer(
     result = {**speed(clock.times[1:]), "seconds": clock.times[-1] - clock.times[0], "peak_bytes": peak_bytes()}
     result |= {"learning_rate": learning_rate, "model": model, "parameters": network.num_parameters()}
     if evaluate:
-        recipe, cfg = load_recipe([])
+        recipe, cfg = load_recipe(RECIPE, [])
         _, _, sources = recipe.open_data(cfg, trainer.accelerator)
         metrics = recipe.evaluate(trainer.accelerator, trainer.model, sources, rows_per_update)
         result["bits_per_byte"] = metrics["eval/bits_per_byte"]
     return result
-
-
-class EnoughUpdates(Exception):
-    """Leaves the recipe's loop."""
 
 
 def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
@@ -208,7 +196,7 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     import accelerate
     from accelerate.optimizer import AcceleratedOptimizer
 
-    recipe, cfg = load_recipe(flags)
+    recipe, cfg = load_recipe(RECIPE, flags)
     seconds = dict.fromkeys(("forward", "backward", "optimizer", "clipping"), 0.0)
     times, parts, processor = [], [], []
     train_update = recipe.train_update

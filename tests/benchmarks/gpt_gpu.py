@@ -9,7 +9,7 @@ network is needed. A figure is the median over the updates after the first ten, 
 
 import argparse
 
-from harness import GPU_WARM_UPDATES, commit_of_the_tree, run_on_gpu, say
+from harness import EMBEDDED_PROSE, GPU_WARM_UPDATES, commit_of_the_tree, run_on_gpu, say
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     for config in options.configs.split(","):
         # GPT-2's tokenizer comes from the Hub and has 50,257 tokens.
         flags = {"vocab_size": 50257} if config == "gpt2_124m" else {}
-        found = run_on_gpu("gpt", config, options.updates, options.per_device_batch_size, **flags)
+        found = run_on_gpu("gpt", config, options.updates, options.per_device_batch_size, **flags, **EMBEDDED_PROSE)
         rate, mfu, waiting = (found[f"perf/{key}"] for key in ("tokens_per_second", "mfu", "data_wait_fraction"))
         cells = (
             f"`configs/{config}.yaml`, {found['parameters'] / 1e6:.0f}M parameters, bf16: tokens a second, MFU",

@@ -1,6 +1,7 @@
 """What the benchmarks share: children with memory of their own, rates, and the tables of the READMEs."""
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARKERS = ("<!-- benchmark -->", "<!-- /benchmark -->")
 WARM_UPDATES = 5  # not counted in rates
 GPU_WARM_UPDATES = 10
+EMBEDDED_PROSE = {"data": "sample", "data_config": "", "text_column": "", "tokenizer": ""}  # needs no network
 OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 Row = tuple[str, str, str]  # what, measured, goal
 
@@ -56,6 +58,19 @@ def execute(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
+def load_recipe(path: Path, flags: list[str]) -> tuple[Any, Any]:
+    """A recipe as a module, and its config from `flags`."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = recipe
+    spec.loader.exec_module(recipe)
+    return recipe, recipe.cli.parse(recipe.Config, flags)
+
+
+class EnoughUpdates(Exception):
+    """Leaves a recipe's loop."""
+
+
 def speed(times: list[float]) -> dict[str, float]:
     """Seconds an update between the end of the last warm-up update and the end of the last one."""
     seconds = times[-1] - times[WARM_UPDATES - 1]
@@ -69,7 +84,14 @@ def peak_bytes() -> int:
 
 
 def run_on_gpu(family: str, config: str, updates: int, per_device_batch_size: int, **flags: Any) -> dict[str, Any]:
-    """Run a configuration of a recipe on one GPU with the embedded prose, so that no network is needed.
+    """Run a configuration of a recipe on one GPU.
+
+    Args:
+        family: of the recipe.
+        config: in its configs/.
+        updates: more than `GPU_WARM_UPDATES`.
+        per_device_batch_size: of a micro-batch; 0 = the configuration's.
+        flags: fields to change, the data among them.
 
     Returns:
         What run.json says, and the medians of perf/ metrics and of the seconds of an update, over the updates after
@@ -80,8 +102,7 @@ def run_on_gpu(family: str, config: str, updates: int, per_device_batch_size: in
     launch += ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml"), str(recipe)]
     with tempfile.TemporaryDirectory(prefix=f"{family}_gpu_") as folder:
         flags |= {"config": recipe.parent / "configs" / f"{config}.yaml", "output_dir": Path(folder, config)}
-        flags |= {"data": "sample", "data_config": "", "text_column": "", "max_steps": updates, "warmup_steps": 5}
-        flags |= {"tokenizer": "", "log_every": 1, "eval_every": 0, "save_every": 0}
+        flags |= {"max_steps": updates, "warmup_steps": 5, "log_every": 1, "eval_every": 0, "save_every": 0}
         if per_device_batch_size:
             flags["per_device_batch_size"] = per_device_batch_size
         subprocess.run([*launch, *(f"--{name}={value}" for name, value in flags.items())], check=True)
@@ -90,8 +111,8 @@ def run_on_gpu(family: str, config: str, updates: int, per_device_batch_size: in
     entries = [json.loads(line) for line in lines]
     ends = [entry["perf/training_seconds"] for entry in entries]
     seconds = [ended - begun for begun, ended in itertools.pairwise(ends[GPU_WARM_UPDATES - 1 :])]
-    keys = ("perf/tokens_per_second", "perf/mfu", "perf/data_wait_fraction")
-    medians = {key: statistics.median(entry[key] for entry in entries[GPU_WARM_UPDATES:]) for key in keys}
+    warm = entries[GPU_WARM_UPDATES:]
+    medians = {key: statistics.median(entry[key] for entry in warm) for key in warm[-1] if key.startswith("perf/")}
     return {**record, **medians, "seconds_per_update": statistics.median(seconds)}
 
 

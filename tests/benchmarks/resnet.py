@@ -20,7 +20,6 @@ Rules:
 """
 
 import argparse
-import importlib.util
 import io
 import json
 import os
@@ -34,16 +33,19 @@ from typing import Any
 from harness import (
     ROOT,
     WARM_UPDATES,
+    EnoughUpdates,
     Row,
     answer_child,
     execute,
     in_child,
+    load_recipe,
     measure_parts,
     peak_bytes,
     read_options,
     say,
     speed,
 )
+from jpegs import JPEG_SIZE, make_jpeg
 
 RECIPE = ROOT / "recipes" / "resnet" / "pretrain.py"
 README = RECIPE.with_name("README.md")
@@ -51,24 +53,15 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
 NO_PAUSES = ["--eval_every=0", "--save_every=0"]
 ONE_SIZE = ["--image_size=28", "--final_image_size=28"]
 EVALUATIONS = 40
-JPEG_SIZE, CROP, NUM_JPEGS = (500, 375), 176, 64
+CROP, NUM_JPEGS = 176, 64
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In child processes, so that each side's memory is its own. Imports are late for the same reason.
 
 
-def load_recipe(flags: list[str]) -> tuple[Any, Any]:
-    """The recipe as a module, and its config from `flags`."""
-    spec = importlib.util.spec_from_file_location("resnet_pretrain", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recipe
-    spec.loader.exec_module(recipe)
-    return recipe, recipe.cli.parse(recipe.Config, flags)
-
-
 def prepare(folder: str) -> dict[str, Any]:
     """What the other parts need."""
-    recipe, cfg = load_recipe([])
+    recipe, cfg = load_recipe(RECIPE, [])
     accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", folder, False)
     train, _ = recipe.open_data(cfg, accelerator)
     return {
@@ -86,7 +79,7 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
     import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    recipe, cfg = load_recipe(flags)
+    recipe, cfg = load_recipe(RECIPE, flags)
     accelerator = accelerate.Accelerator(cpu=True)
     train, held_out = recipe.open_data(cfg, accelerator)
     processor = recipe.build_processor(cfg)
@@ -135,13 +128,9 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
     return result
 
 
-class EnoughUpdates(Exception):
-    """Leaves the recipe's loop."""
-
-
 def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     """Run the recipe's own `main()` for some updates; its speed."""
-    recipe, cfg = load_recipe(flags)
+    recipe, cfg = load_recipe(RECIPE, flags)
     times: list[float] = []
     train_update = recipe.train_update
 
@@ -165,10 +154,10 @@ def read_jpegs(seconds: float) -> dict[str, float]:
     import numpy as np
     from PIL import Image
 
+    recipe, cfg = load_recipe(RECIPE, [])
     from shared.crops import CROP_DRAWS
     from shared.decoding import EncodedPicture
 
-    recipe, cfg = load_recipe([])
     data = [make_jpeg(seed) for seed in range(NUM_JPEGS)]
 
     def ours(index: int, draws: Any) -> None:
@@ -200,22 +189,6 @@ def read_jpegs(seconds: float) -> dict[str, float]:
     return {**{name: statistics.median(values) for name, values in rates.items()}, "ratio": ratio}
 
 
-def make_jpeg(seed: int) -> bytes:
-    """A picture with detail at all scales, as photographs have: noise whose amplitude falls with its frequency."""
-    import numpy as np
-    from PIL import Image
-
-    draw, (width, height) = np.random.default_rng(seed), JPEG_SIZE
-    pixels = np.zeros((height, width, 3))
-    for octave in range(8):
-        coarse = draw.integers(0, 256, (max(2, height >> octave), max(2, width >> octave), 3)).astype(np.uint8)
-        layer = Image.fromarray(coarse).resize(JPEG_SIZE, Image.Resampling.BICUBIC)
-        pixels += (np.asarray(layer, dtype=float) - 127.5) * 2.0 ** (0.3 * (octave - 7))
-    stream = io.BytesIO()
-    Image.fromarray((127.5 + pixels / 4).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Parts
 
@@ -234,7 +207,7 @@ def measure_speed(facts: dict[str, Any], options: argparse.Namespace, folder: Pa
         theirs = [in_child(run_trainer, workers=workers, **common) for workers in (0, 1)]
         turns.append((ours, min(theirs, key=lambda run: run["seconds_per_update"])))
     ratio = statistics.median(theirs["seconds_per_update"] / ours["seconds_per_update"] for ours, theirs in turns)
-    batch = load_recipe([])[1].global_batch_size
+    batch = load_recipe(RECIPE, [])[1].global_batch_size
     rates = [statistics.median(batch / side[number]["seconds_per_update"] for side in turns) for number in (0, 1)]
     workers = statistics.mode(theirs["workers"] for _, theirs in turns)
     memory = statistics.median(ours["peak_bytes"] / theirs["peak_bytes"] for ours, theirs in turns)
