@@ -152,12 +152,14 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
 def read_jpegs(seconds: float) -> dict[str, float]:
     """Crops a second of one thread, the recipe's way and Pillow's, in turns."""
     import numpy as np
+    import torch
     from PIL import Image
 
     recipe, cfg = load_recipe(RECIPE, [])
     from shared.crops import CROP_DRAWS
     from shared.decoding import EncodedPicture
 
+    torch.set_num_threads(1)  # as in a data worker
     data = [make_jpeg(seed) for seed in range(NUM_JPEGS)]
 
     def ours(index: int, draws: Any) -> None:
