@@ -293,6 +293,8 @@ class StreamedCrops(IterableDataset):
                     rows.append(self._crop(picture, state["epoch"], size))
                 except BadPicture:
                     bad.append(picture.name)
+                    is_endless = len(bad) > 100 + self._share
+                    cli.expect(not is_endless, "data", self._cfg.data, "pictures that can be decoded")
             yield micro_batches(rows, self._micro_batch_size), bad, state
 
     def _crop(self, picture: StreamedPicture, epoch: int, size: int) -> dict[str, np.ndarray]:

@@ -300,6 +300,8 @@ class StreamedCrops(IterableDataset):
                     rows += self._crops(picture, state["epoch"])
                 except BadPicture:
                     bad.append(picture.name)
+                    is_endless = len(bad) > 100 + self._share
+                    cli.expect(not is_endless, "data", self._cfg.data, "pictures that can be decoded")
             yield micro_batches(rows[: self._share], self._micro_batch_size), bad, state
 
     def _crops(self, picture: StreamedPicture, epoch: int) -> list[dict[str, np.ndarray]]:

@@ -310,6 +310,17 @@ def test_streaming_learns_and_resumes_to_the_bit(
     assert entries[-1]["train/bad_pictures"] == 1
 
 
+def test_a_stream_of_no_pictures_ends(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+    for file in (shapes / "train").rglob("*.png"):
+        (tmp_path / "data" / "train" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "train" / file.parent.name / file.name).write_bytes(b"no picture")
+    broken = config_of(resnet, tmp_path / "data", tmp_path / "run", streaming=True)
+    columns = {"image_column": "", "label_column": ""}
+    stream = resnet.open_picture_stream(broken.data, config="", split="train", **columns)
+    with pytest.raises(cli.UsageError, match="expected pictures that can be decoded"):
+        next(resnet.open_updates(broken, Accelerator(cpu=True), stream, 8, 0, []))
+
+
 def test_a_stream_without_another_split_holds_some_out(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
     cfg = config_of(resnet, shapes / "train", tmp_path, eval_fraction=0.2, streaming=True)
     train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
