@@ -75,7 +75,7 @@ class Config(cli.RunControl):
     """Share of the shorter side that this crop keeps; 0.875 is usual for ImageNet."""
     enlarge: int = 2
     """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
-    min_crop_area: float = 0.5
+    min_crop_area: float = 0.8
     """Least share of a picture's area that a random crop takes."""
     label_smoothing: float = 0.1
     """Share of the target that all classes get alike. 0 = none."""
@@ -105,7 +105,7 @@ class Config(cli.RunControl):
     """L2 penalty of convolutions and the head, not of norms and biases. 0 = none."""
     max_grad_norm: float = 0.0
     """Norm to which the update's gradient is clipped. 0 = no clipping."""
-    warmup_steps: int = 300
+    warmup_steps: int = 100
     """Updates over which the rate rises linearly; then it falls to 0 as a cosine."""
     ema_decay: float = 0.998
     """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""

@@ -68,7 +68,7 @@ class Config(cli.RunControl):
     """Share of the shorter side that this crop keeps; the paper's 0.95 is for ImageNet."""
     enlarge: int = 2
     """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
-    min_crop_area: float = 0.5
+    min_crop_area: float = 0.8
     """Least share of a picture's area that a random crop takes."""
     repeats: int = 1
     """Crops of the same picture, one after the other (repeated augmentation); an epoch is as much longer. 1 = one."""
@@ -102,7 +102,7 @@ class Config(cli.RunControl):
     """Pictures of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
     """Pictures of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
-    max_steps: int = 2000
+    max_steps: int = 1500
     """Optimizer updates."""
     learning_rate: float = 0.01
     """Peak rate of LAMB."""
