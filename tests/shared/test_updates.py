@@ -137,5 +137,6 @@ def test_workers_let_training_go_first_on_a_cpu() -> None:
     updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 1, torch.device("cpu"))
     next(updates)
     (worker,) = set(multiprocessing.active_children()) - others
-    assert os.getpriority(os.PRIO_PROCESS, worker.pid) > os.getpriority(os.PRIO_PROCESS, 0)
+    largest = 19  # of the system's scale, on which these tests may already run
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(largest, os.getpriority(os.PRIO_PROCESS, 0) + 7)
     updates.close()
