@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -128,4 +129,14 @@ def test_workers_outlive_a_signal_that_their_parent_did_not_send() -> None:
     worker.terminate()
     worker.join(timeout=10)
     assert worker.exitcode == 0
+    updates.close()
+
+
+def test_workers_let_training_go_first_on_a_cpu() -> None:
+    others = set(multiprocessing.active_children())
+    updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 1, torch.device("cpu"))
+    next(updates)
+    (worker,) = set(multiprocessing.active_children()) - others
+    largest = 19  # of the system's scale, on which these tests may already run
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(largest, os.getpriority(os.PRIO_PROCESS, 0) + 7)
     updates.close()
