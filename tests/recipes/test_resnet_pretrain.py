@@ -29,6 +29,7 @@ TINY = {
     "image_size": 12,
     "final_image_size": 16,
     "eval_image_size": 16,
+    "min_crop_area": 0.5,
     "depths": "1,1",
     "hidden_sizes": "8,16",
     "embedding_size": 8,
