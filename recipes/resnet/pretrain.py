@@ -380,8 +380,7 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    momentum = {"momentum": cfg.momentum, "nesterov": cfg.momentum > 0}
-    return torch.optim.SGD(groups, lr=cfg.learning_rate, **momentum, fused=True)
+    return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum, nesterov=cfg.momentum > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
