@@ -289,20 +289,22 @@ class StreamedCrops(IterableDataset):
             bad: list[str] = []
             while len(rows) < self._share:
                 picture, state = next(arriving)
-                try:
-                    rows.append(self._crop(picture, state["epoch"], size))
-                except BadPicture:
-                    bad.append(picture.name)
-                    is_endless = len(bad) > 100 + self._share
-                    cli.expect(not is_endless, "data", self._cfg.data, "pictures that can be decoded")
+                cropped = self._crop(picture, state["epoch"], size)
+                rows += cropped
+                bad += [] if cropped else [picture.name]
+                is_endless = len(bad) > 100 + self._share
+                cli.expect(not is_endless, "data", self._cfg.data, "pictures that can be decoded")
             yield micro_batches(rows, self._micro_batch_size), bad, state
 
-    def _crop(self, picture: StreamedPicture, epoch: int, size: int) -> dict[str, np.ndarray]:
-        """A crop as a function of the seed, the pass and the picture's bytes."""
+    def _crop(self, picture: StreamedPicture, epoch: int, size: int) -> list[dict[str, np.ndarray]]:
+        """A crop as a function of the seed, the pass and the picture's bytes; none if they cannot be decoded."""
         where = (np.array([epoch]), np.array([picture.key]))
         [draws] = uniform_numbers(derive_seed(self._cfg.seed, "crop"), *where, count=CROP_DRAWS).tolist()
-        pixels = random_crop(EncodedPicture(picture.data), size, self._cfg.min_crop_area, draws)
-        return {"pixel_values": pixels, "labels": np.array(picture.label)}
+        try:
+            pixels = random_crop(EncodedPicture(picture.data), size, self._cfg.min_crop_area, draws)
+        except BadPicture:
+            return []
+        return [{"pixel_values": pixels, "labels": np.array(picture.label)}]
 
 
 def open_updates(

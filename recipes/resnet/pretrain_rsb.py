@@ -296,21 +296,24 @@ class StreamedCrops(IterableDataset):
             bad: list[str] = []
             while len(rows) < self._share:
                 picture, state = next(arriving)
-                try:
-                    rows += self._crops(picture, state["epoch"])
-                except BadPicture:
-                    bad.append(picture.name)
-                    is_endless = len(bad) > 100 + self._share
-                    cli.expect(not is_endless, "data", self._cfg.data, "pictures that can be decoded")
+                cropped = self._crops(picture, state["epoch"])
+                rows += cropped
+                bad += [] if cropped else [picture.name]
+                is_endless = len(bad) > 100 + self._share
+                cli.expect(not is_endless, "data", self._cfg.data, "pictures that can be decoded")
             yield micro_batches(rows[: self._share], self._micro_batch_size), bad, state
 
     def _crops(self, picture: StreamedPicture, epoch: int) -> list[dict[str, np.ndarray]]:
-        """All crops of a picture, as functions of the seed, the pass and the picture's bytes."""
-        cfg, encoded, rows = self._cfg, EncodedPicture(picture.data), []
+        """Crops as functions of the seed, the pass and the picture's bytes; none if they cannot be decoded."""
+        cfg, rows = self._cfg, []
         for copy in range(cfg.repeats):
             where = (np.array([epoch]), np.array([picture.key]), np.array([copy]))
             [draws] = uniform_numbers(derive_seed(cfg.seed, "crop"), *where, count=CROP_DRAWS).tolist()
-            pixels = random_crop(encoded, cfg.enlarge * cfg.image_size, cfg.min_crop_area, draws)
+            try:
+                encoded = EncodedPicture(picture.data)
+                pixels = random_crop(encoded, cfg.enlarge * cfg.image_size, cfg.min_crop_area, draws)
+            except BadPicture:
+                return []
             pixels = augment(cfg, pixels, epoch, picture.key, copy)
             rows.append({"pixel_values": pixels, "labels": np.array(picture.label)})
         return rows
