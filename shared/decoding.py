@@ -45,7 +45,7 @@ class EncodedPicture:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._pixels: np.ndarray | None = None
+        self._pixels: torch.Tensor | None = None
         self._image: Any = None  # Pillow's, of what simplejpeg cannot decode: other formats, EXIF rotation, CMYK
         with _decoding_errors():
             if data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data[:_EXIF_WITHIN]:
@@ -67,7 +67,7 @@ class EncodedPicture:
         Raises:
             BadPicture: the file is damaged.
         """
-        self._pixels = self._decode(1.0)
+        self._pixels = _channels_first(self._decode(1.0))
         self._data, self._image = b"", None
 
     def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
@@ -86,13 +86,13 @@ class EncodedPicture:
         left, top, right, bottom = box
         pixels = self._pixels
         if pixels is None:
-            pixels = self._decode(size / min(right - left, bottom - top))
-        x, y = pixels.shape[1] / self.width, pixels.shape[0] / self.height
+            pixels = _channels_first(self._decode(size / min(right - left, bottom - top)))
+        x, y = pixels.shape[3] / self.width, pixels.shape[2] / self.height
         rows, columns = slice(round(top * y), round(bottom * y)), slice(round(left * x), round(right * x))
-        part = torch.from_numpy(pixels)[rows, columns].permute(2, 0, 1)[None]
+        part = pixels[:, :, rows, columns]
         # torch's kernel for this type and layout takes half of Pillow's time or less.
         resized = interpolate(part, size=(size, size), mode="bilinear", antialias=True)
-        return resized[0].permute(1, 2, 0).numpy()
+        return resized.numpy()[0].transpose(1, 2, 0)
 
     def center_crop(self, size: int, crop_fraction: float) -> np.ndarray:
         """The middle, as transformers' `ConvNextImageProcessor`, which ResNets use, cuts it.
@@ -107,7 +107,7 @@ class EncodedPicture:
         Raises:
             BadPicture: the file is damaged.
         """
-        image = Image.fromarray(self._decode(1.0) if self._pixels is None else self._pixels)
+        image = Image.fromarray(self._decode(1.0) if self._pixels is None else self._pixels[0].permute(1, 2, 0).numpy())
         shorter = int(size / crop_fraction)
         longer = int(shorter * max(image.size) / min(image.size))
         sides = (shorter, longer) if image.width <= image.height else (longer, shorter)
@@ -144,3 +144,8 @@ def _decoding_errors() -> Iterator[None]:
 def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise BadPicture(f"{width} x {height} pixels, expected 1 to {MAX_PIXELS:,}")
+
+
+def _channels_first(pixels: np.ndarray) -> torch.Tensor:
+    """A view of (H, W, 3) as (1, 3, H, W)."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import default_convert
 
 from shared.batches import micro_batches
 from shared.sample_order import samples_of_update
 
+_PIPED_BYTES = 1 << 19  # of an array up to which a pipe is faster than a file in shared memory and its handshakes
 _NICENESS = 7  # of data workers on a CPU that trains; at 10 two cores waited 3 % of the time for data, at 7 1 %
 
 
@@ -55,28 +57,39 @@ def load_updates(dataset: Any, steps: range | None, num_workers: int, device: to
         num_workers: data worker processes; 0 = read here.
         device: that of training; for a GPU the tensors come in pinned memory.
     """
+    on_cpu = device.type == "cpu"
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
         sampler=steps,
         num_workers=num_workers,
+        collate_fn=_share_large if on_cpu else None,  # None: tensors, which torch can pin
         pin_memory=device.type == "cuda",
-        worker_init_fn=_begin_on_a_cpu if device.type == "cpu" else _begin,
+        worker_init_fn=_begin_on_a_cpu if on_cpu else _begin,
     )
     # Data workers inherit this, from their first moment: a signal to all processes of a run must not end them, for the
     # update that it stops after needs them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
-        items = iter(loader)
+        items = map(default_convert, iter(loader))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return _read_ahead(items) if num_workers and device.type != "cuda" else items
 
 
+def _share_large(item: Any) -> Any:
+    """Make a tensor, which torch puts into shared memory, of each array that is not small."""
+    if isinstance(item, np.ndarray):
+        return torch.from_numpy(item) if item.nbytes > _PIPED_BYTES else item
+    if isinstance(item, dict):
+        return {name: _share_large(value) for name, value in item.items()}
+    return type(item)(map(_share_large, item)) if isinstance(item, list | tuple) else item
+
+
 def _read_ahead(items: Iterator[Any]) -> Iterator[Any]:
     """Take each item from the data workers while the one before it is used.
 
-    Receiving a tensor costs a millisecond of handshakes. For a GPU torch's thread that pins memory does the same.
+    Receiving large tensors costs a millisecond of handshakes. For a GPU torch's thread that pins memory does the same.
     """
     end = object()
     with ThreadPoolExecutor(max_workers=1) as thread:

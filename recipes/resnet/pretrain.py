@@ -123,7 +123,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
@@ -235,7 +235,7 @@ class CroppedUpdates(Dataset):
 
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[str], None]:
         """The micro-batches of update `step`, the names of pictures that could not be decoded, and no state."""
-        size, bad = self._cfg.enlarge * image_size_at(self._cfg, step), []
+        size, bad = image_size_at(self._cfg, step), []
         _, epochs, indices = np.transpose(samples_of_update(step, [len(self._train)], [1.0], **self._order))
         draws = uniform_numbers(derive_seed(self._cfg.seed, "crop"), epochs, indices, count=CROP_DRAWS).tolist()
         drawn = zip(epochs.tolist(), indices.tolist(), draws, strict=True)
@@ -284,7 +284,7 @@ class StreamedCrops(IterableDataset):
         """The micro-batches of each update, the names of pictures that could not be decoded, the state after it."""
         arriving, state = self._train.read(**self._start), self._start["state"]
         for step in itertools.count(self._step):
-            size = self._cfg.enlarge * image_size_at(self._cfg, step)
+            size = image_size_at(self._cfg, step)
             rows: list[dict[str, np.ndarray]] = []
             bad: list[str] = []
             while len(rows) < self._share:
@@ -389,11 +389,11 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 # Objective
 
 
-def forward(model: Any, pixels: Tensor) -> Tensor:
-    """Logits (B, C) of uint8 pictures (B, S, S, 3), whose layout in memory is already channels-last."""
+def model_input(pixels: Tensor, enlarge: int) -> Tensor:
+    """Normalised, enlarged pictures, float32 (B, 3, E * S, E * S), channels-last, of uint8 (B, S, S, 3)."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     scaled = torch.addcmul(-mean / std, pixels.permute(0, 3, 1, 2).to(torch.float32), 1 / (255 * std))
-    return model(pixel_values=scaled).logits
+    return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
 
 
 def loss_sum(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -420,7 +420,7 @@ def evaluate(
     nll, found = 0.0, []
     for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
         batch = to_device(batch, accelerator.device)
-        logits = forward(model, batch["pixel_values"])
+        logits = model(pixel_values=model_input(batch["pixel_values"], enlarge=1)).logits  # as large as they are shown
         nll += loss_sum(logits, batch["labels"], smoothing=0.0).item()
         found.append(answers_of(logits.float().softmax(-1), batch))
     model.train()
@@ -449,7 +449,8 @@ def train_update(
     statistics.begin_update()
     for batch in batches:
         with accelerator.accumulate(model):
-            loss = loss_sum(forward(model, batch["pixel_values"]), batch["labels"], cfg.label_smoothing)
+            logits = model(pixel_values=model_input(batch["pixel_values"], cfg.enlarge)).logits
+            loss = loss_sum(logits, batch["labels"], cfg.label_smoothing)
             accelerator.backward(loss * scale)
         losses.append(loss.detach())
     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
@@ -587,7 +588,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
     cfg = replace(cfg, num_workers=0)
     (micro_batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
     last = to_device(micro_batch, accelerator.device)
-    pixels = last["pixel_values"].permute(0, 3, 1, 2).float()
+    pixels = model_input(last["pixel_values"], cfg.enlarge)
     with dry_run.without_memory():
         model = build_model(cfg, train.class_names)
         facts = describe(cfg, accelerator, model, train)

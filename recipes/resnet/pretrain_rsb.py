@@ -127,7 +127,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, one_hot
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
@@ -255,7 +255,7 @@ class CroppedUpdates(Dataset):
         for candidate in candidates(index, len(self._train), cfg.seed, epoch):
             try:
                 picture = self._cache.open(candidate)
-                pixels = random_crop(picture, cfg.enlarge * cfg.image_size, cfg.min_crop_area, draws)
+                pixels = random_crop(picture, cfg.image_size, cfg.min_crop_area, draws)
             except BadPicture:
                 bad.append(self._train.name(candidate))
                 continue
@@ -311,7 +311,7 @@ class StreamedCrops(IterableDataset):
             [draws] = uniform_numbers(derive_seed(cfg.seed, "crop"), *where, count=CROP_DRAWS).tolist()
             try:
                 encoded = EncodedPicture(picture.data)
-                pixels = random_crop(encoded, cfg.enlarge * cfg.image_size, cfg.min_crop_area, draws)
+                pixels = random_crop(encoded, cfg.image_size, cfg.min_crop_area, draws)
             except BadPicture:
                 return []
             pixels = augment(cfg, pixels, epoch, picture.key, copy)
@@ -430,11 +430,11 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 # Objective
 
 
-def forward(model: Any, pixels: Tensor) -> Tensor:
-    """Logits (B, C) of pictures (B, S, S, 3), from 0 to 255, whose layout in memory is already channels-last."""
+def model_input(pixels: Tensor, enlarge: int) -> Tensor:
+    """Normalised, enlarged pictures, float32 (B, 3, E * S, E * S), channels-last, of (B, S, S, 3) from 0 to 255."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     scaled = torch.addcmul(-mean / std, pixels.permute(0, 3, 1, 2).to(torch.float32), 1 / (255 * std))
-    return model(pixel_values=scaled).logits
+    return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
 
 
 def mix(pixels: Tensor, mixup_alpha: float, cutmix_alpha: float, draw: np.random.Generator) -> tuple[Tensor, float]:
@@ -508,7 +508,7 @@ def evaluate(
     bce, found = 0.0, []
     for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
         batch = to_device(batch, accelerator.device)
-        logits = forward(model, batch["pixel_values"])
+        logits = model(pixel_values=model_input(batch["pixel_values"], enlarge=1)).logits  # as large as they are shown
         kept = batch["labels"] != IGNORED
         targets = one_hot(batch["labels"][kept], logits.shape[1]).to(torch.float32)
         bce += loss_sum(logits[kept], targets, smoothing=0.0).item()
@@ -547,7 +547,7 @@ def train_update(
         draw = np.random.Generator(np.random.Philox(key=derive_seed(cfg.seed, "mix", step, place)))
         pixels, share = mix(batch["pixel_values"], cfg.mixup_alpha, cfg.cutmix_alpha, draw)
         with accelerator.accumulate(model):
-            logits = forward(model, pixels)
+            logits = model(pixel_values=model_input(pixels, cfg.enlarge)).logits
             targets = mixed_targets(batch["labels"], share, logits.shape[1], cfg.target_threshold)
             loss = loss_sum(logits, targets, cfg.label_smoothing)
             accelerator.backward(loss * scale)
@@ -680,7 +680,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
     cfg = replace(cfg, num_workers=0)
     (micro_batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
     last = to_device(micro_batch, accelerator.device)
-    pixels = last["pixel_values"].permute(0, 3, 1, 2).float()
+    pixels = model_input(last["pixel_values"], cfg.enlarge)
     with dry_run.without_memory():
         model = build_model(cfg, train.class_names)
         facts = describe(cfg, accelerator, model, train)

@@ -121,7 +121,8 @@ def test_initial_loss_is_that_of_a_uniform_guess(resnet: ModuleType, layer_type:
     cfg = resnet.Config(**{**TINY, "layer_type": layer_type, "hidden_sizes": hidden_sizes})
     model = resnet.build_model(cfg, tuple("abcdefghij")).train()
     batch = uint8_batch(64, 32, 10)
-    loss = resnet.loss_sum(resnet.forward(model, batch["pixel_values"]), batch["labels"], 0.0).item() / 64
+    logits = model(pixel_values=resnet.model_input(batch["pixel_values"], 1)).logits
+    loss = resnet.loss_sum(logits, batch["labels"], 0.0).item() / 64
     assert loss == pytest.approx(np.log(10), abs=0.35)
 
 
@@ -147,10 +148,22 @@ def test_weights_are_in_the_library_s_class_and_loss(resnet: ModuleType) -> None
     pictures = [Image.fromarray(pixels.numpy()) for pixels in batch["pixel_values"]]
     inputs = resnet.build_processor(cfg)(pictures, return_tensors="pt")
     expected = model(**inputs, labels=batch["labels"])
-    logits = resnet.forward(model, batch["pixel_values"])
+    logits = model(pixel_values=resnet.model_input(batch["pixel_values"], 1)).logits
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
     loss = resnet.loss_sum(logits, batch["labels"], 0.0) / 4
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("enlarge", [1, 2, 3])
+def test_training_pictures_are_enlarged_as_evaluated_ones(resnet: ModuleType, enlarge: int) -> None:
+    """The exported processor's Pillow rounds to whole steps of 256, the device does not."""
+    cfg = resnet.Config(enlarge=enlarge, eval_image_size=28)
+    pixels = uint8_batch(4, 28, 3)["pixel_values"]
+    pictures = [Image.fromarray(picture.numpy()) for picture in pixels]
+    expected = resnet.build_processor(cfg)(pictures, return_tensors="pt")["pixel_values"]
+    found = resnet.model_input(pixels, enlarge)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 255 / min(resnet.STD))
 
 
 def test_smoothed_loss_is_that_of_the_paper(resnet: ModuleType) -> None:
@@ -218,8 +231,8 @@ def test_non_finite_gradient_changes_nothing(resnet: ModuleType, monkeypatch: py
     cfg = resnet.Config(**TINY)
     accelerator, model, optimizer = prepared(resnet, cfg, 1, torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    forward = resnet.forward
-    monkeypatch.setattr(resnet, "forward", lambda *args: forward(*args) * float("nan"))
+    model_input = resnet.model_input
+    monkeypatch.setattr(resnet, "model_input", lambda *args: model_input(*args) * float("nan"))
     _, norm = resnet.train_update(cfg, accelerator, model, optimizer, RunningStatistics(model), [uint8_batch(8, 32, 3)])
     assert not np.isfinite(norm)
     after = model.state_dict()

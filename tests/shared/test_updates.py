@@ -140,3 +140,19 @@ def test_workers_let_training_go_first_on_a_cpu() -> None:
     largest = 19  # of the system's scale, on which these tests may already run
     assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(largest, os.getpriority(os.PRIO_PROCESS, 0) + 7)
     updates.close()
+
+
+class Arrays(torch.utils.data.Dataset):
+    """Items of a small and a large array, and of what is no array."""
+
+    def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], str, None]:
+        return [{"labels": np.arange(step, 5), "pixel_values": np.full((1 << 10, 1 << 10), step)}], "name", None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_arrays_of_any_size_arrive_as_tensors(num_workers: int) -> None:
+    for step, item in enumerate(load_updates(Arrays(), range(3), num_workers, torch.device("cpu"))):
+        [batch], name, nothing = item
+        assert (name, nothing) == ("name", None)
+        assert batch["labels"].tolist() == list(range(step, 5))
+        assert torch.equal(batch["pixel_values"], torch.full((1 << 10, 1 << 10), step))
