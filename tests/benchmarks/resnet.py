@@ -1,6 +1,6 @@
 """Measure recipes/resnet/pretrain.py against `transformers.Trainer`, and its input path against Pillow.
 
-    python tests/benchmarks/resnet.py                      # everything: about half an hour on two quiet cores
+    python tests/benchmarks/resnet.py                      # everything: three quarters of an hour on two quiet cores
     python tests/benchmarks/resnet.py --parts speed,input  # some of it
     python tests/benchmarks/resnet.py --seconds 5          # whether it runs; such numbers mean nothing
 
@@ -10,7 +10,7 @@ Rules:
   example of transformers' documentation. It runs with no data worker and with one, and the faster counts. Both use all
   cores.
 * Speed is that of the same model, batch and size of the crops, which is why the recipe's do not grow there; images a
-  second from the end of the fifth update on; both sides in turns, the median of three.
+  second from the end of the fifth update on, for a minute; both sides in turns, the median of three.
 * Quality is the recipe's `evaluate()` on both sides. The Trainer trains as long as the recipe's default run, at the
   best of several learning rates (more are tried while the best is the first or last). Then the recipe runs with fewer
   updates, and all else as it is, until a run ends as good; its time counts. So does, in a row of its own, when the
@@ -205,7 +205,7 @@ def measure_speed(facts: dict[str, Any], options: argparse.Namespace, folder: Pa
         if not turns:
             trial_flags = [*ONE_SIZE, f"--output_dir={folder / 'trial'}"]
             trial = in_child(run_recipe, flags=trial_flags, updates=2 * WARM_UPDATES)
-            updates = WARM_UPDATES + max(5, round((options.seconds or 20) / trial["seconds_per_update"]))
+            updates = WARM_UPDATES + max(5, round((options.seconds or 60) / trial["seconds_per_update"]))
         ours = in_child(run_recipe, flags=flags, updates=updates)
         common = {"flags": flags, "learning_rate": 1e-3, "max_steps": updates, "evaluate": False}
         theirs = [in_child(run_trainer, workers=workers, **common) for workers in (0, 1)]
