@@ -92,7 +92,7 @@ class RunControl:
     timeout_minutes: float = 30
     """Minutes that one process waits for another in a collective before the run fails."""
     cache_dir: str = ""
-    """Folder for tokenised data, one for each node. "" = HF_HOME/pretraining_recipes."""
+    """Folder for tokenised or encoded data, one for each node. "" = HF_HOME/pretraining_recipes."""
 
 
 def expect(condition: bool, field: str, value: object, expected: str) -> None:

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from shared.batches import IGNORED, micro_batches
 from shared.decoding import BadPicture, EncodedPicture
-from shared.pictures import Pictures
+from shared.labelled_pictures import LabelledPictures
+from shared.picture_files import PictureFiles
 
 
 class Croppable(Protocol):
@@ -58,6 +59,30 @@ def random_crop(picture: Croppable, size: int, min_area: float, draws: Sequence[
     return pixels[:, ::-1] if mirror < 0.5 else pixels
 
 
+SQUARE_DRAWS = 2  # uniform numbers that a random square takes: one for its place, one to mirror
+
+
+def random_square(picture: Croppable, size: int, draws: Sequence[float]) -> np.ndarray:
+    """The largest square at a random place of the picture, mirrored half of the time.
+
+    Args:
+        picture: to cut from.
+        size: side of the result in pixels.
+        draws: `SQUARE_DRAWS` numbers, uniform in [0, 1).
+
+    Returns:
+        uint8 (size, size, 3).
+
+    Raises:
+        BadPicture: the file is damaged.
+    """
+    where, mirror = draws
+    side = min(picture.width, picture.height)
+    left, top = int(where * (picture.width - side + 1)), int(where * (picture.height - side + 1))
+    pixels = picture.crop((left, top, left + side, top + side), size)
+    return pixels[:, ::-1] if mirror < 0.5 else pixels
+
+
 class CenterCrops(Dataset):
     """Item `batch` is the middle of each of its pictures, as the exported image processor cuts it.
 
@@ -68,7 +93,7 @@ class CenterCrops(Dataset):
         batch_size: pictures of a batch.
     """
 
-    def __init__(self, held_out: Pictures, size: int, crop_fraction: float, batch_size: int) -> None:
+    def __init__(self, held_out: LabelledPictures, size: int, crop_fraction: float, batch_size: int) -> None:
         self._held_out, self._size, self._crop_fraction = held_out, size, crop_fraction
         self._batch_size = batch_size
 
@@ -81,7 +106,7 @@ class CenterCrops(Dataset):
     def read(self, index: int) -> dict[str, Any]:
         """One picture: pixel_values uint8 (S, S, 3), labels, indices."""
         try:
-            pixels = EncodedPicture(self._held_out.read(index)).center_crop(self._size, self._crop_fraction)
+            pixels = EncodedPicture(self._held_out.files.read(index)).center_crop(self._size, self._crop_fraction)
         except BadPicture:
             return self._blank(index)
         return {"pixel_values": pixels, "labels": self._held_out.labels[index], "indices": np.array(index)}
@@ -89,3 +114,31 @@ class CenterCrops(Dataset):
     def _blank(self, index: int) -> dict[str, Any]:
         grey = np.full((self._size, self._size, 3), 128, dtype=np.uint8)
         return {"pixel_values": grey, "labels": np.array(IGNORED), "indices": np.array(index)}
+
+
+class Squares(Dataset):
+    """Item `batch` is the largest square in the middle of each of its pictures.
+
+    Args:
+        pictures: to cut from.
+        size: side of the squares in pixels.
+        batch_size: pictures of a batch.
+    """
+
+    def __init__(self, pictures: PictureFiles, size: int, batch_size: int) -> None:
+        self._pictures, self._size, self._batch_size = pictures, size, batch_size
+
+    def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
+        """pixel_values uint8 (B, S, S, 3) and indices int64 (B,), -1 where a picture is grey: damaged, or beyond."""
+        positions = range(batch * self._batch_size, (batch + 1) * self._batch_size)
+        rows = [self._read(index) for index in positions]
+        pixels, indices = zip(*rows, strict=True)
+        return {"pixel_values": np.stack(pixels), "indices": np.array(indices)}
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        try:
+            if index < len(self._pictures):
+                return EncodedPicture(self._pictures.read(index)).center_crop(self._size, 1.0), index
+        except BadPicture:
+            pass
+        return np.full((self._size, self._size, 3), 128, dtype=np.uint8), -1

@@ -1,7 +1,7 @@
 """Pictures that stay decoded in memory where they are small, so that an epoch after the first costs no decoding."""
 
 from shared.decoding import EncodedPicture
-from shared.pictures import Pictures
+from shared.picture_files import PictureFiles
 
 SMALL = 64 * 64  # pixels up to which decoding costs more than the memory is worth
 MAX_BYTES = 1 << 27  # in each process that reads pictures
@@ -14,7 +14,7 @@ class PictureCache:
         pictures: where they are read.
     """
 
-    def __init__(self, pictures: Pictures) -> None:
+    def __init__(self, pictures: PictureFiles) -> None:
         self._pictures = pictures
         self._kept: dict[int, EncodedPicture] = {}
         self._bytes = 0

@@ -1,4 +1,4 @@
-"""Labelled pictures that are read as they arrive, never stored; `pictures.py` is for those that are read by index.
+"""Labelled pictures that are read as they arrive, never stored; those of `labelled_pictures.py` are read by index.
 
 Order and state are those of `shards.py`; a window of pictures is shuffled at a time.
 """
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from shared.command_line import UsageError
-from shared.pictures import Pictures, check_classes, open_dataset
+from shared.labelled_pictures import LabelledPictures, check_classes, pick_label
+from shared.picture_files import PictureFiles, open_split, without_decoding
 from shared.randomness import derive_seed, shuffled_indices
 from shared.shards import StreamState, deal_records
 
@@ -147,22 +148,21 @@ def open_picture_stream(data: str, *, config: str, split: str, image_column: str
         UsageError: nothing is there, the split or a column is not there, the classes are not listed, or there are
             fewer than two.
     """
-    import datasets
-
-    dataset, picture, label = open_dataset(data, config, split, image_column, label_column, streaming=True)
+    dataset, picture = open_split(data, config, split, image_column, streaming=True)
+    label = pick_label(dataset, label_column, picture)
     names = getattr(dataset.features[label], "names", None)
     if names is None:
         expected = "a column with a list of classes, which a stream cannot find by itself"
         raise UsageError(f"label_column: {label!r}: expected {expected}")
     check_classes(data, names)
-    dataset = dataset.select_columns([picture, label]).cast_column(picture, datasets.Image(decode=False))
+    dataset = without_decoding(dataset.select_columns([picture, label]), picture)
     size = (dataset.info.splits or {}).get(split)
     shards = [dataset.shard(dataset.num_shards, index) for index in range(dataset.num_shards)]
     version = repr((data, config, split, picture, label, names, size and size.num_bytes, len(shards)))
     return PictureStream(data, shards, (picture, label), tuple(names), version, size.num_examples if size else 0)
 
 
-def store(stream: PictureStream, number: int) -> Pictures:
+def store(stream: PictureStream, number: int) -> LabelledPictures:
     """The first `number` pictures of a stream, in the cache of `datasets`, to be read by index; 0 = all.
 
     Raises:
@@ -178,7 +178,8 @@ def store(stream: PictureStream, number: int) -> Pictures:
     fingerprint = hashlib.sha256(repr((stream.fingerprint, number)).encode()).hexdigest()[:16]
     stored = datasets.Dataset.from_generator(_records, features, gen_kwargs=arguments, fingerprint=fingerprint)
     labels = np.array(stored.with_format(None)["label"], dtype=np.int64)
-    return Pictures(stored.select_columns(["image"]), "image", labels, stream.class_names, np.arange(len(labels)))
+    files = PictureFiles(stored.select_columns(["image"]), "image", np.arange(len(labels)))
+    return LabelledPictures(files, labels, stream.class_names)
 
 
 def _records(stream: PictureStream, number: int) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,6 @@ come back from the processes, in order.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -47,24 +46,6 @@ class TokenCache:
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the files itself; numpy would send it all tokens."""
         return open_token_cache, (self.folder.parent, self.folder.name)
-
-
-def cache_folder(cache_dir: str) -> Path:
-    """`cache_dir`; for "" HF_HOME/pretraining_recipes, or a folder for temporary files where that cannot be written."""
-    if cache_dir:
-        return Path(cache_dir)
-    import tempfile
-
-    from huggingface_hub.constants import HF_HOME
-
-    folder = Path(HF_HOME) / "pretraining_recipes"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.gettempdir()) / f"pretraining_recipes_{os.getuid()}"
 
 
 def cache_key(*parts: object) -> str:

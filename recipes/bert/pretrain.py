@@ -124,6 +124,7 @@ from tqdm import tqdm
 
 from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, tokenization, wordpiece
 from shared.batches import IGNORED, micro_batches, to_device
+from shared.cache_folder import cache_folder
 from shared.documents import Beginning, open_texts
 from shared.export import export_model
 from shared.filled_masks import show_filled
@@ -141,7 +142,6 @@ from shared.sentence_pairs import NUM_SPECIAL, SentencePairs
 from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
 from shared.throughput import Throughput
-from shared.token_cache import cache_folder
 from shared.updates import load_updates
 
 SHORT_FRACTION = 0.1  # of the pairs are made shorter, to a random length (Devlin et al. 2019, released code)

@@ -118,6 +118,7 @@ from tqdm import tqdm
 
 from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, streaming, tokenization
 from shared.batches import IGNORED, micro_batches, to_device
+from shared.cache_folder import cache_folder
 from shared.documents import open_corpora
 from shared.export import export_model
 from shared.flops import training_flops
@@ -132,7 +133,6 @@ from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
 from shared.text_generation import continue_prompt
 from shared.throughput import Throughput
-from shared.token_cache import cache_folder
 from shared.updates import Updates, load_updates
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")

@@ -131,7 +131,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, o
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from shared import checkpoints, dry_run, figures, hub, launch, pictures, run_folder, schedules
+from shared import checkpoints, dry_run, figures, hub, labelled_pictures, launch, picture_files, run_folder, schedules
 from shared.bad_pictures import BadPictures, candidates
 from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED, micro_batches, to_device
@@ -140,10 +140,10 @@ from shared.crops import CROP_DRAWS, CenterCrops, random_crop
 from shared.decoding import BadPicture, EncodedPicture
 from shared.export import export_model
 from shared.flops import training_flops
+from shared.labelled_pictures import SAMPLE, LabelledPictures
 from shared.optimizers import set_learning_rates
 from shared.picture_cache import PictureCache
 from shared.picture_streaming import HELD_OUT_FROM, PictureStream, StreamedPicture, open_picture_stream, store
-from shared.pictures import Pictures
 from shared.pretrained import load_classifier
 from shared.profiling import trace_updates
 from shared.rand_augment import MAX_MAGNITUDE, rand_augment
@@ -192,17 +192,18 @@ def check_config(cfg: Config) -> None:
 # Data
 
 
-def open_data(cfg: Config, accelerator: Any) -> tuple[Pictures | PictureStream, Pictures]:
+def open_data(cfg: Config, accelerator: Any) -> tuple[LabelledPictures | PictureStream, LabelledPictures]:
     """The pictures to train on and to evaluate on."""
+    source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
-    open_split = open_picture_stream if cfg.streaming else pictures.open_pictures
+    open_split = open_picture_stream if cfg.streaming else labelled_pictures.open_pictures
     with launch.node_main_first(accelerator):
-        train = open_split(cfg.data, config=cfg.data_config, split=cfg.data_split, **columns)
+        train = open_split(source, config=cfg.data_config, split=cfg.data_split, **columns)
         if not cfg.streaming:
-            pictures.check_every_class(cfg.data, train)
-        eval_split = cfg.eval_split or pictures.validation_split(cfg.data, cfg.data_config)
+            labelled_pictures.check_every_class(source, train)
+        eval_split = cfg.eval_split or picture_files.validation_split(source, cfg.data_config)
         if eval_split:
-            held_out = open_split(cfg.data, config=cfg.data_config, split=eval_split, **columns)
+            held_out = open_split(source, config=cfg.data_config, split=eval_split, **columns)
             same = held_out.class_names == train.class_names
             cli.expect(same, "eval_split", eval_split, f"the {len(train.class_names)} classes of {cfg.data_split}")
             held_out = store(held_out, 0) if cfg.streaming else held_out
@@ -210,9 +211,9 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Pictures | PictureStream, 
             held_out = store(train.between(0, cfg.eval_fraction), round(cfg.eval_fraction * HELD_OUT_FROM))
             train = train.between(cfg.eval_fraction, 1)
         else:
-            train, held_out = pictures.hold_out(train, cfg.eval_fraction)
+            train, held_out = labelled_pictures.hold_out(train, cfg.eval_fraction)
         largest = max(cfg.image_size, cfg.eval_image_size)
-        pictures.check_sides(cfg.data, held_out if cfg.streaming else train, largest)
+        picture_files.check_sides(source, (held_out if cfg.streaming else train).files, largest)
     return train, held_out
 
 
@@ -233,9 +234,9 @@ class CroppedUpdates(Dataset):
         order: seed, global_batch_size, rank and num_processes.
     """
 
-    def __init__(self, cfg: Config, train: Pictures, micro_batch_size: int, order: dict[str, int]) -> None:
+    def __init__(self, cfg: Config, train: LabelledPictures, micro_batch_size: int, order: dict[str, int]) -> None:
         self._cfg, self._train, self._micro_batch_size, self._order = cfg, train, micro_batch_size, order
-        self._cache = PictureCache(train)
+        self._cache = PictureCache(train.files)
 
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[str], None]:
         """The micro-batches of update `step`, the names of pictures that could not be decoded, and no state."""
@@ -257,7 +258,7 @@ class CroppedUpdates(Dataset):
                 picture = self._cache.open(candidate)
                 pixels = random_crop(picture, cfg.image_size, cfg.min_crop_area, draws)
             except BadPicture:
-                bad.append(self._train.name(candidate))
+                bad.append(self._train.files.name(candidate))
                 continue
             pixels = augment(cfg, pixels, epoch, index, copy)
             return {"pixel_values": pixels, "labels": self._train.labels[candidate]}
@@ -332,7 +333,7 @@ def open_updates(
     return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
-def center_crops(cfg: Config, held_out: Pictures, batch_size: int) -> CenterCrops:
+def center_crops(cfg: Config, held_out: LabelledPictures, batch_size: int) -> CenterCrops:
     """What is evaluated, by batch."""
     return CenterCrops(held_out, cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction, batch_size)
 
@@ -437,6 +438,11 @@ def model_input(pixels: Tensor, enlarge: int) -> Tensor:
     return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
 
 
+def forward(model: Any, pixels: Tensor, enlarge: int) -> Tensor:
+    """Logits (B, C)."""
+    return model(pixel_values=model_input(pixels, enlarge)).logits
+
+
 def mix(pixels: Tensor, mixup_alpha: float, cutmix_alpha: float, draw: np.random.Generator) -> tuple[Tensor, float]:
     """Mix each picture with the one at the same place from the other end of the micro-batch, in one of two ways.
 
@@ -496,7 +502,7 @@ def loss_sum(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    cfg: Config, accelerator: Any, model: Any, held_out: Pictures, batch_size: int
+    cfg: Config, accelerator: Any, model: Any, held_out: LabelledPictures, batch_size: int
 ) -> tuple[dict[str, float], Answers]:
     """Loss (nats, nothing mixed or smoothed) and accuracies over every picture once, and the answer to each."""
     model.eval()
@@ -508,7 +514,7 @@ def evaluate(
     bce, found = 0.0, []
     for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
         batch = to_device(batch, accelerator.device)
-        logits = model(pixel_values=model_input(batch["pixel_values"], enlarge=1)).logits  # as large as they are shown
+        logits = forward(model, batch["pixel_values"], enlarge=1)  # as large as they are shown
         kept = batch["labels"] != IGNORED
         targets = one_hot(batch["labels"][kept], logits.shape[1]).to(torch.float32)
         bce += loss_sum(logits[kept], targets, smoothing=0.0).item()
@@ -547,7 +553,7 @@ def train_update(
         draw = np.random.Generator(np.random.Philox(key=derive_seed(cfg.seed, "mix", step, place)))
         pixels, share = mix(batch["pixel_values"], cfg.mixup_alpha, cfg.cutmix_alpha, draw)
         with accelerator.accumulate(model):
-            logits = model(pixel_values=model_input(pixels, cfg.enlarge)).logits
+            logits = forward(model, pixels, cfg.enlarge)
             targets = mixed_targets(batch["labels"], share, logits.shape[1], cfg.target_threshold)
             loss = loss_sum(logits, targets, cfg.label_smoothing)
             accelerator.backward(loss * scale)
@@ -661,7 +667,7 @@ def main(cfg: Config) -> None:
     accelerator.end_training()
 
 
-def describe(cfg: Config, accelerator: Any, model: Any, train: Pictures | PictureStream) -> dict[str, Any]:
+def describe(cfg: Config, accelerator: Any, model: Any, train: LabelledPictures | PictureStream) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
     side = cfg.enlarge * cfg.image_size
     size = train.num_pictures if isinstance(train, PictureStream) else len(train)

@@ -117,7 +117,7 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
     transformers.set_seed(0)
     own, clock = recipe.build_model(cfg, train.class_names), Clock()
     network = transformers.ResNetForImageClassification(own.config)  # with the library's initial weights
-    data = datasets.load_dataset("parquet", data_files=str(recipe.pictures.SAMPLE / "train.parquet"), split="train")
+    data = datasets.load_dataset("parquet", data_files=str(recipe.SAMPLE / "train.parquet"), split="train")
     trainer = transformers.Trainer(
         model=network, args=arguments, train_dataset=data.with_transform(process), callbacks=[clock]
     )

@@ -121,7 +121,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(resnet: ModuleType, layer_type:
     cfg = resnet.Config(**{**TINY, "layer_type": layer_type, "hidden_sizes": hidden_sizes})
     model = resnet.build_model(cfg, tuple("abcdefghij")).train()
     batch = uint8_batch(64, 32, 10)
-    logits = model(pixel_values=resnet.model_input(batch["pixel_values"], 1)).logits
+    logits = resnet.forward(model, batch["pixel_values"], 1)
     loss = resnet.loss_sum(logits, batch["labels"], 0.0).item() / 64
     assert loss == pytest.approx(np.log(10), abs=0.35)
 
@@ -148,7 +148,7 @@ def test_weights_are_in_the_library_s_class_and_loss(resnet: ModuleType) -> None
     pictures = [Image.fromarray(pixels.numpy()) for pixels in batch["pixel_values"]]
     inputs = resnet.build_processor(cfg)(pictures, return_tensors="pt")
     expected = model(**inputs, labels=batch["labels"])
-    logits = model(pixel_values=resnet.model_input(batch["pixel_values"], 1)).logits
+    logits = resnet.forward(model, batch["pixel_values"], 1)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
     loss = resnet.loss_sum(logits, batch["labels"], 0.0) / 4
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
@@ -231,8 +231,8 @@ def test_non_finite_gradient_changes_nothing(resnet: ModuleType, monkeypatch: py
     cfg = resnet.Config(**TINY)
     accelerator, model, optimizer = prepared(resnet, cfg, 1, torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model_input = resnet.model_input
-    monkeypatch.setattr(resnet, "model_input", lambda *args: model_input(*args) * float("nan"))
+    forward = resnet.forward
+    monkeypatch.setattr(resnet, "forward", lambda *args: forward(*args) * float("nan"))
     _, norm = resnet.train_update(cfg, accelerator, model, optimizer, RunningStatistics(model), [uint8_batch(8, 32, 3)])
     assert not np.isfinite(norm)
     after = model.state_dict()
@@ -340,7 +340,7 @@ def test_a_stream_without_another_split_holds_some_out(resnet: ModuleType, shape
     train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
     files = {picture.data for picture in train}
     assert len(files) + len(held_out) == 39
-    assert not files & {held_out.read(index) for index in range(len(held_out))}
+    assert not files & {held_out.files.read(index) for index in range(len(held_out))}
     run(resnet, replace(cfg, dry_run=True))
 
 
@@ -362,7 +362,7 @@ def test_pictures_are_held_out_where_there_is_no_split(resnet: ModuleType, shape
     cfg = config_of(resnet, shapes / "train", tmp_path, eval_fraction=0.2)
     train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
     assert (len(train), len(held_out)) == (30, 9)
-    files = [{pictures.name(index) for index in range(len(pictures))} for pictures in (train, held_out)]
+    files = [{pictures.files.name(index) for index in range(len(pictures))} for pictures in (train, held_out)]
     assert not files[0] & files[1]
 
 

@@ -135,7 +135,7 @@ def test_weights_are_those_of_the_library_s_class(resnet_rsb: ModuleType) -> Non
     model.eval()
     inputs = {"pixel_values": torch.rand(2, 3, 32, 32)}
     torch.testing.assert_close(model(**inputs).logits, library.eval()(**inputs).logits)
-    assert resnet_rsb.model_input(batch["pixel_values"], 2).shape == (4, 3, 64, 64)
+    assert resnet_rsb.forward(model, batch["pixel_values"], 2).shape == (4, 3)
 
 
 def test_one_batch_is_overfitted(resnet_rsb: ModuleType) -> None:

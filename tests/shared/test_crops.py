@@ -1,5 +1,4 @@
 import io
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 from shared.batches import IGNORED
 from shared.crops import CROP_DRAWS, CenterCrops, random_crop
 from shared.decoding import EncodedPicture
-from shared.pictures import open_pictures
+from shared.labelled_pictures import SAMPLE, open_pictures
 
 
 @given(width=st.integers(8, 60), height=st.integers(8, 60), min_area=st.floats(0.08, 1), seed=st.integers(0, 10**6))
@@ -66,8 +65,8 @@ def test_areas_are_uniform() -> None:
 
 
 def test_batches_hold_each_picture_once_and_say_which_cannot_be_read() -> None:
-    pictures = open_pictures("sample", config="", split="test", image_column="", label_column="")
-    first = replace(pictures, labels=pictures.labels[:7], indices=pictures.indices[:7])
+    pictures = open_pictures(str(SAMPLE), config="", split="test", image_column="", label_column="")
+    first = pictures.subset(np.arange(7))
     crops = CenterCrops(first, 28, 1.0, 3)
     batches = [crops[number] for number in range(4)]
     assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6], [0]]

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from shared import picture_cache
+from shared.labelled_pictures import SAMPLE, open_pictures
 from shared.picture_cache import PictureCache
-from shared.pictures import open_pictures
 
 
 def test_small_pictures_are_decoded_once_and_only_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = open_pictures("sample", config="", split="test", image_column="", label_column="")
+    pictures = open_pictures(str(SAMPLE), config="", split="test", image_column="", label_column="")
     monkeypatch.setattr(picture_cache, "MAX_BYTES", 2 * 28 * 28 * 3)
-    cache = PictureCache(pictures)
+    cache = PictureCache(pictures.files)
     first = [cache.open(index) for index in (5, 6, 7)]
     again = [cache.open(index) for index in (5, 6, 7)]
     assert [one is other for one, other in zip(first, again, strict=True)] == [True, True, False]
@@ -29,7 +29,7 @@ def test_pixels_do_not_depend_on_whether_there_was_room(tmp_path: Path, monkeypa
         noise = draw.integers(0, 256, (40, 60, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / "train" / name / "0.jpg")
     pictures = open_pictures(str(tmp_path), config="", split="train", image_column="", label_column="")
-    roomy, full = PictureCache(pictures), PictureCache(pictures)
+    roomy, full = PictureCache(pictures.files), PictureCache(pictures.files)
     roomy.open(0)
     crops = [roomy.open(0).crop((3, 2, 50, 38), 24)]
     monkeypatch.setattr(picture_cache, "MAX_BYTES", 0)
@@ -39,7 +39,7 @@ def test_pixels_do_not_depend_on_whether_there_was_room(tmp_path: Path, monkeypa
 
 
 def test_large_pictures_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = open_pictures("sample", config="", split="test", image_column="", label_column="")
+    pictures = open_pictures(str(SAMPLE), config="", split="test", image_column="", label_column="")
     monkeypatch.setattr(picture_cache, "SMALL", 28 * 28 - 1)
-    cache = PictureCache(pictures)
+    cache = PictureCache(pictures.files)
     assert cache.open(5) is not cache.open(5)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from shared import picture_streaming
 from shared.command_line import UsageError
+from shared.labelled_pictures import SAMPLE, open_pictures
 from shared.picture_streaming import PictureStream, open_picture_stream, store
-from shared.pictures import open_pictures
 from shared.shards import start_of_stream
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
@@ -102,17 +102,19 @@ def test_parts_are_disjoint_complete_and_chosen_by_content(shards: tuple[Path, l
 
 def test_what_is_stored_is_read_by_index(shards: tuple[Path, list[bytes]]) -> None:
     stored = store(open_stream(shards[0]), 7)
-    assert [stored.read(index) for index in range(len(stored))] == shards[1][:7]
+    assert [stored.files.read(index) for index in range(len(stored))] == shards[1][:7]
     assert stored.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert stored.class_names == ("blue", "red")
     assert len(store(open_stream(shards[0]), 0)) == 40
 
 
 def test_the_size_is_that_of_the_data_set_or_assumed(shards: tuple[Path, list[bytes]]) -> None:
-    sample = open_picture_stream("sample", config="", split="test", **COLUMNS)
-    by_index = open_pictures("sample", config="", split="test", **COLUMNS)
+    sample = open_picture_stream(str(SAMPLE), config="", split="test", **COLUMNS)
+    by_index = open_pictures(str(SAMPLE), config="", split="test", **COLUMNS)
     assert len(sample) in (2000, 10_000)
-    assert [picture.data for picture in itertools.islice(sample, 3)] == [by_index.read(index) for index in range(3)]
+    assert [picture.data for picture in itertools.islice(sample, 3)] == [
+        by_index.files.read(index) for index in range(3)
+    ]
     assert sample.class_names == by_index.class_names
 
 

@@ -22,7 +22,7 @@ from shared import document_pool, token_cache
 from shared.command_line import UsageError
 from shared.documents import open_texts
 from shared.packing import pack_corpus
-from shared.token_cache import SPLITS, build_token_cache, cache_folder, content_share, open_token_cache
+from shared.token_cache import SPLITS, build_token_cache, content_share, open_token_cache
 from shared.tokenization import decode_bytes, encode, special_ids, to_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -277,19 +277,6 @@ def test_two_that_build_the_same_at_once(tokenizer: Any, tmp_path: Path) -> None
     assert [builder.exitcode for builder in builders] == [0, 0]
     assert os.listdir(tmp_path) == ["cache"]
     assert files(tmp_path / "cache") == files(build(tmp_path / "alone", DOCUMENTS, tokenizer))
-
-
-def test_the_cache_lies_in_the_home_of_the_hub_where_that_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    assert cache_folder("elsewhere") == Path("elsewhere")
-    assert cache_folder("") == tmp_path / "home" / "pretraining_recipes"
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
-    assert cache_folder("").name == f"pretraining_recipes_{os.getuid()}"
 
 
 @pytest.mark.slow

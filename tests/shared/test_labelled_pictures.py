@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared import pictures
+from shared import labelled_pictures, picture_files
 from shared.command_line import UsageError
 from shared.decoding import EncodedPicture
+from shared.labelled_pictures import SAMPLE
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
 
 OPTIONS = {"config": "", "image_column": "", "label_column": ""}
 
 
-def read_colors(opened: pictures.Pictures) -> list[tuple[str, str]]:
+def read_colors(opened: labelled_pictures.LabelledPictures) -> list[tuple[str, str]]:
     """Class and colour of each picture."""
     shown = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 128, 0): "green"}
-    pixels = [EncodedPicture(opened.read(i)).center_crop(4, 1.0)[0, 0] for i in range(len(opened))]
+    pixels = [EncodedPicture(opened.files.read(i)).center_crop(4, 1.0)[0, 0] for i in range(len(opened))]
     colors = [
         min(shown, key=lambda color: float(np.abs(np.subtract(color, pixel.astype(int))).sum())) for pixel in pixels
     ]
@@ -73,8 +74,8 @@ def write_parquet(path: Path, rows: list[tuple[str, Any]], **features: Any) -> P
     return path
 
 
-def open_split(data: Any, split: str = "train", **options: str) -> pictures.Pictures:
-    return pictures.open_pictures(str(data), split=split, **{**OPTIONS, **options})
+def open_split(data: Any, split: str = "train", **options: str) -> labelled_pictures.LabelledPictures:
+    return labelled_pictures.open_pictures(str(data), split=split, **{**OPTIONS, **options})
 
 
 def test_class_folders_with_splits(folder: Path) -> None:
@@ -82,16 +83,16 @@ def test_class_folders_with_splits(folder: Path) -> None:
     assert len(train) == 12
     assert train.class_names == ("class of blue", "class of green", "class of red")
     assert all(name == f"class of {color}" for name, color in read_colors(train))
-    assert pictures.validation_split(str(folder), "") == "validation"
+    assert picture_files.validation_split(str(folder), "") == "validation"
     held_out = open_split(folder, "validation")
     assert len(held_out) == 6
     assert held_out.class_names == train.class_names
-    assert "class of blue/0.png (row 0)" in train.name(0)
+    assert "class of blue/0.png (row 0)" in train.files.name(0)
 
 
 def test_class_folders_without_splits(folder: Path) -> None:
-    assert pictures.list_splits(str(folder / "train"), "") == ["train"]
-    assert pictures.validation_split(str(folder / "train"), "") == ""
+    assert picture_files.list_splits(str(folder / "train"), "") == ["train"]
+    assert picture_files.validation_split(str(folder / "train"), "") == ""
     assert len(open_split(folder / "train")) == 12
 
 
@@ -100,7 +101,7 @@ def test_parquet_with_a_list_of_classes(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", rows, names=["blue", "red"])
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows[:2], names=["blue", "red"])
     assert read_colors(open_split(tmp_path / "data")) == [("red", "red"), ("blue", "blue"), ("red", "red")]
-    assert pictures.validation_split(str(tmp_path / "data"), "") == "test"
+    assert picture_files.validation_split(str(tmp_path / "data"), "") == "test"
     assert len(open_split(tmp_path / "data" / "train-00000-of-00001.parquet")) == 3
 
 
@@ -124,22 +125,22 @@ def test_webdataset_tars(tmp_path: Path) -> None:
 
 
 def test_the_embedded_pictures_are_whole() -> None:
-    train, test = open_split("sample"), open_split("sample", "test")
+    train, test = open_split(SAMPLE), open_split(SAMPLE, "test")
     assert np.bincount(train.labels).tolist() == [1000] * 10
     assert np.bincount(test.labels).tolist() == [200] * 10
     assert train.class_names[0] == "T-shirt/top"
-    assert EncodedPicture(train.read(0)).center_crop(28, 1.0).shape == (28, 28, 3)
-    assert pictures.validation_split("sample", "") == "test"
+    assert EncodedPicture(train.files.read(0)).center_crop(28, 1.0).shape == (28, 28, 3)
+    assert picture_files.validation_split(str(SAMPLE), "") == "test"
 
 
 def test_holding_out_takes_a_share_of_each_class() -> None:
-    train = open_split("sample")
-    rest, held_out = pictures.hold_out(train, 0.05)
+    train = open_split(SAMPLE)
+    rest, held_out = labelled_pictures.hold_out(train, 0.05)
     assert np.bincount(held_out.labels).tolist() == [50] * 10
-    assert sorted([*rest.indices, *held_out.indices]) == list(range(10000))
-    again = pictures.hold_out(train, 0.05)[1]
-    assert np.array_equal(again.indices, held_out.indices)
-    assert held_out.read(3) == train.read(int(held_out.indices[3]))
+    assert sorted([*rest.files.indices, *held_out.files.indices]) == list(range(10000))
+    again = labelled_pictures.hold_out(train, 0.05)[1]
+    assert np.array_equal(again.files.indices, held_out.files.indices)
+    assert held_out.files.read(3) == train.files.read(int(held_out.files.indices[3]))
 
 
 def test_the_fingerprint_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_the_fingerprint_is_that_of_the_content(folder: Path, tmp_path: Path) ->
 def test_a_file_that_is_gone_is_empty(folder: Path) -> None:
     opened = open_split(folder)
     (folder / "train" / "class of blue" / "0.png").unlink()
-    assert opened.read(0) == b""
+    assert opened.files.read(0) == b""
 
 
 def test_bad_input_gets_one_line(folder: Path, tmp_path: Path) -> None:
@@ -188,28 +189,30 @@ def test_bad_input_gets_one_line(folder: Path, tmp_path: Path) -> None:
 def test_a_class_without_pictures_is_found(tmp_path: Path) -> None:
     missing = write_parquet(tmp_path / "missing.parquet", [("red", 1), ("red", 1)], names=["blue", "red"])
     with pytest.raises(UsageError, match="data: 'name': expected pictures of each class, got none of blue"):
-        pictures.check_every_class("name", open_split(missing))
-    pictures.check_every_class("name", open_split("sample"))
+        labelled_pictures.check_every_class("name", open_split(missing))
+    labelled_pictures.check_every_class("name", open_split(SAMPLE))
 
 
 def test_classes_too_small_to_split_and_pictures_too_small_to_crop(folder: Path) -> None:
     train = open_split(folder)
     with pytest.raises(UsageError, match=r"eval_fraction: 0.05: expected to leave pictures of each of the 3 classes"):
-        pictures.hold_out(train, 0.05)
-    pictures.check_sides("name", train, 10)
+        labelled_pictures.hold_out(train, 0.05)
+    picture_files.check_sides("name", train.files, 10)
     with pytest.raises(UsageError, match=r"data: 'name': expected .* at least 11 pixels, .* is 10"):
-        pictures.check_sides("name", train, 11)
+        picture_files.check_sides("name", train.files, 11)
 
 
 READ_FROM_HUB = """
 import json, sys
 from shared.command_line import UsageError
-from shared.pictures import list_splits, open_pictures, validation_split
+from shared.labelled_pictures import open_pictures
+from shared.picture_files import list_splits, validation_split
 
 data, split = sys.argv[1:]
 try:
     opened = open_pictures(data, config="", split=split, image_column="", label_column="")
-    found = [opened.class_names, opened.labels.tolist(), [len(opened.read(index)) for index in range(len(opened))]]
+    sizes = [len(opened.files.read(index)) for index in range(len(opened))]
+    found = [opened.class_names, opened.labels.tolist(), sizes]
     print(json.dumps([*found, list_splits(data, ""), validation_split(data, "")]))
 except UsageError as error:
     print(json.dumps(str(error)))
@@ -235,7 +238,7 @@ def test_a_hub_data_set_is_read_like_the_files_it_is_made_of(tmp_path: Path) -> 
         return json.loads(done.stdout.splitlines()[-1])
 
     local = open_split(train)
-    sizes = [len(local.read(index)) for index in range(3)]
+    sizes = [len(local.files.read(index)) for index in range(3)]
     assert read("tester/colors", "train") == [names, [1, 0, 1], sizes, ["train", "validation"], "validation"]
     assert read("tester/colors", "validation")[1] == [0, 1]
     assert read("tester/colors", "dev").startswith("data_split: 'dev': expected one of train, validation")
