@@ -140,7 +140,8 @@ def time_update(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optim
 
     Args:
         accelerator: knows the accumulation; nothing was prepared with it so far.
-        model: not prepared; gives its loss, as transformers' models do where they get labels.
+        model: not prepared; gives its loss, as transformers' models do where they get labels, or a tuple whose first
+            tensor the loss is made of.
         optimizer: of this model.
         inputs: as in `costs`.
     """
@@ -148,7 +149,8 @@ def time_update(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optim
     model, optimizer = accelerator.prepare(model, optimizer)
     for _ in range(2):
         started = time.perf_counter()
-        loss = model(**inputs).loss
+        outputs = model(**inputs)
+        loss = outputs.loss if hasattr(outputs, "loss") else outputs[0].float().mean()
         accelerator.backward(loss)
         loss.item()  # waits for the device
         micro_batch_done = time.perf_counter()

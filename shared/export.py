@@ -29,9 +29,21 @@ def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) ->
             weights.pop(tied, None)
         bare.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
-        readable = (aside / "config.json").stat().st_mode  # weight files come out readable for their owner alone
-        for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            path.chmod(readable)
-            path.replace(run_dir / path.name)
-        aside.rmdir()
+        _move(aside, run_dir)
     accelerator.wait_for_everyone()
+
+
+def export_module(module: Any, run_dir: Path) -> None:
+    """Write a model of diffusers, not prepared, into the run folder in the same way. The main process calls this."""
+    aside = run_dir / ".export"
+    shutil.rmtree(aside, ignore_errors=True)
+    module.save_pretrained(aside)
+    _move(aside, run_dir)
+
+
+def _move(aside: Path, run_dir: Path) -> None:
+    readable = (aside / "config.json").stat().st_mode  # weight files come out readable for their owner alone
+    for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        path.chmod(readable)
+        path.replace(run_dir / path.name)
+    aside.rmdir()

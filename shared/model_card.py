@@ -30,7 +30,7 @@ def write_model_card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     data = ModelCardData(
-        library_name="transformers",
+        library_name=_library(run_dir),
         pipeline_tag=pipeline_tag,
         model_name=title,
         tags=["pretraining"],
@@ -86,6 +86,15 @@ table above was made.
 """
     ModelCard(text)  # refuses metadata that the Hub would refuse
     (run_dir / "README.md").write_text(text, encoding="utf-8")
+
+
+def _library(run_dir: Path) -> str:
+    """The one that loads the exported model; diffusers leaves its version in what it writes."""
+    config = run_dir / "config.json"
+    is_of_diffusers = (run_dir / "model_index.json").exists() or (
+        config.exists() and "_diffusers_version" in config.read_text()
+    )
+    return "diffusers" if is_of_diffusers else "transformers"
 
 
 def _plain(text: str) -> str:

@@ -28,6 +28,12 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
         )
 
 
+def load_diffusion_model(model_class: Any, name: str, field: str, **options: Any) -> Any:
+    """The same for a model of diffusers, such as `diffusers.AutoencoderKL`."""
+    with _load_errors(field, name):
+        return model_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **options)
+
+
 def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -> Any:
     """The causal language model that `init` names, in float32.
 

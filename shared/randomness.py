@@ -38,6 +38,14 @@ def uniform_numbers(seed: int, *counters: np.ndarray, count: int) -> np.ndarray:
     return (bits >> np.uint64(11)) * 2.0**-53  # as many bits as a float64 has
 
 
+def normal_numbers(seed: int, *counters: np.ndarray, count: int) -> np.ndarray:
+    """Standard normal numbers (Box and Muller 1958), otherwise like `uniform_numbers`."""
+    pairs = -(-count // 2)
+    uniform = uniform_numbers(seed, *counters, count=2 * pairs)
+    radius, angle = np.sqrt(-2 * np.log1p(-uniform[:, :pairs])), 2 * np.pi * uniform[:, pairs:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]
+
+
 def shuffled_indices(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Where the given positions of a shuffled order of `range(size)` point to, without building that order.
 

@@ -87,6 +87,18 @@ def resnet_rsb() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def vae() -> ModuleType:
+    """recipes/text_to_image/train_vae.py as a module."""
+    return load_recipe("text_to_image/train_vae.py")
+
+
+@pytest.fixture(scope="session")
+def cache_latents() -> ModuleType:
+    """recipes/text_to_image/cache_latents.py as a module."""
+    return load_recipe("text_to_image/cache_latents.py")
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of noisy pictures of 24 x 20 pixels, a bar at another height for each of three classes."""
     import numpy as np

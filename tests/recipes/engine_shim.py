@@ -50,7 +50,8 @@ def disturb(recipe: ModuleType) -> None:
         output = forward(*args)
         if is_poisoned:
             is_poisoned = False
-            next(iter(output.values()) if isinstance(output, dict) else iter([output])).mul_(float("nan"))
+            parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
+            next(iter(parts)).mul_(float("nan"))
         return output
 
     def disturbed_update(*args: Any) -> Any:

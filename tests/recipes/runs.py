@@ -39,7 +39,13 @@ def run(recipe: ModuleType, cfg: Any) -> None:
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     """The exported model's."""
-    return load_file(run_dir / "model.safetensors")
+    return load_file(exported(run_dir))
+
+
+def exported(run_dir: Path) -> Path:
+    """The only file of weights beside the card."""
+    [file] = run_dir.glob("*.safetensors")
+    return file
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -79,7 +85,7 @@ def state_at(run_dir: Path, step: int, copy: Path) -> Path:
     for checkpoint in (copy / "checkpoints").iterdir():
         if checkpoint.name != f"step_{step:08d}":
             shutil.rmtree(checkpoint)
-    (copy / "model.safetensors").unlink()
+    exported(copy).unlink()
     return copy
 
 

@@ -147,7 +147,7 @@ def test_every_stage_here_has_its_requirements_and_no_module_that_does_not_run_i
 
 
 def test_there_are_recipes_to_eject():
-    assert {"bert", "gpt", "resnet"} <= set(FAMILIES)
+    assert {"bert", "gpt", "resnet", "text_to_image"} <= set(FAMILIES)
 
 
 def test_the_gpt_recipe_takes_what_it_is_known_to_need():
@@ -228,7 +228,7 @@ def test_the_command_line_copies_or_refuses_in_one_line_with_status_2(tmp_path):
 RUN_AND_LOAD = """
 import os, runpy, sys
 
-stage, repository, auto_class, output_dir = sys.argv[1:5]
+stage, repository, model_class, output_dir = sys.argv[1:5]
 
 def refuse(event, arguments):
     if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes)):
@@ -240,23 +240,27 @@ sys.path[0] = os.path.dirname(stage)
 sys.argv[:] = [stage, *sys.argv[5:]]
 runpy.run_path(stage, run_name="__main__")
 
-import shared, transformers
+import importlib, shared
 
-model = getattr(transformers, auto_class).from_pretrained(output_dir)
+library, name = model_class.split(".")
+model = getattr(importlib.import_module(library), name).from_pretrained(output_dir)
 print("loaded", model.num_parameters(), shared.__file__)
 """
 TRANSFORMER = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--seq_length", "32"]
 TEXT = ["--data", "texts.jsonl", "--vocab_size", "300", "--global_batch_size", "2"]
-# Each family's tiny model, and the class that loads it.
+RESNET = ["--depths", "1", "--hidden_sizes", "8", "--global_batch_size", "8"]
+VAE = ["--block_out_channels", "8,8", "--global_batch_size", "4"]
+# Each family's first stage, a tiny model of it, and the class that loads it.
 TINY = {
-    "bert": ([*TRANSFORMER, *TEXT], "AutoModelForMaskedLM"),
-    "gpt": ([*TRANSFORMER, *TEXT], "AutoModelForCausalLM"),
-    "resnet": (["--depths", "1", "--hidden_sizes", "8", "--global_batch_size", "8"], "AutoModelForImageClassification"),
+    "bert": ("pretrain.py", [*TRANSFORMER, *TEXT], "transformers.AutoModelForMaskedLM"),
+    "gpt": ("pretrain.py", [*TRANSFORMER, *TEXT], "transformers.AutoModelForCausalLM"),
+    "resnet": ("pretrain.py", RESNET, "transformers.AutoModelForImageClassification"),
+    "text_to_image": ("train_vae.py", VAE, "diffusers.AutoencoderKL"),
 }
 
 
 def run_ejected(source: Path, tmp_path: Path) -> None:
-    """Eject `source`, train its pretrain.py for two steps in an empty environment, and load the result."""
+    """Eject `source`, train its first stage for two steps in an empty environment, and load the result."""
     target, elsewhere, home = (tmp_path / name for name in ("my_recipe", "elsewhere", "home"))
     eject(source, target)
     for folder in (elsewhere, home, home / "hf"):
@@ -266,10 +270,10 @@ def run_ejected(source: Path, tmp_path: Path) -> None:
 
     family = source.name if source.is_dir() else source.parent.name
     assert family in TINY, f"give {family} its line in TINY"
-    flags, auto_class = TINY[family]
+    first_stage, flags, model_class = TINY[family]
     output_dir = tmp_path / "run"
-    stage = target / "recipes" / family / "pretrain.py"
-    command = [sys.executable, "-c", RUN_AND_LOAD, stage, ROOT, auto_class, output_dir]
+    stage = target / "recipes" / family / first_stage
+    command = [sys.executable, "-c", RUN_AND_LOAD, stage, ROOT, model_class, output_dir]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": "", "HOME": str(home), "HF_HOME": str(home / "hf")}
     result = subprocess.run(
         [str(part) for part in [*command, *flags, "--max_steps", 2, "--output_dir", output_dir]],
