@@ -17,6 +17,8 @@ READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("README.md"))]
 DEFAULT_RUNS = {
     **{f"accelerate launch recipes/{family}/pretrain.py": family for family in ("bert", "gpt", "resnet")},
     "accelerate launch recipes/resnet/pretrain_rsb.py": "resnet_rsb",
+    "accelerate launch recipes/text_to_image/train_vae.py": "vae",
+    "accelerate launch recipes/text_to_image/cache_latents.py": "latents",
 }
 CONFIGS = sorted((ROOT / "recipes").rglob("configs/*.yaml"))
 
@@ -56,6 +58,15 @@ def test_commands_of_the_resnet_readme_run_in_order(tmp_path: Path) -> None:
     assert json.loads(long[-1])["eval/top1"] >= 0.87
 
 
+@pytest.mark.slow
+def test_commands_of_the_text_to_image_readme_run_in_order(tmp_path: Path) -> None:
+    """The first must reach the README's goal."""
+    entries = run_commands("text_to_image", tmp_path)
+    assert entries[-1]["eval/psnr"] >= 24
+    manifest = json.loads((tmp_path / "outputs" / "latents" / "manifest.json").read_text())
+    assert (manifest["pictures"], manifest["rows"]) == (5099, 5099)
+
+
 def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
     """As written, from the repository's root, with an empty home; the metrics of the first one's run.
 
@@ -64,7 +75,7 @@ def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HOME": str(folder / "home")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     commands = commands_of(ROOT / "recipes" / family / "README.md")
-    assert DEFAULT_RUNS[commands[0]] == family
+    assert commands[0] in DEFAULT_RUNS
     for command in commands:
         words = [word.replace("outputs/", f"{folder}/outputs/") for word in shlex.split(command)]
         words = [word.replace("../my_", f"{folder}/my_") for word in words]
@@ -72,7 +83,7 @@ def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
             words += ["--output_dir", f"{folder}/outputs/{DEFAULT_RUNS[command]}"]
         result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
-    metrics = folder / "outputs" / family / "metrics.jsonl"
+    metrics = folder / "outputs" / DEFAULT_RUNS[commands[0]] / "metrics.jsonl"
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
@@ -87,13 +98,13 @@ def test_relative_links_lead_somewhere() -> None:
         assert (readme.parent / link).exists(), f"{readme}: {link}"
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt", "resnet"])
+@pytest.mark.parametrize("family", ["bert", "gpt", "resnet", "text_to_image"])
 def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
     readme = (ROOT / f"recipes/{family}/README.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)`", readme, re.MULTILINE))
     sources = [*(ROOT / "recipes" / family).glob("*.py"), ROOT / "shared/throughput.py"]
     logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
-    assert documented == {key.replace("{unit}", "images" if family == "resnet" else "tokens") for key in logged}
+    assert documented == {key.replace("{unit}", "tokens" if family in ("bert", "gpt") else "images") for key in logged}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,0 +1,144 @@
+"""Encode captioned pictures once with a trained autoencoder, so that training never does.
+
+Rombach et al. 2022 train on latents; encoding them at every step costs about 1.4 times the time and money (MosaicML
+2023, training Stable Diffusion from scratch). A run that was stopped or killed goes on with the same command, on any
+number of processes, with no picture lost or doubled.
+
+    accelerate launch recipes/text_to_image/cache_latents.py
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/cache_latents.py \
+        --data me/captioned --vae stabilityai/sd-vae-ft-mse --image_size 256
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import command_line as cli
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to encode with what."""
+
+    config: str = ""
+    """YAML file with differences from the defaults; flags override it. "" = none."""
+    output_dir: str = "outputs/latents"
+    """Folder of the cache; on several nodes it must be one that all of them see."""
+
+    data: str = "sample"
+    """sample, a .parquet or .tar file, a folder of them or of pictures with metadata.jsonl, or a Hub data set id."""
+    data_config: str = ""
+    """Configuration of a Hub data set. "" = its only one."""
+    data_splits: str = ""
+    """Splits to encode, comma-separated. "" = all."""
+    image_column: str = ""
+    """Column of the pictures. "" = the only one that holds pictures."""
+    caption_column: str = ""
+    """Column of the captions. "" = the one called caption, text or txt."""
+    max_bad_fraction: float = 0.01
+    """Share of the pictures that may be damaged, and of the captions that may be empty; they are left out."""
+
+    vae: str = ""
+    """Run folder of train_vae.py, or Hub id of an autoencoder. "" = outputs/vae, or the shipped one if that is not
+    there."""
+    image_size: int = 64
+    """Side of the pictures in pixels, cut as the largest square in the middle."""
+    mirrored: bool = True
+    """Encode the mirror images as well, from which training then takes half of the pictures."""
+
+    batch_size: int = 32
+    """Pictures that are encoded at a time."""
+    pictures_per_shard: int = 1024
+    """Pictures of one file; what a killed run has to do again, at most, on each process."""
+    num_workers: int = 1
+    """Data worker processes for each process. 0 = decode in the process that encodes."""
+    timeout_minutes: float = 600
+    """Minutes that a process that is ready waits for the others."""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import diffusers
+
+from shared import latent_cache, launch, picture_files
+from shared.captioned_pictures import SAMPLE, CaptionedPictures, open_captioned
+from shared.latent_encoding import cache_identity, encode_shards
+from shared.pretrained import load_diffusion_model
+
+TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
+
+
+def check_config(cfg: Config) -> None:
+    """Raise `UsageError` for what can be told wrong from the fields alone."""
+    for field in ("image_size", "batch_size", "pictures_per_shard"):
+        cli.expect_at_least(cfg, 1, field)
+    cli.expect_at_least(cfg, 0, "num_workers")
+    cli.expect(0 <= cfg.max_bad_fraction < 1, "max_bad_fraction", cfg.max_bad_fraction, "a share in [0, 1)")
+    cli.expect(cfg.timeout_minutes > 0, "timeout_minutes", cfg.timeout_minutes, "more than 0")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data and model
+
+
+def open_data(cfg: Config, accelerator: Any) -> dict[str, CaptionedPictures]:
+    """The pictures of each split."""
+    source = str(SAMPLE) if cfg.data == "sample" else cfg.data
+    options = {"config": cfg.data_config, "image_column": cfg.image_column, "caption_column": cfg.caption_column}
+    with launch.node_main_first(accelerator):
+        names = [name.strip() for name in cfg.data_splits.split(",") if name.strip()]
+        names = names or picture_files.list_splits(source, cfg.data_config)
+        options["max_bad_fraction"] = cfg.max_bad_fraction
+        splits = {name: open_captioned(source, split=name, **options) for name in names}
+        for pictures in splits.values():
+            picture_files.check_sides(source, pictures.files, cfg.image_size)
+    return splits
+
+
+def open_vae(cfg: Config) -> Any:
+    """The frozen autoencoder."""
+    name = cfg.vae or str(TRAINED if TRAINED.is_dir() else SHIPPED)
+    return load_diffusion_model(diffusers.AutoencoderKL, name, "vae").eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoding
+
+
+def main(cfg: Config) -> None:
+    """Encode the shards that are missing, this process's share of them, and write the manifest."""
+    check_config(cfg)
+    launch.follow_launcher()
+    accelerator = launch.start_accelerator(cfg.timeout_minutes, "", cfg.output_dir, deterministic=False)
+    folder, splits, vae = Path(cfg.output_dir), open_data(cfg, accelerator), open_vae(cfg)
+    form = {"image_size": cfg.image_size, "mirrored": cfg.mirrored}
+    identity = cache_identity(vae, splits, **form, pictures_per_shard=cfg.pictures_per_shard)
+    shards = latent_cache.plan_shards({name: len(split) for name, split in splits.items()}, cfg.pictures_per_shard)
+    with launch.raise_together(accelerator):
+        if accelerator.is_main_process:
+            latent_cache.begin_cache(folder, identity)
+    missing = launch.gather_objects(accelerator, latent_cache.missing_shards(folder, shards))[0]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    speed = {"batch_size": cfg.batch_size, "num_workers": cfg.num_workers}
+    shows_progress = accelerator.is_main_process
+    encode_shards(folder, mine, splits, vae.to(accelerator.device), **form, **speed, shows_progress=shows_progress)
+    accelerator.wait_for_everyone()
+    with launch.raise_together(accelerator):
+        if accelerator.is_main_process:
+            manifest = latent_cache.finish_cache(folder, identity, shards, cfg.max_bad_fraction)
+            left = manifest["pictures"] - manifest["rows"]
+            accelerator.print(f"{manifest['rows']:,} pictures in {len(shards)} shards, {left} left out: {folder}/")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with cli.exit_codes():
+        main(CONFIG)

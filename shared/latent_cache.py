@@ -1,0 +1,244 @@
+"""Pictures as latents of an autoencoder, encoded once: Parquet shards and a manifest that says what they are made of.
+
+A folder holds `data/SPLIT-00000-of-00010.parquet` and so on, which `datasets` reads as they are, `identity.json` from
+the start and `manifest.json` once all shards are there. A shard is written aside and renamed, and which pictures it
+holds follows from its number, so a run that was killed goes on with the shards that are missing, on any number of
+processes.
+
+The columns of a row: `index` of the picture in its split; `caption`; `mean` and `std` of the autoencoder's posterior as
+float16 bytes (C, s, s), and, if asked for, the same of the mirror image as `mirrored_mean` and `mirrored_std`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.command_line import UsageError, expect
+
+_DIGEST_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the cache and the pictures that it holds.
+
+    Attributes:
+        file: path below the cache's folder.
+        split: of the data set.
+        indices: positions of its pictures in the split.
+    """
+
+    file: str
+    split: str
+    indices: range
+
+
+def plan_shards(sizes: dict[str, int], pictures_per_shard: int) -> list[Shard]:
+    """All shards of a cache, in order.
+
+    Args:
+        sizes: number of pictures of each split.
+        pictures_per_shard: of all shards but the last of a split.
+    """
+    shards = []
+    for split, size in sizes.items():
+        starts = range(0, size, pictures_per_shard)
+        for number, start in enumerate(starts):
+            file = f"data/{split}-{number:05d}-of-{len(starts):05d}.parquet"
+            shards.append(Shard(file, split, range(start, min(start + pictures_per_shard, size))))
+    return shards
+
+
+def begin_cache(folder: Path, identity: dict[str, Any]) -> None:
+    """Make the folder, or see that it is one of the same identity. One process calls this before all others go on.
+
+    Raises:
+        UsageError: it holds something else, or a cache made of something else (the message names what differs).
+    """
+    name, file = f"output_dir: {str(folder)!r}", folder / "identity.json"
+    if file.is_file():
+        differences = _differences(identity, _read_json(file, name))
+        expect(not differences, "output_dir", str(folder), f"an empty folder or the same cache, not {differences}")
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UsageError(f"{name}: expected an empty folder or a cache of latents, it holds other files")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    _write_json(file, identity)
+
+
+def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a shard that is there whole or not at all.
+
+    Args:
+        folder: of the cache.
+        shard: where it goes.
+        rows: values of the columns, arrays as any float type.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    plain = [
+        {
+            name: np.asarray(value, dtype=np.float16).tobytes() if isinstance(value, np.ndarray) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+    aside = folder / "data" / f".{Path(shard.file).name}"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain), aside, compression="none")
+    with aside.open("rb") as stream:
+        os.fsync(stream.fileno())  # else a power cut could leave the new name and not the content
+    aside.replace(folder / shard.file)
+
+
+def missing_shards(folder: Path, shards: Iterable[Shard]) -> list[Shard]:
+    """Those that are not written yet."""
+    return [shard for shard in shards if not (folder / shard.file).is_file()]
+
+
+def finish_cache(
+    folder: Path, identity: dict[str, Any], shards: list[Shard], max_bad_fraction: float
+) -> dict[str, Any]:
+    """Write the manifest of a cache whose shards are all there, and return it. One process calls this.
+
+    Raises:
+        UsageError: more than this share of the pictures is in no shard, since they could not be decoded.
+    """
+    import pyarrow.parquet
+
+    entries = [
+        {
+            "file": shard.file,
+            "rows": pyarrow.parquet.read_metadata(folder / shard.file).num_rows,
+            "pictures": len(shard.indices),
+            "bytes": (folder / shard.file).stat().st_size,
+            "sha256": _digest(folder / shard.file),
+        }
+        for shard in shards
+    ]
+    pictures, rows = (sum(entry[name] for entry in entries) for name in ("pictures", "rows"))
+    expected = f"at least {1 - rows / pictures:.3f}, the share of pictures that could not be decoded"
+    expect(pictures - rows <= max_bad_fraction * pictures, "max_bad_fraction", max_bad_fraction, expected)
+    manifest = {**identity, "pictures": pictures, "rows": rows, "shards": entries}
+    _write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def read_manifest(folder: Path, field: str) -> dict[str, Any]:
+    """What a complete cache says of itself.
+
+    Args:
+        folder: of the cache.
+        field: the configuration field that it comes from, for the message.
+
+    Raises:
+        UsageError: it is no cache or not complete, or a shard is lost or has another size.
+    """
+    name = f"{field}: {str(folder)!r}"
+    if not (folder / "manifest.json").is_file():
+        is_begun = (folder / "identity.json").is_file()
+        reason = "it is not complete, the command that made it goes on" if is_begun else "there is no manifest.json"
+        raise UsageError(f"{name}: expected a cache of latents, {reason}")
+    manifest = _read_json(folder / "manifest.json", name)
+    for entry in manifest["shards"]:
+        file = folder / entry["file"]
+        is_whole = file.is_file() and file.stat().st_size == entry["bytes"]
+        expect(is_whole, field, str(folder), f"the shards of its manifest, {entry['file']} is lost or changed")
+    return manifest
+
+
+def check_identity(manifest: dict[str, Any], identity: dict[str, Any], field: str, folder: Path) -> None:
+    """Refuse a cache that is made of something else.
+
+    Args:
+        manifest: see `read_manifest`.
+        identity: what it must say.
+        field: the configuration field that the folder comes from, for the message.
+        folder: of the cache.
+
+    Raises:
+        UsageError: it names what differs.
+    """
+    differences = _differences(identity, manifest)
+    expect(not differences, field, str(folder), f"a cache as configured, not {differences}")
+
+
+class Latents:
+    """The latents of a split, by index.
+
+    Args:
+        folder: of a complete cache.
+        manifest: its own.
+        split: of the data set.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
+        import datasets
+
+        files = [entry["file"] for entry in manifest["shards"] if entry["file"].startswith(f"data/{split}-")]
+        paths = [str(folder / file) for file in files]
+        self._rows = datasets.load_dataset("parquet", data_files={"rows": paths}, split="rows")
+        self._shape = tuple(manifest["latent_shape"])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int, *, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of a picture's posterior, or of its mirror image's: float16 (C, s, s) each."""
+        row, prefix = self._rows[index], "mirrored_" if mirrored else ""
+        mean, std = (np.frombuffer(row[f"{prefix}{name}"], dtype=np.float16) for name in ("mean", "std"))
+        return mean.reshape(self._shape), std.reshape(self._shape)
+
+    def captions(self) -> list[str]:
+        """Of all pictures."""
+        return list(self._rows["caption"])
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Changes when a weight of the module does, whatever file it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _differences(wanted: dict[str, Any], found: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value
+    )
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(file):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(_DIGEST_CHUNK):
+            yield chunk
+
+
+def _read_json(file: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{name}: expected a cache of latents, its {file.name} cannot be read")
+    return content
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(file)
