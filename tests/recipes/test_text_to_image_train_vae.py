@@ -357,3 +357,23 @@ def test_help_shows_every_field(vae: ModuleType) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for field in (*TINY, "perceptual_model", "max_bad_fraction"):
         assert field in done.stdout.replace("-", "_")
+
+
+# -- what is shipped ---------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_autoencoder_is_as_good_as_the_readme_says(vae: ModuleType) -> None:
+    """On emoji of concepts that it has not seen; latents of the training pictures have mean zero and variance one."""
+    shipped = ROOT / "recipes" / "text_to_image" / "assets" / "vae"
+    cfg, accelerator = vae.Config(num_workers=0), Accelerator(cpu=True)
+    train, held_out = vae.open_data(cfg, accelerator)
+    model = vae.load_diffusion_model(vae.AutoencoderKL, str(shipped), "vae")
+    metrics, _ = vae.evaluate(cfg, accelerator, model, held_out, 50)
+    assert metrics["eval/psnr"] >= 24
+    recorded = json.loads((shipped / "run.json").read_text())
+    assert f"{metrics['eval/psnr']:.1f} dB" in (ROOT / "recipes" / "text_to_image" / "README.md").read_text()
+    some = train.subset(np.arange(0, len(train), 10))
+    mean, deviation = vae.latent_statistics(cfg, accelerator, model, some, 50)
+    assert mean.abs().max() < 0.1 * deviation
+    assert deviation == pytest.approx(recorded["latents_std"], rel=0.05)
+    assert model.config.scaling_factor == pytest.approx(1 / recorded["latents_std"])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shared.batches import IGNORED
-from shared.crops import CROP_DRAWS, CenterCrops, random_crop
+from shared.crops import CROP_DRAWS, SQUARE_DRAWS, CenterCrops, Squares, random_crop, random_square
 from shared.decoding import EncodedPicture
 from shared.labelled_pictures import SAMPLE, open_pictures
 
@@ -73,3 +73,47 @@ def test_batches_hold_each_picture_once_and_say_which_cannot_be_read() -> None:
     assert np.concatenate([batch["labels"] for batch in batches[:3]]).tolist() == first.labels.tolist()
     assert batches[3]["labels"].tolist() == [IGNORED]
     assert set(batches[3]["pixel_values"].flatten()) == {128}
+
+
+@given(width=st.integers(1, 60), height=st.integers(1, 60), seed=st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_squares_are_the_largest_and_anywhere_in_the_picture(width: int, height: int, seed: int) -> None:
+    boxes = []
+
+    class Picture:
+        def __init__(self) -> None:
+            self.width, self.height = width, height
+
+        def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+            boxes.append(box)
+            return np.arange(size * size * 3).reshape(size, size, 3)
+
+    draws = np.random.default_rng(seed).random(SQUARE_DRAWS)
+    pixels = random_square(Picture(), 4, draws)
+    [(left, top, right, bottom)] = boxes
+    assert right - left == bottom - top == min(width, height)
+    assert 0 <= left <= right <= width
+    assert 0 <= top <= bottom <= height
+    unmirrored = np.arange(48).reshape(4, 4, 3)
+    assert np.array_equal(pixels, unmirrored[:, ::-1] if draws[1] < 0.5 else unmirrored)
+
+
+def test_every_place_of_a_square_comes() -> None:
+    class Picture:
+        width, height = 5, 3
+
+        def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+            return np.full((size, size, 3), box[0])
+
+    draws = np.random.default_rng(0).random((300, SQUARE_DRAWS))
+    places = [int(random_square(Picture(), 1, of_one)[0, 0, 0]) for of_one in draws]
+    assert np.bincount(places).min() > 70
+
+
+def test_batches_of_squares_say_what_is_no_picture() -> None:
+    files = open_pictures(str(SAMPLE), config="", split="test", image_column="", label_column="").files
+    squares = Squares(files.subset(np.arange(5)), 28, 4)
+    assert squares[0]["indices"].tolist() == [0, 1, 2, 3]
+    assert squares[1]["indices"].tolist() == [4, -1, -1, -1]
+    assert np.array_equal(squares[1]["pixel_values"][0], EncodedPicture(files.read(4)).center_crop(28, 1.0))
+    assert set(squares[1]["pixel_values"][1:].flatten()) == {128}

@@ -15,7 +15,7 @@ from shared.eject import eject, shared_data, shared_modules, trimmed_requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = sorted((ROOT / "recipes").glob("*/*.py"))
-FAMILIES = sorted(folder.parent.name for folder in (ROOT / "recipes").glob("*/pretrain.py"))
+FAMILIES = sorted({path.parent.name for path in STAGES})
 
 RECIPE = """
 import sys

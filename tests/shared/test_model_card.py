@@ -43,6 +43,15 @@ def body(card: str) -> str:
     return card.split("\n---\n", 1)[1]
 
 
+def test_the_library_is_that_of_the_exported_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    write(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "transformers"
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "_diffusers_version": "0.42.1"}')
+    write(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "diffusers"
+
+
 def test_the_metadata_are_what_the_hub_reads(tmp_path):
     write(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")

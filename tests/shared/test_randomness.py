@@ -1,6 +1,7 @@
 """Counter-based randomness: orders are permutations, found anywhere at once, and differ between seeds."""
 
 import collections
+import statistics
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.randomness import derive_seed, shuffled_indices, uniform_numbers
+from shared.randomness import derive_seed, normal_numbers, shuffled_indices, uniform_numbers
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -135,3 +136,15 @@ def test_uniform_numbers_do_not_depend_on_what_is_asked_with_them() -> None:
     assert np.array_equal(uniform_numbers(1, np.array([7, 2]), count=5), whole[[7, 2]])
     assert np.array_equal(uniform_numbers(1, np.arange(9), count=2), whole[:, :2])
     assert not np.array_equal(uniform_numbers(2, np.arange(9), count=5), whole)
+
+
+def test_normal_numbers_are_normal_and_depend_on_their_counters_alone() -> None:
+    numbers = normal_numbers(3, np.repeat(np.arange(50), 80), np.tile(np.arange(80), 50), count=5)
+    assert numbers.shape == (4000, 5)
+    assert np.array_equal(normal_numbers(3, np.array([7]), np.array([11]), count=5)[0], numbers[7 * 80 + 11])
+    ordered = np.sort(numbers.ravel())
+    share_below = np.array([statistics.NormalDist().cdf(value) for value in ordered])
+    # Kolmogorov and Smirnov's distance; beyond 1.95 by the root of their number once in a thousand.
+    assert np.abs(share_below - (np.arange(ordered.size) + 0.5) / ordered.size).max() < 1.95 / ordered.size**0.5
+    correlations = np.corrcoef(numbers.T) - np.eye(5)  # the two that come of one pair of uniform numbers among them
+    assert np.abs(correlations).max() < 0.06
