@@ -45,9 +45,9 @@ def disturb(recipe: ModuleType) -> None:
     own_rank = int(os.environ.get("RANK", "0"))
     is_poisoned, updates = False, 0
 
-    def disturbed_forward(*args: Any) -> Any:
+    def disturbed_forward(*args: Any, **options: Any) -> Any:
         nonlocal is_poisoned
-        output = forward(*args)
+        output = forward(*args, **options)
         if is_poisoned:
             is_poisoned = False
             parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
