@@ -14,6 +14,7 @@ from PIL import Image
 from shared.captioned_pictures import SAMPLE, CaptionedPictures, open_captioned
 from shared.command_line import UsageError
 from shared.decoding import EncodedPicture
+from shared.labelled_pictures import check_every_class, open_pictures
 
 COLORS = {"a red square": (255, 0, 0), "a blue square": (0, 0, 255), "grün": (0, 128, 0)}
 
@@ -78,6 +79,12 @@ def test_the_embedded_emoji_are_whole() -> None:
     assert not set(opened["train"].captions) & set(opened["test_unseen_combination"].captions)
     first = EncodedPicture(opened["train"].files.read(0))
     assert (first.width, first.height) == (64, 64)
+
+
+def test_every_class_of_the_emoji_has_pictures() -> None:
+    opened = open_pictures(str(SAMPLE), config="", split="train", image_column="", label_column="group_and_style")
+    check_every_class("emoji", opened)
+    assert len(opened.class_names) == 26
 
 
 def test_a_subset_keeps_captions_and_pictures_together(tmp_path: Path) -> None:
