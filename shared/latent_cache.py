@@ -12,7 +12,7 @@ float16 bytes (C, s, s), and, if asked for, the same of the mirror image as `mir
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ import numpy as np
 import torch
 
 from shared.command_line import UsageError, expect
-
-_DIGEST_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,14 @@ def begin_cache(folder: Path, identity: dict[str, Any]) -> None:
     _write_json(file, identity)
 
 
-def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]]) -> None:
+def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], *, mirrored: bool) -> None:
     """Write a shard that is there whole or not at all.
 
     Args:
         folder: of the cache.
         shard: where it goes.
-        rows: values of the columns, arrays as any float type.
+        rows: values of the columns, arrays as any float type; there may be none.
+        mirrored: whether they have the columns of the mirror image.
     """
     import pyarrow
     import pyarrow.parquet
@@ -90,8 +89,13 @@ def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]]) -> N
         }
         for row in rows
     ]
+    latents = ["mean", "std", *(["mirrored_mean", "mirrored_std"] if mirrored else [])]
+    of_latents = [(name, pyarrow.binary()) for name in latents]
+    schema = pyarrow.schema([("index", pyarrow.int64()), ("caption", pyarrow.string()), *of_latents])
     aside = folder / "data" / f".{Path(shard.file).name}"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain), aside, compression="none")
+    with pyarrow.parquet.ParquetWriter(aside, schema, compression="none") as writer:
+        if plain:  # `datasets` reads a file without a row group, and none whose first is empty
+            writer.write_table(pyarrow.Table.from_pylist(plain, schema=schema))
     with aside.open("rb") as stream:
         os.fsync(stream.fileno())  # else a power cut could leave the new name and not the content
     aside.replace(folder / shard.file)
@@ -216,16 +220,8 @@ def _differences(wanted: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(file):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
-        while chunk := stream.read(_DIGEST_CHUNK):
-            yield chunk
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_json(file: Path, name: str) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def encode_shards(
         squares = Squares(pictures.files, image_size, batch_size)
         rows = _encode(squares, pictures, vae, mirrored, -(-len(pictures) // batch_size), num_workers)
         named = ({"index": shard.indices[position], **row} for position, row in rows)
-        latent_cache.write_shard(folder, shard, named)
+        latent_cache.write_shard(folder, shard, named, mirrored=mirrored)
 
 
 def _encode(

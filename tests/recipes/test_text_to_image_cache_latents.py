@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,8 +124,6 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(captioned: Path, tiny_va
 def test_damaged_pictures_are_left_out_named_and_refused_beyond_a_share(
     cache_latents: ModuleType, captioned: Path, tiny_vae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(captioned, data)
     (data / "train" / "03.png").write_bytes(b"no picture")
@@ -141,6 +140,19 @@ def test_damaged_pictures_are_left_out_named_and_refused_beyond_a_share(
     manifest = latent_cache.read_manifest(tmp_path / "other", "latents")
     assert (manifest["pictures"], manifest["rows"]) == (47, 46)
     assert "train picture 3" not in latent_cache.Latents(tmp_path / "other", manifest, "train").captions()
+
+
+def test_a_shard_without_a_picture_is_one_of_the_data_set(
+    cache_latents: ModuleType, captioned: Path, tiny_vae: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(captioned, tmp_path / "data")
+    (tmp_path / "data" / "train" / "39.png").write_bytes(b"no picture")
+    options = {**cache_flags(tmp_path / "data", tiny_vae, tmp_path / "latents"), "pictures_per_shard": 39}
+    run(cache_latents, cache_latents.Config(**options, max_bad_fraction=0.1))
+    manifest = latent_cache.read_manifest(tmp_path / "latents", "latents")
+    assert [entry["rows"] for entry in manifest["shards"]] == [39, 0, 7]
+    assert len(latent_cache.Latents(tmp_path / "latents", manifest, "train")) == 39
+    assert len(datasets.load_dataset("parquet", data_dir=str(tmp_path / "latents"), split="train")) == 39
 
 
 def test_bad_input_gets_one_line(
