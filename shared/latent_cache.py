@@ -9,6 +9,7 @@ The columns of a row: `index` of the picture in its split; `caption`; `mean` and
 float16 bytes (C, s, s), and, if asked for, the same of the mirror image as `mirrored_mean` and `mirrored_std`.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 
 from shared.command_line import UsageError, expect
+from shared.picture_files import HELD_OUT_SEED, VALIDATION_SPLITS
+from shared.randomness import derive_seed, shuffled_indices
 
 
 @dataclass(frozen=True)
@@ -189,19 +192,60 @@ class Latents:
         paths = [str(folder / file) for file in files]
         self._rows = datasets.load_dataset("parquet", data_files={"rows": paths}, split="rows")
         self._shape = tuple(manifest["latent_shape"])
+        self.has_mirrored: bool = manifest["mirrored"]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, index: int, *, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of a picture's posterior, or of its mirror image's: float16 (C, s, s) each."""
+    def read(self, index: int, *, mirrored: bool) -> dict[str, Any]:
+        """A picture's `caption`, and `mean` and `std` of its posterior or its mirror image's: float16 (C, s, s) each."""
         row, prefix = self._rows[index], "mirrored_" if mirrored else ""
         mean, std = (np.frombuffer(row[f"{prefix}{name}"], dtype=np.float16) for name in ("mean", "std"))
-        return mean.reshape(self._shape), std.reshape(self._shape)
+        return {"caption": row["caption"], "mean": mean.reshape(self._shape), "std": std.reshape(self._shape)}
+
+    def buckets(self) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+        return [(self._shape, np.arange(len(self)))]
+
+    def subset(self, chosen: np.ndarray) -> "Latents":
+        """Those at the given positions."""
+        part = copy.copy(self)
+        part._rows = self._rows.select(chosen)
+        return part
 
     def captions(self) -> list[str]:
         """Of all pictures."""
         return list(self._rows["caption"])
+
+
+def open_splits(
+    folder: Path, manifest: dict[str, Any], split: str, eval_splits: str, eval_fraction: float
+) -> tuple[Latents, dict[str, Latents]]:
+    """Latents to train on, and those to evaluate on by the names of their splits.
+
+    Args:
+        folder: of a complete cache.
+        manifest: its own.
+        split: to train on.
+        eval_splits: comma-separated; "" = those whose names begin with validation, val or test.
+        eval_fraction: share of the samples that is held out where there is none.
+
+    Raises:
+        UsageError: a split is not there, or too few samples to hold some out.
+    """
+    names = list(manifest["data"])
+    expected = f"a split of the latents, there are: {', '.join(names)}"
+    expect(split in names, "data_split", split, expected)
+    asked = [name.strip() for name in eval_splits.split(",") if name.strip()]
+    for name in asked:
+        expect(name in names, "eval_splits", name, expected)
+    train, others = Latents(folder, manifest, split), [name for name in names if name != split]
+    asked = asked or [name for name in others if name.startswith(VALIDATION_SPLITS)]
+    if asked:
+        return train, {name: Latents(folder, manifest, name) for name in asked}
+    number = round(len(train) * eval_fraction)
+    expect(0 < number < len(train), "eval_fraction", eval_fraction, f"to split {len(train)} samples in two")
+    order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(HELD_OUT_SEED, "held out"))
+    return train.subset(np.sort(order[number:])), {"held_out": train.subset(np.sort(order[:number]))}
 
 
 def weights_digest(module: torch.nn.Module) -> str:

@@ -1,5 +1,7 @@
 """Encoding pictures into the shards of a latent cache."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,12 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared import latent_cache
+from shared.atomic_folder import written_aside
 from shared.batches import to_device
-from shared.captioned_pictures import CaptionedPictures
+from shared.captioned_pictures import SAMPLE, CaptionedPictures, open_captioned
 from shared.command_line import expect
 from shared.crops import Squares
 from shared.latent_cache import Shard
+from shared.picture_files import list_splits
 from shared.updates import load_updates
+
+_SAMPLE_SIDE, _SAMPLE_SHARD = 64, 1024  # side of the embedded emoji in pixels; pictures of a file
 
 logger = logging.getLogger(__name__)
 
@@ -110,3 +116,35 @@ def _posterior(vae: Any, pixels: Tensor, prefix: str) -> dict[str, np.ndarray]:
 def _name_bad(pictures: CaptionedPictures, positions: range) -> None:
     for position in positions:
         logger.warning("%s cannot be decoded and is left out", pictures.files.name(position))
+
+
+def sample_latents(cache_dir: Path, vae: Any) -> Path:
+    """The latents of the embedded emoji and of their mirror images, made in `cache_dir` unless they are there.
+
+    Args:
+        cache_dir: for data that is made once.
+        vae: `diffusers.AutoencoderKL`, on the device that is to encode.
+
+    Returns:
+        The folder of a complete cache.
+    """
+    splits = sample_splits()
+    form = {"image_size": _SAMPLE_SIDE, "mirrored": True}
+    identity = cache_identity(vae, splits, **form, pictures_per_shard=_SAMPLE_SHARD)
+    folder = cache_dir / f"latents-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
+    if not folder.is_dir():
+        logger.warning("encoding the embedded emoji, once, into %s", folder)
+        with written_aside(folder) as aside:
+            latent_cache.begin_cache(aside, identity)
+            sizes = {name: len(pictures) for name, pictures in splits.items()}
+            shards = latent_cache.plan_shards(sizes, _SAMPLE_SHARD)
+            speed = {"batch_size": 32, "num_workers": 0}
+            encode_shards(aside, shards, splits, vae, **form, **speed, shows_progress=True)
+            latent_cache.finish_cache(aside, identity, shards, max_bad_fraction=0.0)
+    return folder
+
+
+def sample_splits() -> dict[str, CaptionedPictures]:
+    """The embedded emoji."""
+    columns = {"config": "", "image_column": "", "caption_column": "", "max_bad_fraction": 0.0}
+    return {name: open_captioned(str(SAMPLE), split=name, **columns) for name in list_splits(str(SAMPLE), "")}
