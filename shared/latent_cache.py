@@ -5,14 +5,15 @@ the start and `manifest.json` once all shards are there. A shard is written asid
 holds follows from its number, so a run that was killed goes on with the shards that are missing, on any number of
 processes.
 
-The columns of a row: `index` of the picture in its split; `caption`; `mean` and `std` of the autoencoder's posterior as
-float16 bytes (C, s, s), and, if asked for, the same of the mirror image as `mirrored_mean` and `mirrored_std`.
+The columns of a row: `index` of the picture in its split; `caption`; `height` and `width` of the latents; `mean` and
+`std` of the autoencoder's posterior as float16 bytes (C, h, w), and, if asked for, the same of the mirror image as
+`mirrored_mean` and `mirrored_std`; the caption's embedding as `text`, float16 bytes (L, D), if there is an encoder.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 
 from shared.command_line import UsageError, expect
+
+_SIDES = ["height", "width"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,14 @@ def begin_cache(folder: Path, identity: dict[str, Any]) -> None:
     _write_json(file, identity)
 
 
-def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], *, mirrored: bool) -> None:
+def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], arrays: Sequence[str]) -> None:
     """Write a shard that is there whole or not at all.
 
     Args:
         folder: of the cache.
         shard: where it goes.
-        rows: values of the columns, arrays as any float type; there may be none.
-        mirrored: whether they have the columns of the mirror image.
+        rows: values of the columns, arrays of any float type; there may be none.
+        arrays: names of the columns that hold arrays.
     """
     import pyarrow
     import pyarrow.parquet
@@ -89,9 +92,9 @@ def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], *, m
         }
         for row in rows
     ]
-    latents = ["mean", "std", *(["mirrored_mean", "mirrored_std"] if mirrored else [])]
-    of_latents = [(name, pyarrow.binary()) for name in latents]
-    schema = pyarrow.schema([("index", pyarrow.int64()), ("caption", pyarrow.string()), *of_latents])
+    sides = [("height", pyarrow.int32()), ("width", pyarrow.int32())]
+    columns = [("index", pyarrow.int64()), ("caption", pyarrow.string()), *sides]
+    schema = pyarrow.schema([*columns, *((name, pyarrow.binary()) for name in arrays)])
     aside = folder / "data" / f".{Path(shard.file).name}"
     with pyarrow.parquet.ParquetWriter(aside, schema, compression="none") as writer:
         if plain:  # `datasets` reads a file without a row group, and none whose first is empty
@@ -174,7 +177,7 @@ def check_identity(manifest: dict[str, Any], identity: dict[str, Any], field: st
 
 
 class Latents:
-    """The latents of a split, by index.
+    """The latents of a split, by row.
 
     Args:
         folder: of a complete cache.
@@ -188,16 +191,34 @@ class Latents:
         files = [entry["file"] for entry in manifest["shards"] if entry["file"].startswith(f"data/{split}-")]
         paths = [str(folder / file) for file in files]
         self._rows = datasets.load_dataset("parquet", data_files={"rows": paths}, split="rows")
-        self._shape = tuple(manifest["latent_shape"])
+        self._channels, self._text_shape = manifest["latent_channels"], manifest["text_shape"]
+        # Of a row only what is asked for is read.
+        self._latents = {"": self._rows.select_columns([*_SIDES, "mean", "std"])}
+        if manifest["mirrored"]:
+            self._latents["mirrored_"] = self._rows.select_columns([*_SIDES, "mirrored_mean", "mirrored_std"])
+        self._text: Any = self._rows.select_columns(["text"]) if self._text_shape else None
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def buckets(self) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+        """Each shape (C, h, w) that occurs, in order, and the rows that have it, int64 (N,)."""
+        columns = self._rows.select_columns(_SIDES).with_format("numpy")[:]
+        sides, numbers = np.unique(np.stack([columns[side] for side in _SIDES]), axis=1, return_inverse=True)
+        shapes = [(self._channels, height, width) for height, width in sides.T.tolist()]
+        return [(shape, np.flatnonzero(numbers.ravel() == number)) for number, shape in enumerate(shapes)]
+
     def read(self, index: int, *, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of a picture's posterior, or of its mirror image's: float16 (C, s, s) each."""
-        row, prefix = self._rows[index], "mirrored_" if mirrored else ""
+        """Mean and standard deviation of a picture's posterior, or of its mirror image's: float16 (C, h, w) each."""
+        prefix = "mirrored_" if mirrored else ""
+        row = self._latents[prefix][index]
         mean, std = (np.frombuffer(row[f"{prefix}{name}"], dtype=np.float16) for name in ("mean", "std"))
-        return mean.reshape(self._shape), std.reshape(self._shape)
+        shape = (self._channels, row["height"], row["width"])
+        return mean.reshape(shape), std.reshape(shape)
+
+    def text(self, index: int) -> np.ndarray:
+        """The embedding of a caption, float16 (L, D), of a cache that has them."""
+        return np.frombuffer(self._text[index]["text"], dtype=np.float16).reshape(self._text_shape)
 
     def captions(self) -> list[str]:
         """Of all pictures."""
