@@ -99,7 +99,9 @@ class FixedSamples(Dataset):
         self._latents, self._num_bands, self._reading = latents, num_bands, reading
         chosen = np.array(spread(len(latents), size))
         buckets = [np.intersect1d(rows, chosen) for _, rows in latents.buckets()]
-        self._parts = [rows[first : first + batch_size] for rows in buckets for first in range(0, len(rows), batch_size)]
+        self._parts = [
+            rows[first : first + batch_size] for rows in buckets for first in range(0, len(rows), batch_size)
+        ]
 
     def __len__(self) -> int:
         return len(self._parts) * self._num_bands

@@ -118,6 +118,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
 
+import logging
 import math
 
 import diffusers
@@ -145,9 +146,11 @@ from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
-from shared.text_encoding import encode_text, load_text_encoder, token_ids
+from shared.text_encoding import encode_text, load_text_encoder, text_identity, token_ids
 from shared.throughput import Throughput
 from shared.updates import load_updates
+
+logger = logging.getLogger(__name__)
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 CACHED = Path("outputs/latents")
@@ -195,16 +198,15 @@ def check_config(cfg: Config) -> None:
 
 
 def open_data(
-    cfg: Config, accelerator: Any, vae: Any, tokenizer: Any, frozen: Any
+    cfg: Config, accelerator: Any, vae: Any, text: tuple[Any, Any] | None
 ) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
     """Latents to train on, those to evaluate on by the names of their splits, and the manifest of the cache."""
     with launch.node_main_first(accelerator):
         folder, identity = Path(cfg.data), {"vae": latent_cache.weights_digest(vae)}
-        if frozen is not None:
-            identity["text_encoder"] = text_digest(tokenizer, frozen)
+        if text:
+            identity |= text_identity(*text)
         if cfg.data == "sample":
-            cache_dir = cache_folder(cfg.cache_dir)
-            folder = CACHED if CACHED.is_dir() else sample_latents(cache_dir, vae.to(accelerator.device))
+            folder = CACHED if CACHED.is_dir() else sample_latents(cache_folder(cfg.cache_dir), vae, text)
             identity["data"] = {name: pictures.fingerprint for name, pictures in sample_splits().items()}
         manifest = latent_cache.read_manifest(folder, "data")
         latent_cache.check_identity(manifest, identity, "data", folder)
@@ -400,7 +402,7 @@ def make_pictures(
         predicted = without + cfg.guidance_scale * (with_text - without)
         latents = scheduler.step(predicted, timestep, latents).prev_sample
     model.train()
-    pixels = vae.to(device).decode(latents / vae.config.scaling_factor).sample
+    pixels = vae.decode(latents / vae.config.scaling_factor).sample
     return list(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
@@ -465,10 +467,10 @@ def main(cfg: Config) -> None:
     with launch.raise_together(accelerator):
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
-    vae = open_vae(cfg)
-    tokenizer, frozen = (None, None) if cfg.text_encoder == "scratch" else load_text_encoder(cfg.text_encoder)
-    train, held_out, manifest = open_data(cfg, accelerator, vae, tokenizer, frozen)
-    tokenizer = tokenizer or open_tokenizer(cfg, train)
+    vae = open_vae(cfg).to(accelerator.device)
+    text = None if cfg.text_encoder == "scratch" else load_text_encoder(cfg.text_encoder, "text_encoder")
+    train, held_out, manifest = open_data(cfg, accelerator, vae, text)
+    tokenizer, frozen = text or (open_tokenizer(cfg, train), None)
     empty = encode_captions([""], tokenizer, frozen)[0]
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer}
     reading["empty"] = None if frozen is None else empty.numpy()
