@@ -637,7 +637,7 @@ def report_costs(
     cfg = replace(cfg, num_workers=0)
     first, *_ = next(open_updates(cfg, accelerator, train, reading, micro_batch_size, 0))
     batch = to_device(first, accelerator.device)
-    inputs = {name: batch[name] for name in ("latents", "timesteps", "text")}
+    inputs = {"latents": batch["latents"], "timesteps": batch["uniform"].long(), "text": batch["text"]}
     tokenizer, shape, empty = reading["tokenizer"], batch["latents"].shape[1:], batch["text"][0]
     with dry_run.without_memory():
         model = build_model(cfg, tokenizer, frozen, shape)
