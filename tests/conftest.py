@@ -99,8 +99,14 @@ def cache_latents() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def pretrain() -> ModuleType:
+    """recipes/text_to_image/pretrain.py as a module."""
+    return load_recipe("text_to_image/pretrain.py")
+
+
+@pytest.fixture(scope="session")
 def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text encoder of CLIP with random weights, and a tokenizer that knows four words and pads with an exclamation mark.
+    """A text encoder of CLIP with random weights, and a tokenizer that knows four words and pads with "!".
 
     It takes 6 tokens with start and end, as a tokenizer of Stable Diffusion 2 does 77.
     """

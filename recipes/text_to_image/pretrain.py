@@ -248,7 +248,7 @@ class Denoiser(nn.Module):
         """Recompute the activations of blocks in the backward pass."""
         self.unet.enable_gradient_checkpointing()
         if self.text_encoder is not None:
-            self.text_encoder.gradient_checkpointing_enable()
+            self.text_encoder.activation_checkpointing_enable()
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """Predictions (B, C, h, w) for noisy latents, timesteps (B,), and tokens (B, L) or embeddings (B, L, D)."""
