@@ -100,9 +100,9 @@ def cache_latents() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text encoder of CLIP with random weights, and a tokenizer that knows four words.
+    """A text encoder of CLIP with random weights, and a tokenizer that knows four words and pads with "!".
 
-    It pads with an exclamation mark, as Stable Diffusion 2 does, and takes 6 tokens with start and end.
+    It takes 6 tokens with start and end, as a tokenizer of Stable Diffusion 2 does 77.
     """
     import torch
     from tokenizers.pre_tokenizers import ByteLevel
