@@ -1,5 +1,6 @@
-"""Square crops of pictures: random ones to train on, the middle ones to evaluate on."""
+"""Crops of pictures: random squares to train on, the middle to evaluate on, or to encode in its aspect ratio."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
+from shared.aspect_ratios import nearest_bucket
 from shared.batches import IGNORED, micro_batches
 from shared.decoding import BadPicture, EncodedPicture
 from shared.labelled_pictures import LabelledPictures
@@ -142,3 +144,31 @@ class Squares(Dataset):
         except BadPicture:
             pass
         return np.full((self._size, self._size, 3), 128, dtype=np.uint8), -1
+
+
+class BucketCrops(Dataset):
+    """Item `batch` is the middle of each of its pictures, cut to the bucket nearest to the picture's aspect ratio.
+
+    Args:
+        pictures: to cut from.
+        buckets: heights and widths in pixels.
+        batch_size: pictures of an item.
+    """
+
+    def __init__(self, pictures: PictureFiles, buckets: Sequence[tuple[int, int]], batch_size: int) -> None:
+        self._pictures, self._buckets, self._batch_size = pictures, buckets, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._pictures) // self._batch_size)
+
+    def __getitem__(self, batch: int) -> list[dict[str, np.ndarray]]:
+        """For each size that occurs: pixel_values uint8 (B, H, W, 3) and indices int64 (B,); no damaged pictures."""
+        found: dict[tuple[int, ...], list[tuple[np.ndarray, int]]] = {}
+        first = batch * self._batch_size
+        for index in range(first, min(first + self._batch_size, len(self._pictures))):
+            with contextlib.suppress(BadPicture):
+                picture = EncodedPicture(self._pictures.read(index))
+                bucket = nearest_bucket(picture.height, picture.width, self._buckets)
+                found.setdefault(bucket, []).append((picture.cover(*bucket), index))
+        parts = [zip(*rows, strict=True) for rows in found.values()]
+        return [{"pixel_values": np.stack(pixels), "indices": np.array(indices)} for pixels, indices in parts]

@@ -107,13 +107,36 @@ class EncodedPicture:
         Raises:
             BadPicture: the file is damaged.
         """
-        image = Image.fromarray(self._decode(1.0) if self._pixels is None else self._pixels[0].permute(1, 2, 0).numpy())
         shorter = int(size / crop_fraction)
-        longer = int(shorter * max(image.size) / min(image.size))
-        sides = (shorter, longer) if image.width <= image.height else (longer, shorter)
-        left, top = (sides[0] - size) // 2, (sides[1] - size) // 2
+        longer = int(shorter * max(self.width, self.height) / min(self.width, self.height))
+        sides = (shorter, longer) if self.width <= self.height else (longer, shorter)
+        return self._middle(sides, size, size)
+
+    def cover(self, height: int, width: int) -> np.ndarray:
+        """The picture, resized until it just covers a rectangle, and cut to it in the middle.
+
+        Args:
+            height: of the result in pixels.
+            width: of the result in pixels. A square is the same as by `center_crop` with a fraction of 1.
+
+        Returns:
+            uint8 (height, width, 3).
+
+        Raises:
+            BadPicture: the file is damaged.
+        """
+        if self.width * height <= self.height * width:
+            return self._middle((width, int(width * self.height / self.width)), height, width)
+        return self._middle((int(height * self.width / self.height), height), height, width)
+
+    def _middle(self, sides: tuple[int, int], height: int, width: int) -> np.ndarray:
+        """Resize to `sides`, width and height, and cut."""
+        with _decoding_errors():
+            _check_size(*sides)  # a line of pixels, resized to the height of a picture, can take all memory
+        image = Image.fromarray(self._decode(1.0) if self._pixels is None else self._pixels[0].permute(1, 2, 0).numpy())
+        left, top = (sides[0] - width) // 2, (sides[1] - height) // 2
         resized = image.resize(sides, Image.Resampling.BILINEAR)
-        return np.asarray(resized.crop((left, top, left + size, top + size)))
+        return np.asarray(resized.crop((left, top, left + width, top + height)))
 
     def _decode(self, scale: float) -> np.ndarray:
         """The whole picture, uint8 (H, W, 3), at 1/1, 1/2, 1/4 or 1/8, whichever is the smallest that has `scale`."""

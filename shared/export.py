@@ -41,9 +41,23 @@ def export_module(module: Any, run_dir: Path) -> None:
     _move(aside, run_dir)
 
 
+def export_pipeline(pipeline: Any, run_dir: Path) -> None:
+    """Write a pipeline of diffusers, with a folder for each of its parts, in the same way. The main process calls this.
+
+    Killed between the weights of two parts, an export leaves parts of two steps.
+    """
+    aside = run_dir / ".export"
+    shutil.rmtree(aside, ignore_errors=True)
+    pipeline.save_pretrained(aside)
+    _move(aside, run_dir)
+
+
 def _move(aside: Path, run_dir: Path) -> None:
-    readable = (aside / "config.json").stat().st_mode  # weight files come out readable for their owner alone
-    for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+    files = [path for path in aside.rglob("*") if path.is_file()]
+    readable = next(path for path in files if path.suffix == ".json").stat().st_mode  # weights come out for their owner
+    for path in sorted(files, key=lambda path: (path.suffix == ".safetensors", path)):
         path.chmod(readable)
-        path.replace(run_dir / path.name)
-    aside.rmdir()
+        target = run_dir / path.relative_to(aside)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(aside)

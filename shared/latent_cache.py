@@ -5,14 +5,16 @@ the start and `manifest.json` once all shards are there. A shard is written asid
 holds follows from its number, so a run that was killed goes on with the shards that are missing, on any number of
 processes.
 
-The columns of a row: `index` of the picture in its split; `caption`; `mean` and `std` of the autoencoder's posterior as
-float16 bytes (C, s, s), and, if asked for, the same of the mirror image as `mirrored_mean` and `mirrored_std`.
+The columns of a row: `index` of the picture in its split; `caption`; `height` and `width` of the latents; `mean` and
+`std` of the autoencoder's posterior as float16 bytes (C, h, w), and, if asked for, the same of the mirror image as
+`mirrored_mean` and `mirrored_std`; the caption's embedding as `text`, float16 bytes (L, D), if there is an encoder.
 """
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ import numpy as np
 import torch
 
 from shared.command_line import UsageError, expect
+from shared.picture_files import HELD_OUT_SEED, VALIDATION_SPLITS
+from shared.randomness import derive_seed, shuffled_indices
+
+_SIDES = ["height", "width"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,14 @@ def begin_cache(folder: Path, identity: dict[str, Any]) -> None:
     _write_json(file, identity)
 
 
-def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], *, mirrored: bool) -> None:
+def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], arrays: Sequence[str]) -> None:
     """Write a shard that is there whole or not at all.
 
     Args:
         folder: of the cache.
         shard: where it goes.
-        rows: values of the columns, arrays as any float type; there may be none.
-        mirrored: whether they have the columns of the mirror image.
+        rows: values of the columns, arrays of any float type; there may be none.
+        arrays: names of the columns that hold arrays.
     """
     import pyarrow
     import pyarrow.parquet
@@ -89,9 +95,9 @@ def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], *, m
         }
         for row in rows
     ]
-    latents = ["mean", "std", *(["mirrored_mean", "mirrored_std"] if mirrored else [])]
-    of_latents = [(name, pyarrow.binary()) for name in latents]
-    schema = pyarrow.schema([("index", pyarrow.int64()), ("caption", pyarrow.string()), *of_latents])
+    sides = [("height", pyarrow.int32()), ("width", pyarrow.int32())]
+    columns = [("index", pyarrow.int64()), ("caption", pyarrow.string()), *sides]
+    schema = pyarrow.schema([*columns, *((name, pyarrow.binary()) for name in arrays)])
     aside = folder / "data" / f".{Path(shard.file).name}"
     with pyarrow.parquet.ParquetWriter(aside, schema, compression="none") as writer:
         if plain:  # `datasets` reads a file without a row group, and none whose first is empty
@@ -174,12 +180,15 @@ def check_identity(manifest: dict[str, Any], identity: dict[str, Any], field: st
 
 
 class Latents:
-    """The latents of a split, by index.
+    """The latents of a split, by row.
 
     Args:
         folder: of a complete cache.
         manifest: its own.
         split: of the data set.
+
+    Attributes:
+        has_mirrored: whether there are mirror images.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
@@ -188,20 +197,72 @@ class Latents:
         files = [entry["file"] for entry in manifest["shards"] if entry["file"].startswith(f"data/{split}-")]
         paths = [str(folder / file) for file in files]
         self._rows = datasets.load_dataset("parquet", data_files={"rows": paths}, split="rows")
-        self._shape = tuple(manifest["latent_shape"])
+        self._channels, self._text_shape = manifest["latent_channels"], manifest["text_shape"]
+        self.has_mirrored: bool = manifest["mirrored"]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, index: int, *, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of a picture's posterior, or of its mirror image's: float16 (C, s, s) each."""
-        row, prefix = self._rows[index], "mirrored_" if mirrored else ""
-        mean, std = (np.frombuffer(row[f"{prefix}{name}"], dtype=np.float16) for name in ("mean", "std"))
-        return mean.reshape(self._shape), std.reshape(self._shape)
+    def subset(self, chosen: np.ndarray) -> "Latents":
+        """Those in the given rows."""
+        part = copy.copy(self)
+        part._rows = self._rows.select(chosen)
+        return part
+
+    def buckets(self) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+        """Each shape (C, h, w) that occurs, in order, and the rows that have it, int64 (N,)."""
+        columns = self._rows.select_columns(_SIDES).with_format("numpy")[:]
+        sides, numbers = np.unique(np.stack([columns[side] for side in _SIDES]), axis=1, return_inverse=True)
+        shapes = [(self._channels, height, width) for height, width in sides.T.tolist()]
+        return [(shape, np.flatnonzero(numbers.ravel() == number)) for number, shape in enumerate(shapes)]
+
+    def read(self, index: int, *, mirrored: bool) -> dict[str, Any]:
+        """A row's `caption`, and `mean` and `std` of the picture's posterior or its mirror image's: float16 (C, h, w).
+
+        Of a cache that has embeddings of captions also `text`, float16 (L, D).
+        """
+        row = self._rows[index]
+        shape, names = (self._channels, row["height"], row["width"]), ("mean", "std")
+        arrays = {name: row[f"mirrored_{name}" if mirrored else name] for name in names}
+        sample = {name: np.frombuffer(array, dtype=np.float16).reshape(shape) for name, array in arrays.items()}
+        if self._text_shape:
+            sample["text"] = np.frombuffer(row["text"], dtype=np.float16).reshape(self._text_shape)
+        return {"caption": row["caption"], **sample}
 
     def captions(self) -> list[str]:
         """Of all pictures."""
         return list(self._rows["caption"])
+
+
+def open_splits(
+    folder: Path, manifest: dict[str, Any], split: str, eval_splits: str, eval_fraction: float
+) -> tuple[Latents, dict[str, Latents]]:
+    """Latents to train on, and those to evaluate on by the names of their splits.
+
+    Args:
+        folder: of a complete cache.
+        manifest: its own.
+        split: to train on.
+        eval_splits: comma-separated; "" = those whose names begin with validation, val or test.
+        eval_fraction: share of the samples that is held out where there is none.
+
+    Raises:
+        UsageError: a split is not there, or too few samples to hold some out.
+    """
+    names = list(manifest["data"])
+    expected = f"a split of the latents, there are: {', '.join(names)}"
+    expect(split in names, "data_split", split, expected)
+    asked = [name.strip() for name in eval_splits.split(",") if name.strip()]
+    for name in asked:
+        expect(name in names, "eval_splits", name, expected)
+    train, others = Latents(folder, manifest, split), [name for name in names if name != split]
+    asked = asked or [name for name in others if name.startswith(VALIDATION_SPLITS)]
+    if asked:
+        return train, {name: Latents(folder, manifest, name) for name in asked}
+    number = round(len(train) * eval_fraction)
+    expect(0 < number < len(train), "eval_fraction", eval_fraction, f"to split {len(train)} samples in two")
+    order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(HELD_OUT_SEED, "held out"))
+    return train.subset(np.sort(order[number:])), {"held_out": train.subset(np.sort(order[:number]))}
 
 
 def weights_digest(module: torch.nn.Module) -> str:

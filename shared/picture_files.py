@@ -8,13 +8,14 @@ test). What belongs to a picture is read elsewhere: its class in `labelled_pictu
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shared.aspect_ratios import nearest_bucket
 from shared.command_line import UsageError, expect
 from shared.decoding import BadPicture, EncodedPicture
 from shared.documents import is_hub_id
@@ -146,17 +147,43 @@ def check_sides(data: str, pictures: PictureFiles, least: int) -> None:
     Raises:
         UsageError: the median of the shorter sides is below `least` pixels, or none of these can be decoded.
     """
-    sides = []
-    for index in spread(len(pictures), _SAMPLED_PICTURES):
-        with contextlib.suppress(BadPicture):
-            picture = EncodedPicture(pictures.read(index))
-            sides.append(min(picture.width, picture.height))
-    expect(bool(sides), "data", data, "pictures that can be decoded, none of those tried could be")
-    median = int(np.median(sides))
+    median = int(np.median([min(sides) for sides in _some_sides(data, pictures)]))
     expected = (
         f"pictures of at least {least} pixels, the size of the crops; the median of the shorter sides is {median}"
     )
     expect(median >= least, "data", data, expected)
+
+
+def check_buckets(data: str, pictures: PictureFiles, buckets: Sequence[tuple[int, int]]) -> None:
+    """Refuse a data set most of whose pictures do not fill their buckets, as far as some of them tell.
+
+    A few small ones are enlarged.
+
+    Args:
+        data: for the message.
+        pictures: of a split.
+        buckets: heights and widths in pixels.
+
+    Raises:
+        UsageError: more than half of those tried would be enlarged, or none of them can be decoded.
+    """
+    tried = _some_sides(data, pictures)
+    nearest = [nearest_bucket(*sides, buckets) for sides in tried]
+    small = sum(sides[0] < bucket[0] or sides[1] < bucket[1] for sides, bucket in zip(tried, nearest, strict=True))
+    sizes = ", ".join(f"{height} x {width}" for height, width in buckets)
+    expected = f"pictures that fill {sizes} pixels (height x width); {small} of {len(tried)} tried are smaller"
+    expect(2 * small <= len(tried), "data", data, expected)
+
+
+def _some_sides(data: str, pictures: PictureFiles) -> list[tuple[int, int]]:
+    """Heights and widths of some of the pictures."""
+    sides = []
+    for index in spread(len(pictures), _SAMPLED_PICTURES):
+        with contextlib.suppress(BadPicture):
+            picture = EncodedPicture(pictures.read(index))
+            sides.append((picture.height, picture.width))
+    expect(bool(sides), "data", data, "pictures that can be decoded, none of those tried could be")
+    return sides
 
 
 def _builder(data: str, config: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
     Raises:
         UsageError: it is not there, or holds no such model.
     """
-    with _load_errors(field, name):
+    with load_errors(field, name):
         return auto_class.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
         )
@@ -30,8 +30,18 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
 
 def load_diffusion_model(model_class: Any, name: str, field: str, **options: Any) -> Any:
     """The same for a model of diffusers, such as `diffusers.AutoencoderKL`."""
-    with _load_errors(field, name):
+    with load_errors(field, name):
         return model_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **options)
+
+
+@contextlib.contextmanager
+def load_errors(field: str, name: str) -> Iterator[None]:
+    """Make one `UsageError` of whatever goes wrong while the block loads `name`."""
+    try:
+        yield
+    except Exception as error:  # hub, format and shape errors have no common class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
 
 
 def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -> Any:
@@ -84,21 +94,12 @@ def check_sizes(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
     """
     from transformers import AutoConfig
 
-    with _load_errors("init", name):
+    with load_errors("init", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     for size, value in sizes.items():
         found = getattr(config, size, None)
         expect(found == value, "init", name, f"a model with {size} {value}, as configured, got {found}")
     _check_tokenizer(tokenizer, config.vocab_size)
-
-
-@contextlib.contextmanager
-def _load_errors(field: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # hub, format and shape errors have no common class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
 
 
 def _check_tokenizer(tokenizer: Any, known: int) -> None:

@@ -99,6 +99,40 @@ def cache_latents() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def pretrain() -> ModuleType:
+    """recipes/text_to_image/pretrain.py as a module."""
+    return load_recipe("text_to_image/pretrain.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder of CLIP with random weights, and a tokenizer that knows four words and pads with "!".
+
+    It takes 6 tokens with start and end, as a tokenizer of Stable Diffusion 2 does 77.
+    """
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    symbols, merges = sorted(ByteLevel.alphabet()), []
+    for word in ("train", "test", "picture", "cat"):
+        letters = [*word[:-1], f"{word[-1]}</w>"]
+        merges += [("".join(letters[:end]), letters[end]) for end in range(1, len(letters))]
+    merged = dict.fromkeys(first + second for first, second in merges)
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *merged, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token="!", model_max_length=6)
+    ids = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": 0}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=6, **ids, **sizes)
+    folder = tmp_path_factory.mktemp("text_encoder")
+    CLIPTextModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of noisy pictures of 24 x 20 pixels, a bar at another height for each of three classes."""
     import numpy as np

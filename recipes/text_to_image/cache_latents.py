@@ -6,7 +6,8 @@ number of processes, with no picture lost or doubled.
 
     accelerate launch recipes/text_to_image/cache_latents.py
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/cache_latents.py \
-        --data me/captioned --vae stabilityai/sd-vae-ft-mse --image_size 256
+        --data me/captioned --vae stabilityai/sd-vae-ft-mse --image_size 256 --bucket_multiple 64 \
+        --text_encoder openai/clip-vit-large-patch14
 """
 
 import sys
@@ -49,11 +50,17 @@ class Config:
     there."""
     image_size: int = 64
     """Side of the pictures in pixels, cut as the largest square in the middle."""
+    bucket_multiple: int = 0
+    """Cut pictures not to squares but to rectangles of about that area, each to the one nearest to its aspect
+    ratio, whose sides are multiples of so many pixels; 64 in SDXL. 0 = squares."""
     mirrored: bool = True
     """Encode the mirror images as well, from which training then takes half of the pictures."""
+    text_encoder: str = ""
+    """Run folder or Hub id of a frozen CLIP text encoder, or of a pipeline that has one, to encode the captions as
+    well; each takes 118 KB with CLIP ViT-L/14. "" = none, the captions alone."""
 
     batch_size: int = 32
-    """Pictures that are encoded at a time."""
+    """Pictures, or captions, that are encoded at a time."""
     pictures_per_shard: int = 1024
     """Pictures of one file; what a killed run has to do again, at most, on each process."""
     num_workers: int = 1
@@ -69,9 +76,11 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
 import diffusers
 
 from shared import latent_cache, launch, picture_files
+from shared.aspect_ratios import aspect_ratio_buckets
 from shared.captioned_pictures import SAMPLE, CaptionedPictures, open_captioned
 from shared.latent_encoding import cache_identity, encode_shards
 from shared.pretrained import load_diffusion_model
+from shared.text_encoding import load_text_encoder
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 
@@ -80,7 +89,7 @@ def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
     for field in ("image_size", "batch_size", "pictures_per_shard"):
         cli.expect_at_least(cfg, 1, field)
-    cli.expect_at_least(cfg, 0, "num_workers")
+    cli.expect_at_least(cfg, 0, "num_workers", "bucket_multiple")
     cli.expect(0 <= cfg.max_bad_fraction < 1, "max_bad_fraction", cfg.max_bad_fraction, "a share in [0, 1)")
     cli.expect(cfg.timeout_minutes > 0, "timeout_minutes", cfg.timeout_minutes, "more than 0")
 
@@ -89,7 +98,14 @@ def check_config(cfg: Config) -> None:
 # Data and model
 
 
-def open_data(cfg: Config, accelerator: Any) -> dict[str, CaptionedPictures]:
+def plan_buckets(cfg: Config) -> list[tuple[int, int]]:
+    """Heights and widths in pixels that pictures are cut to."""
+    if cfg.bucket_multiple:
+        return aspect_ratio_buckets(cfg.image_size, cfg.bucket_multiple)
+    return [(cfg.image_size, cfg.image_size)]
+
+
+def open_data(cfg: Config, buckets: list[tuple[int, int]], accelerator: Any) -> dict[str, CaptionedPictures]:
     """The pictures of each split."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     options = {"config": cfg.data_config, "image_column": cfg.image_column, "caption_column": cfg.caption_column}
@@ -99,14 +115,19 @@ def open_data(cfg: Config, accelerator: Any) -> dict[str, CaptionedPictures]:
         options["max_bad_fraction"] = cfg.max_bad_fraction
         splits = {name: open_captioned(source, split=name, **options) for name in names}
         for pictures in splits.values():
-            picture_files.check_sides(source, pictures.files, cfg.image_size)
+            picture_files.check_buckets(source, pictures.files, buckets)
     return splits
 
 
 def open_vae(cfg: Config) -> Any:
-    """The frozen autoencoder."""
+    """The frozen autoencoder, which must be able to halve all sides as often as it does."""
     name = cfg.vae or str(TRAINED if TRAINED.is_dir() else SHIPPED)
-    return load_diffusion_model(diffusers.AutoencoderKL, name, "vae").eval().requires_grad_(False)
+    vae = load_diffusion_model(diffusers.AutoencoderKL, name, "vae").eval().requires_grad_(False)
+    times = 2 ** (len(vae.config.block_out_channels) - 1)
+    field = "bucket_multiple" if cfg.bucket_multiple else "image_size"
+    expected = f"a multiple of {times}, for the autoencoder halves it"
+    cli.expect(getattr(cfg, field) % times == 0, field, getattr(cfg, field), expected)
+    return vae
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,11 +137,15 @@ def open_vae(cfg: Config) -> Any:
 def main(cfg: Config) -> None:
     """Encode the shards that are missing, this process's share of them, and write the manifest."""
     check_config(cfg)
+    folder, buckets = Path(cfg.output_dir), plan_buckets(cfg)
     launch.follow_launcher()
     accelerator = launch.start_accelerator(cfg.timeout_minutes, "", cfg.output_dir, deterministic=False)
-    folder, splits, vae = Path(cfg.output_dir), open_data(cfg, accelerator), open_vae(cfg)
-    form = {"image_size": cfg.image_size, "mirrored": cfg.mirrored}
-    identity = cache_identity(vae, splits, **form, pictures_per_shard=cfg.pictures_per_shard)
+    splits, vae = open_data(cfg, buckets, accelerator), open_vae(cfg).to(accelerator.device)
+    text = load_text_encoder(cfg.text_encoder, "text_encoder") if cfg.text_encoder else None
+    if text:
+        text[1].to(accelerator.device)
+    form = {"buckets": buckets, "mirrored": cfg.mirrored}
+    identity = cache_identity(vae, text, splits, **form, pictures_per_shard=cfg.pictures_per_shard)
     shards = latent_cache.plan_shards({name: len(split) for name, split in splits.items()}, cfg.pictures_per_shard)
     with launch.raise_together(accelerator):
         if accelerator.is_main_process:
@@ -129,13 +154,15 @@ def main(cfg: Config) -> None:
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     speed = {"batch_size": cfg.batch_size, "num_workers": cfg.num_workers}
     shows_progress = accelerator.is_main_process
-    encode_shards(folder, mine, splits, vae.to(accelerator.device), **form, **speed, shows_progress=shows_progress)
-    accelerator.wait_for_everyone()
+    cut = encode_shards(folder, mine, splits, vae, text, **form, **speed, shows_progress=shows_progress)
+    cut = sum(launch.gather_objects(accelerator, cut))  # when all processes have written their shards
     with launch.raise_together(accelerator):
         if accelerator.is_main_process:
             manifest = latent_cache.finish_cache(folder, identity, shards, cfg.max_bad_fraction)
             left = manifest["pictures"] - manifest["rows"]
             accelerator.print(f"{manifest['rows']:,} pictures in {len(shards)} shards, {left} left out: {folder}/")
+            if cut:
+                accelerator.print(f"{cut:,} captions of this run were cut to {manifest['text_shape'][0]} tokens")
     accelerator.end_training()
 
 

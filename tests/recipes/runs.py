@@ -38,8 +38,11 @@ def run(recipe: ModuleType, cfg: Any) -> None:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The exported model's."""
-    return load_file(exported(run_dir))
+    """The exported model's; those of a pipeline's parts by the part's name and their own."""
+    files = [*run_dir.glob("*.safetensors"), *run_dir.glob("*/*.safetensors")]
+    assert files
+    parts = {file: "" if file.parent == run_dir else f"{file.parent.name}." for file in files}
+    return {f"{part}{name}": tensor for file, part in parts.items() for name, tensor in load_file(file).items()}
 
 
 def exported(run_dir: Path) -> Path:
@@ -85,7 +88,8 @@ def state_at(run_dir: Path, step: int, copy: Path) -> Path:
     for checkpoint in (copy / "checkpoints").iterdir():
         if checkpoint.name != f"step_{step:08d}":
             shutil.rmtree(checkpoint)
-    exported(copy).unlink()
+    for file in [*copy.glob("*.safetensors"), *copy.glob("*/*.safetensors")]:
+        file.unlink()
     return copy
 
 
