@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import pipelines
 from tests.recipes.runs import run
 
 
@@ -24,6 +25,14 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = diffusers.AutoencoderKL(**sizes, **blocks, mid_block_add_attention=False)
     folder = tmp_path_factory.mktemp("vae")
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion of random weights that makes pictures of 16 x 16 pixels."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipelines.stable_diffusion(pipelines.tiny_vae()).save_pretrained(folder)
     return folder
 
 
