@@ -139,6 +139,12 @@ def generate() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def evaluate() -> ModuleType:
+    """recipes/text_to_image/evaluate.py as a module."""
+    return load_recipe("text_to_image/evaluate.py")
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of noisy pictures of 24 x 20 pixels, a bar at another height for each of three classes."""
     import numpy as np

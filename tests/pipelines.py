@@ -8,7 +8,7 @@ import transformers
 
 from shared.clip_tokenizer import train_clip_tokenizer
 
-CAPTIONS = ["red apple", "green pear", "a red cat sees a green dog"]
+CAPTIONS = ["red apple", "green pear", "a red cat sees a green dog", "train picture 1", "test picture 2"]
 LENGTH = 12  # tokens of a prompt, start and end included
 LONG_PROMPT = "red apple green pear a red cat sees a green dog red pear"  # a token for each word
 WIDTH = 16  # of the text encoders
@@ -113,4 +113,20 @@ def pixart(vae: Any) -> Any:
         vae=vae,
         transformer=transformer.eval(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+def prx(vae: Any) -> Any:
+    """Of the same classes as those of pretrain_transformer.py; it cleans prompts with ftfy."""
+    torch.manual_seed(4)
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 16, "num_heads": 2, "depth": 1, "axes_dim": [4, 4], "mlp_ratio": 2.0}
+    transformer = diffusers.PRXTransformer2DModel(in_channels=2, patch_size=2, context_in_dim=WIDTH, **sizes)
+    return diffusers.PRXPipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=tiny_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        vae=vae,
+        default_sample_size=16,
     )

@@ -67,6 +67,7 @@ from shared.picture_generation import (
     set_scheduler,
 )
 from shared.randomness import derive_seed
+from shared.run_folder import check_writable
 
 NUM_SHOWN = 64  # pictures of the grid, at most
 SETTINGS = ("num_steps", "guidance_scale", "negative_prompt", "scheduler")  # noted for each picture
@@ -78,6 +79,7 @@ def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong before the model is loaded."""
     cli.expect_at_least(cfg, 1, "pictures_per_prompt", "num_steps", "batch_size")
     cli.expect_at_least(cfg, 0, "seed")
+    check_writable(Path(cfg.output_dir))
     check_guidance(cfg.model, cfg.guidance_scale)
     is_heard = not cfg.negative_prompt or cfg.guidance_scale > 1
     cli.expect(is_heard, "negative_prompt", cfg.negative_prompt, '"" with guidance_scale 1, which does without it')
@@ -114,11 +116,7 @@ def main(cfg: Config) -> None:
     for prompt in prompts:
         if lost := lost_text(pipeline, prompt):
             logger.warning("prompt %r is longer than the text encoder takes and cut: without %r", prompt, lost)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        expected = f"a folder that can be written, got {error.strerror}"
-        raise cli.UsageError(f"output_dir: {cfg.output_dir!r}: expected {expected}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     prompts = [prompt for prompt in prompts for _ in range(cfg.pictures_per_prompt)]
     seeds = [derive_seed(cfg.seed, index) for index in range(len(prompts))]

@@ -37,6 +37,22 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet of random weights for pictures of 16 x 16 pixels."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    folder = tmp_path_factory.mktemp("classifier")
+    transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).save_pretrained(folder)
+    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    processor = transformers.ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=1.0, **statistics)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Splits of 40 and 7 noisy pictures of 20 x 16 pixels with captions."""
     folder = tmp_path_factory.mktemp("captioned")

@@ -1,7 +1,6 @@
 """Files, grid and list are of the library's pictures; wrong input is one line; nothing else is said."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -149,7 +148,7 @@ def test_bad_input_gets_one_line(generate: ModuleType, tiny_pipeline: Path, tmp_
         "batch_size: 0": {"batch_size": 0},
         "pictures_per_prompt: 0": {"pictures_per_prompt": 0},
         "seed: -1": {"seed": -1},
-        f"output_dir: '{tmp_path}/file/x': expected a folder that can be written, got Not a directory": {
+        f"output_dir: '{tmp_path}/file/x': expected a folder that can be written, '{tmp_path}/file' is not one": {
             "output_dir": str(tmp_path / "file" / "x")
         },
     }
@@ -163,8 +162,6 @@ def test_bad_input_gets_one_line(generate: ModuleType, tiny_pipeline: Path, tmp_
 
 
 def test_help_is_quick() -> None:
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--help"], capture_output=True, text=True, timeout=6, env={**os.environ}
-    )
+    done = subprocess.run([sys.executable, str(PROGRAM), "--help"], capture_output=True, text=True, timeout=6)
     assert done.returncode == 0
     assert "--prompts_file" in done.stdout

@@ -171,6 +171,20 @@ def test_the_batch_changes_no_picture(build: Any, vae: Any) -> None:
     assert np.abs(reversed_order[::-1] - alone).max() <= 1
 
 
+def test_prx_makes_as_many_pictures_at_a_time_as_others(vae: Any, tmp_path: Path) -> None:
+    """Which the library's own pipeline does not, with guidance; without, and for one prompt, it is the same."""
+    pytest.importorskip("ftfy", reason="PRXPipeline cleans prompts with it")
+    own = silent(pipelines.prx(vae))
+    own.save_pretrained(tmp_path)
+    pipeline = load_pipeline(str(tmp_path), "model")
+    alone = make(pipeline, PROMPTS, SEEDS)
+    for batch_size in (2, 8):
+        assert np.abs(make(pipeline, PROMPTS, SEEDS, batch_size=batch_size) - alone).max() <= 1
+    assert np.abs(make(own, PROMPTS, SEEDS) - alone).max() <= 1
+    without = {"guidance_scale": 1.0, "batch_size": 3}
+    np.testing.assert_array_equal(make(own, PROMPTS, SEEDS, **without), make(pipeline, PROMPTS, SEEDS, **without))
+
+
 def test_the_global_generator_is_neither_read_nor_moved(stable_diffusion: Any) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
