@@ -125,15 +125,12 @@ def open_data(cfg: Config, split: str) -> tuple[list[str], list[int], Tensor]:
     check_sides(source, pictures.files, cfg.image_size)
     positions = spread(len(pictures), cfg.max_pictures)
     pictures = pictures.subset(np.array(positions))
-    squares = Squares(pictures.files, cfg.image_size, cfg.batch_size)
-    batches = [squares[batch] for batch in range(-(-len(pictures) // cfg.batch_size))]
-    places = np.concatenate([batch["indices"] for batch in batches])[: len(pictures)]
-    pixels = np.concatenate([batch["pixel_values"] for batch in batches])[: len(pictures)]
-    for index in np.flatnonzero(places < 0).tolist():
+    squares = Squares(pictures.files, cfg.image_size, len(pictures))[0]
+    for index in np.flatnonzero(squares["indices"] < 0).tolist():
         logger.warning("%s cannot be decoded and is left out", pictures.files.name(index))
-    kept = np.flatnonzero(places >= 0).tolist()
+    kept = np.flatnonzero(squares["indices"] >= 0).tolist()
     cli.expect(len(kept) >= 2, "data", cfg.data, f"at least two pictures that can be decoded in split {split}")
-    true = torch.from_numpy(pixels[kept]).permute(0, 3, 1, 2)
+    true = torch.from_numpy(squares["pixel_values"][kept]).permute(0, 3, 1, 2)
     return [pictures.captions[index] for index in kept], [positions[index] for index in kept], true
 
 
@@ -166,7 +163,7 @@ def reconstruct(vae: Any, true: Tensor, batch_size: int) -> Tensor:
     made = []
     for batch in true.split(batch_size):
         encoded = vae.encode(batch.to(vae.device, torch.float32) / 127.5 - 1)
-        latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+        latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent  # of AutoencoderDC
         pixels = vae.decode(latents).sample
         made.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(made)

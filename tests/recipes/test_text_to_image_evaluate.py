@@ -114,6 +114,26 @@ def test_true_pictures_match_themselves_and_no_others(
     assert chance == {KEYS[1]: 1 / 7, KEYS[2]: 5 / 7}
 
 
+def test_an_autoencoder_without_a_distribution_reconstructs_as_well(evaluate: ModuleType, captioned: Path) -> None:
+    torch.manual_seed(0)
+    channels, layers, scales = (8, 16), (1, 1), ((), ())
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+    ).eval()
+    true = read_true(captioned, 3)
+    with torch.no_grad():
+        expected = vae(true / 127.5 - 1).sample.clamp(-1, 1) * 127.5 + 127.5
+    assert (evaluate.reconstruct(vae, true, batch_size=2) - expected).abs().max() < 0.51
+
+
 def test_the_batch_size_changes_nothing(evaluate: ModuleType, fields: dict[str, Any]) -> None:
     one, other = (run(evaluate, fields, batch_size=batch_size) for batch_size in (1, 7))
     for name in ("metrics", "reconstructions"):
