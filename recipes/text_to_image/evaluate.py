@@ -60,6 +60,8 @@ class Config:
     """How far pictures follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
     batch_size: int = 25
     """Pictures that are made, or looked at, at a time."""
+    others_split: str = ""
+    """Split whose pictures can also be taken for those of the captions. "" = train of the sample, else none."""
     features: str = ""
     """Whose features pictures are compared in: a run folder of recipes/resnet or Hub id of a ResNet classifier, or
     inception. "" = a classifier of the embedded emoji that lies in assets."""
@@ -115,15 +117,15 @@ def pick_split(cfg: Config) -> str:
     return split
 
 
-def open_data(cfg: Config, split: str) -> tuple[list[str], list[int], Tensor]:
-    """Captions of the split, their positions in it, and their pictures, uint8 (N, 3, S, S)."""
+def open_data(cfg: Config, split: str, most: int | None) -> tuple[list[str], list[int], Tensor]:
+    """Captions of at most so many of a split, their positions in it, and their pictures, uint8 (N, 3, S, S)."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     columns = {"image_column": cfg.image_column, "caption_column": cfg.caption_column}
     pictures = open_captioned(
         source, config=cfg.data_config, split=split, **columns, max_bad_fraction=cfg.max_bad_fraction
     )
     check_sides(source, pictures.files, cfg.image_size)
-    positions = spread(len(pictures), cfg.max_pictures)
+    positions = spread(len(pictures), most or len(pictures))
     pictures = pictures.subset(np.array(positions))
     squares = Squares(pictures.files, cfg.image_size, len(pictures))[0]
     for index in np.flatnonzero(squares["indices"] < 0).tolist():
@@ -174,13 +176,18 @@ def reconstruct(vae: Any, true: Tensor, batch_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure(network: Any, true: Tensor, made: Tensor, batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
-    """How near pictures come to the true ones of the same captions, both uint8 (N, 3, S, S), and pictures at random."""
+def measure(
+    network: Any, true: Tensor, others: Tensor, made: Tensor, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """How near pictures come to the true ones of the same captions, all uint8 (N, 3, S, S), and pictures at random.
+
+    `others` are true pictures of other captions, such as of the same thing in other styles.
+    """
     device = next(network.parameters()).device
     distance = frechet_distance(network, true.split(batch_size), made.split(batch_size))
     of_true, of_made = (
         torch.cat([network(batch.to(device)).cpu() for batch in pictures.split(batch_size)])
-        for pictures in (true, made)
+        for pictures in (torch.cat([true, others]), made)
     )
     match = caption_match(of_made, of_true, torch.arange(len(true)))
     found = {"eval/caption_match_top1": match["top1"], "eval/caption_match_top5": match["top5"]}
@@ -210,7 +217,10 @@ def main(cfg: Config) -> None:
     """Make a picture of each caption, measure, and write what came out."""
     check_config(cfg)
     split = pick_split(cfg)
-    captions, positions, true = open_data(cfg, split)
+    captions, positions, true = open_data(cfg, split, cfg.max_pictures)
+    others_split = cfg.others_split or ("train" if cfg.data == "sample" else "")
+    cli.expect(others_split != split, "others_split", others_split, f"another split than data_split, {split}")
+    others = open_data(cfg, others_split, None)[2] if others_split else true[:0]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     pipeline = load_pipeline(cfg.model, "model").to(device)
     has_latents = getattr(pipeline, "vae", None) is not None
@@ -222,15 +232,20 @@ def main(cfg: Config) -> None:
         logger.warning("%d of %d captions are longer than the text encoder takes and cut", num_cut, len(captions))
 
     made = make(cfg, pipeline, captions, positions)
-    metrics, chance = measure(network, true, made, cfg.batch_size)
-    reached, _ = measure(network, true, reconstruct(pipeline.vae, true, cfg.batch_size), cfg.batch_size)
+    metrics, chance = measure(network, true, others, made, cfg.batch_size)
+    reconstructed = reconstruct(pipeline.vae, true, cfg.batch_size)
+    reached, _ = measure(network, true, others, reconstructed, cfg.batch_size)
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("config", "output_dir")}
-    settings |= {"data_split": split, "scheduler": type(pipeline.scheduler).__name__}
-    results = {"metrics": metrics, "reconstructions": reached, "chance": chance, "num_pictures": len(true)}
+    settings |= {"data_split": split, "others_split": others_split, "scheduler": type(pipeline.scheduler).__name__}
+    numbers = {"num_pictures": len(true), "num_others": len(others)}
+    results = {"metrics": metrics, "reconstructions": reached, "chance": chance, **numbers}
     folder = Path(cfg.output_dir or cfg.model)
     show(true, made, captions, folder / "figures" / "evaluation.png")
     run_folder.write_json(folder / "evaluation.json", {**results, "settings": settings})
-    lines = (table(metrics, reached, chance), f"{len(true)} pictures: {folder}/evaluation.json, figures/evaluation.png")
+    lines = (
+        table(metrics, reached, chance),
+        f"{len(true)} pictures, {len(others)} others: {folder}/evaluation.json, figures/evaluation.png",
+    )
     print(*lines, sep="\n")  # noqa: T201 (there is no accelerator here)
 
 

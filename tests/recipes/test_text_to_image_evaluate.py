@@ -106,12 +106,17 @@ def test_true_pictures_match_themselves_and_no_others(
     evaluate: ModuleType, captioned: Path, tiny_classifier: Path
 ) -> None:
     true, network = read_true(captioned, 7), evaluate.load_features(str(tiny_classifier), "features")
-    same, chance = evaluate.measure(network, true, true, batch_size=3)
+    same, chance = evaluate.measure(network, true, true[:0], true, batch_size=3)
     assert same == {KEYS[0]: pytest.approx(0, abs=1e-5), KEYS[1]: 1.0, KEYS[2]: 1.0}
-    others, _ = evaluate.measure(network, true, true.roll(1, 0), batch_size=3)
+    others, _ = evaluate.measure(network, true, true[:0], true.roll(1, 0), batch_size=3)
     assert others[KEYS[0]] == pytest.approx(0, abs=1e-5)
     assert others[KEYS[1]] == 0.0
     assert chance == {KEYS[1]: 1 / 7, KEYS[2]: 5 / 7}
+    beside, chance = evaluate.measure(network, true, 255 - true, true, batch_size=3)
+    assert beside == same
+    assert chance == {KEYS[1]: 1 / 14, KEYS[2]: 5 / 14}
+    taken, _ = evaluate.measure(network, true.roll(1, 0), true[2:], true, batch_size=3)
+    assert taken == {KEYS[0]: pytest.approx(0, abs=1e-5), KEYS[1]: 0.0, KEYS[2]: taken[KEYS[2]]}
 
 
 def test_an_autoencoder_without_a_distribution_reconstructs_as_well(evaluate: ModuleType, captioned: Path) -> None:
@@ -145,7 +150,7 @@ def test_a_picture_does_not_depend_on_which_others_are_measured(evaluate: Module
     made: dict[int, dict[int, torch.Tensor]] = {}
     for number in (7, 3):
         cfg = evaluate.Config(**fields, max_pictures=number)
-        captions, positions, true = evaluate.open_data(cfg, "test")
+        captions, positions, true = evaluate.open_data(cfg, "test", number)
         assert captions == [f"test picture {position}" for position in positions]
         assert len(positions) == number
         both = torch.cat([true, evaluate.make(cfg, pipeline, captions, positions)], dim=1).int()
@@ -161,7 +166,7 @@ def test_a_damaged_picture_is_left_out_and_named(
     shutil.copytree(captioned, tmp_path / "data")
     (tmp_path / "data" / "test" / "02.png").write_bytes(b"no picture")
     cfg = evaluate.Config(**{**fields, "data": str(tmp_path / "data")})
-    captions, positions, true = evaluate.open_data(cfg, "test")
+    captions, positions, true = evaluate.open_data(cfg, "test", None)
     assert positions == [0, 1, 3, 4, 5, 6]
     assert captions == [f"test picture {position}" for position in positions]
     assert torch.equal(true, read_true(captioned, 7)[positions])
@@ -177,6 +182,7 @@ def test_the_sample_is_measured_on_unseen_combinations_into_the_run_folder(
     with caplog.at_level(logging.WARNING):
         found = run(evaluate, fields, **changes)
     assert (found["settings"]["data_split"], found["num_pictures"]) == ("test_unseen_combination", 3)
+    assert (found["settings"]["others_split"], found["num_others"]) == ("train", 4599)
     assert found["settings"]["scheduler"] == "DPMSolverMultistepScheduler"
     assert "3 of 3 captions are longer than the text encoder takes and cut" in caplog.text
     assert (model / "figures" / "evaluation.png").stat().st_size > 1000
