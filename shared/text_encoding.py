@@ -95,6 +95,20 @@ def token_ids(tokenizer: Any, captions: Sequence[str]) -> tuple[np.ndarray, int]
     return np.array(encoded["input_ids"], dtype=np.int64)[is_first], len(np.unique(source[~is_first]))
 
 
+def text_masks(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """Which tokens are the caption's, start and end included; what follows the first end token is padding.
+
+    Args:
+        tokenizer: see `load_text_encoder`; it may pad with the end token or with another.
+        ids: int64 (N, L), of `token_ids`.
+
+    Returns:
+        bool (N, L).
+    """
+    is_end = ids == tokenizer.eos_token_id
+    return np.cumsum(is_end, axis=1) - is_end == 0
+
+
 @torch.no_grad()
 def encode_text(encoder: Any, ids: Tensor) -> Tensor:
     """Embeddings as `StableDiffusionPipeline.encode_prompt` makes them.
