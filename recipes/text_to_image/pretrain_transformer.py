@@ -1,8 +1,8 @@
 """Pre-train a text-to-image model from scratch: flow matching with a transformer that reads captions.
 
-Papers: Liu et al. 2022 and Lipman et al. 2022 (flow matching), Esser et al. 2024 (its times), Krause et al. 2025 (routed
-tokens), Ho and Salimans 2022 (guidance); the transformer is Photoroom's PRX. With no arguments it trains on the embedded
-emoji, whose latents it makes at the first start, on two CPU cores in minutes.
+Papers: Liu et al. 2022 and Lipman et al. 2022 (flow matching), Esser et al. 2024 (its times), Krause et al. 2025
+(routed tokens), Ho and Salimans 2022 (guidance); the transformer is Photoroom's PRX. With no arguments it trains on the
+embedded emoji, whose latents it makes at the first start, on two CPU cores in minutes.
 
     accelerate launch recipes/text_to_image/pretrain_transformer.py
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/pretrain_transformer.py \
@@ -134,7 +134,6 @@ import numpy as np
 import torch
 import transformers
 from diffusers.models.transformers.transformer_prx import get_image_ids, img2seq, seq2img
-from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 from torch import Tensor, nn
 
 from shared import checkpoints, dry_run, figures, hub, latent_cache, launch, run_folder, schedules
@@ -145,10 +144,9 @@ from shared.clip_tokenizer import train_clip_tokenizer
 from shared.export import export_pipeline
 from shared.flops import training_flops
 from shared.latent_cache import Latents
-from shared.latent_encoding import sample_latents, sample_splits
+from shared.latent_encoding import open_latents
 from shared.latent_updates import FixedSamples, LatentUpdates
 from shared.optimizers import set_learning_rates
-from shared.picture_files import spread
 from shared.pretrained import load_diffusion_model
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed, normal_numbers, uniform_numbers
@@ -156,7 +154,7 @@ from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
-from shared.text_encoding import encode_text, load_text_encoder, text_identity, text_masks, token_ids
+from shared.text_encoding import CleanedCaptions, clean_captions, encode_captions, load_text_encoder, token_ids
 from shared.throughput import Throughput
 from shared.updates import load_updates
 
@@ -176,10 +174,8 @@ picture = pipeline("3D Fluent emoji, red apple", **options).images[0]"""
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
     cli.check_run_control(cfg)
-    cli.expect_at_least(cfg, 1, "eval_samples", "text_hidden_size", "text_num_layers", "text_num_heads")
-    cli.expect_at_least(
-        cfg, 1, "patch_size", "hidden_size", "num_layers", "num_heads", "global_batch_size", "max_steps"
-    )
+    cli.expect_at_least(cfg, 1, "eval_samples", "text_hidden_size", "text_num_layers", "text_num_heads", "patch_size")
+    cli.expect_at_least(cfg, 1, "hidden_size", "num_layers", "num_heads", "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
     cli.expect_at_least(cfg, 3, "caption_length")
     cli.expect_at_least(cfg, 1, "sample_steps", "guidance_scale")
@@ -196,10 +192,10 @@ def check_config(cfg: Config) -> None:
     cli.expect(fits, "text_hidden_size", cfg.text_hidden_size, f"a multiple of text_num_heads {cfg.text_num_heads}")
     fits = cfg.hidden_size % (4 * cfg.num_heads) == 0
     cli.expect(fits, "hidden_size", cfg.hidden_size, f"a multiple of 4 x num_heads {cfg.num_heads}")
-    if cfg.routed_fraction:
-        first, *_, last = blocks = cli.whole_numbers("routed_layers", cfg.routed_layers)
-        expected = f"the first and the last block that are skipped, from 1 to {cfg.num_layers}"
-        cli.expect(len(blocks) == 2 and first <= last <= cfg.num_layers, "routed_layers", cfg.routed_layers, expected)
+    first, *rest = cli.whole_numbers("routed_layers", cfg.routed_layers)
+    fits = len(rest) == 1 and (first <= rest[0] <= cfg.num_layers or not cfg.routed_fraction)
+    expected = f"the first and the last block that are skipped, from 1 to {cfg.num_layers}"
+    cli.expect(fits, "routed_layers", cfg.routed_layers, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,14 +207,8 @@ def open_data(
 ) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
     """Latents to train on, those to evaluate on by the names of their splits, and the manifest of the cache."""
     with launch.node_main_first(accelerator):
-        folder, identity = Path(cfg.data), {"vae": latent_cache.weights_digest(vae)}
-        if text:
-            identity |= text_identity(*text)
-        if cfg.data == "sample":
-            folder = CACHED if CACHED.is_dir() else sample_latents(cache_folder(cfg.cache_dir), vae, text)
-            identity["data"] = {name: pictures.fingerprint for name, pictures in sample_splits().items()}
-        manifest = latent_cache.read_manifest(folder, "data")
-        latent_cache.check_identity(manifest, identity, "data", folder)
+        options = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
+        folder, manifest = open_latents(cfg.data, vae, text, **options)
         train, held_out = latent_cache.open_splits(folder, manifest, cfg.data_split, cfg.eval_splits, cfg.eval_fraction)
     for (_, *sides), _ in (bucket for latents in (train, *held_out.values()) for bucket in latents.buckets()):
         fits = all(side % cfg.patch_size == 0 for side in sides)
@@ -234,7 +224,8 @@ def open_updates(
     order = {"global_batch_size": cfg.global_batch_size, **rank}
     draws = {"caption_dropout": cfg.caption_dropout, "seed": cfg.seed}
     updates = LatentUpdates(train, reading, **draws, micro_batch_size=micro_batch_size, order=order)
-    return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    loaded = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    return ([choose_kept(cfg, batch) for batch in batches] for batches in loaded)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,20 +356,14 @@ def trained_times(uniform: Tensor, logit_mean: float, logit_std: float, shift: f
     return shift * times / (1 + (shift - 1) * times)
 
 
-def num_kept(cfg: Config, latent_shape: Sequence[int]) -> int:
-    """Image tokens of a sample that skip no block."""
-    number = math.prod(side // cfg.patch_size for side in latent_shape[-2:])
-    return max(1, number - round(number * cfg.routed_fraction))
-
-
 def choose_kept(cfg: Config, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch, on the CPU, with the tokens that skip no block (B, K), drawn from each sample's uniform number."""
+    """The batch with the tokens that skip no block, `kept` (B, K), drawn anew for each sample of each update."""
     if not cfg.routed_fraction:
         return batch
-    shape, keys = batch["latents"].shape, batch["uniform"].numpy().view(np.int32).astype(np.int64)
-    number = math.prod(side // cfg.patch_size for side in shape[-2:])
-    draws = uniform_numbers(derive_seed(cfg.seed, "kept"), keys, count=number)
-    return {**batch, "kept": torch.from_numpy(draws.argsort(1)[:, : num_kept(cfg, shape)])}
+    number = math.prod(side // cfg.patch_size for side in batch["latents"].shape[2:])
+    keys = batch["uniform"].numpy().view(np.int32).astype(np.int64)  # as good as (step, sample)
+    order = uniform_numbers(derive_seed(cfg.seed, "kept"), keys, count=number).argsort(axis=1)
+    return {**batch, "kept": torch.from_numpy(order[:, : max(1, round(number * (1 - cfg.routed_fraction)))])}
 
 
 def errors(model: Any, batch: dict[str, Tensor], times: Tensor) -> Tensor:
@@ -509,11 +494,13 @@ def main(cfg: Config) -> None:
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": reader}
     reading["empty"] = None if frozen is None else empty["text"][0].numpy()
     shape = min((shape for shape, _ in train.buckets()), key=lambda shape: abs(shape[1] - shape[2]))
+    batch, *_ = next(open_updates(replace(cfg, num_workers=0), accelerator, train, reading, micro_batch_size, 0))
+    inputs = {"timesteps": batch["uniform"], **{name: batch[name] for name in batch.keys() - {"noise", "uniform"}}}
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, reading, (tokenizer, frozen), micro_batch_size)
+        report_costs(cfg, accelerator, train, to_device(inputs, accelerator.device), tokenizer, frozen)
         return
     model = build_model(cfg, tokenizer, frozen, shape[0])
-    facts = describe(cfg, accelerator, model, train, shape, empty)
+    facts = describe(cfg, accelerator, model, train, inputs)
     accelerator.print(dry_run.table(facts))
     if cfg.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -529,7 +516,7 @@ def main(cfg: Config) -> None:
         name: FixedSamples(latents, cfg.eval_samples, NUM_BANDS, reading, batch_size=micro_batch_size)
         for name, latents in ({cfg.data_split: train} | held_out).items()
     }
-    captions = shown_captions(held_out)
+    captions = latent_cache.some_captions(held_out.values(), NUM_SHOWN)
     shown = {"texts": encode_captions(captions, reader, frozen), "empty": empty, "latent_shape": shape}
     exported = (frozen, vae, tokenizer, shape[1] * 2 ** (len(vae.config.block_out_channels) - 1), run_dir)
     record = {"data": cfg.data, "data_fingerprint": manifest["data"], "init": cfg.init}
@@ -549,7 +536,7 @@ def main(cfg: Config) -> None:
             batches = next(updates)
         factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [to_device(choose_kept(cfg, batch), accelerator.device) for batch in batches]
+        batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches)
         step += 1
         average.update(step)
@@ -605,51 +592,18 @@ def open_vae(cfg: Config) -> Any:
     return load_diffusion_model(diffusers.AutoencoderKL, name, "vae").eval().requires_grad_(False)
 
 
-class CleanedCaptions:
-    """A tokenizer that first cleans captions as `PRXPipeline` cleans prompts, so that the model is trained on such.
-
-    Args:
-        tokenizer: see `open_tokenizer`.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._clean = tokenizer, TextPreprocessor().clean_text
-        self.model_max_length, self.eos_token_id = tokenizer.model_max_length, tokenizer.eos_token_id
-
-    def __call__(self, captions: list[str], **form: Any) -> Any:
-        """What the tokenizer makes of the cleaned captions."""
-        return self._tokenizer([self._clean(caption) for caption in captions], **form)
-
-
 def open_tokenizer(cfg: Config, train: Latents) -> Any:
     """The tokenizer of the text encoder from scratch: that of `init`, or one trained on the captions."""
-    captions = train.captions()
     if cfg.init != "scratch":
         tokenizer, _ = load_text_encoder(cfg.init, "init")
     else:
-        cleaned = map(TextPreprocessor().clean_text, captions)
-        tokenizer = train_clip_tokenizer(cleaned, cfg.vocab_size, cfg.caption_length)
-    some = [captions[index] for index in spread(len(captions), 10_000)]
+        tokenizer = train_clip_tokenizer(clean_captions(train.captions()), cfg.vocab_size, cfg.caption_length)
+    some = latent_cache.some_captions([train], 10_000)
     _, num_cut = token_ids(CleanedCaptions(tokenizer), some)
     if num_cut:
         share = num_cut / len(some)
         logger.warning("%.1f %% of the captions are longer than %d tokens and cut", 100 * share, cfg.caption_length)
     return tokenizer
-
-
-def encode_captions(captions: list[str], tokenizer: Any, frozen: Any) -> dict[str, Tensor]:
-    """`text`, tokens (N, L) or embeddings (N, L, D) of the frozen text encoder, and `text_mask` (N, L)."""
-    ids, _ = token_ids(tokenizer, captions)
-    masks, ids = torch.from_numpy(text_masks(tokenizer, ids)), torch.from_numpy(ids)
-    return {"text": ids if frozen is None else encode_text(frozen, ids), "text_mask": masks}
-
-
-def shown_captions(held_out: dict[str, Latents]) -> list[str]:
-    """Captions of held-out samples, of which pictures are shown: of each split as many."""
-    number = math.ceil(NUM_SHOWN / len(held_out))
-    every = [latents.captions() for latents in held_out.values()]
-    chosen = [captions[index] for captions in every for index in spread(len(captions), number)]
-    return chosen[:NUM_SHOWN]
 
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
@@ -666,17 +620,12 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
 
 
-def describe(
-    cfg: Config, accelerator: Any, model: Any, train: Latents, latent_shape: Sequence[int], empty: dict[str, Tensor]
-) -> dict[str, Any]:
+def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
-    inputs = {"latents": torch.zeros(1, *latent_shape), "timesteps": torch.zeros(1), **empty}
-    if cfg.routed_fraction:
-        inputs["kept"] = torch.zeros(1, num_kept(cfg, latent_shape), dtype=torch.int64)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "latents": " x ".join(map(str, latent_shape)),
-        "flops_per_sample": training_flops(model, inputs),
+        "latents": " x ".join(map(str, inputs["latents"].shape[1:])),
+        "flops_per_sample": training_flops(model, {name: values[:1] for name, values in inputs.items()}),
         "samples_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
         **launch.describe(accelerator),
@@ -684,22 +633,17 @@ def describe(
 
 
 def report_costs(
-    cfg: Config, accelerator: Any, train: Latents, reading: dict[str, Any], text: tuple[Any, Any], micro_batch_size: int
+    cfg: Config, accelerator: Any, train: Latents, inputs: dict[str, Tensor], tokenizer: Any, frozen: Any
 ) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    cfg = replace(cfg, num_workers=0)
-    first, *_ = next(open_updates(cfg, accelerator, train, reading, micro_batch_size, 0))
-    batch = to_device(choose_kept(cfg, first), accelerator.device)
-    empty = {name: batch[name][:1] for name in ("text", "text_mask")}
-    inputs = {name: values for name, values in batch.items() if name not in ("noise", "uniform")}
-    inputs["timesteps"], (channels, *sides) = batch["uniform"], batch["latents"].shape[1:]
+    number, channels = inputs["latents"].shape[:2]
     with dry_run.without_memory():
-        model = build_model(cfg, *text, channels)
-        facts = describe(cfg, accelerator, model, train, (channels, *sides), empty)
+        model = build_model(cfg, tokenizer, frozen, channels)
+        facts = describe(cfg, accelerator, model, train, inputs)
         costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=8)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
-    if dry_run.can_time(accelerator, facts["flops_per_sample"] * micro_batch_size, costs["memory: total"]):
-        model = build_model(cfg, *text, channels)
+    if dry_run.can_time(accelerator, facts["flops_per_sample"] * number, costs["memory: total"]):
+        model = build_model(cfg, tokenizer, frozen, channels)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
         rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
