@@ -21,12 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared import command_line as cli
-from shared import latent_cache
+from shared import latent_cache, latent_encoding
 from shared.latent_updates import FixedSamples
 from shared.text_encoding import CleanedCaptions, encode_captions, load_text_encoder
 from tests.conftest import ROOT
 from tests.recipes.conftest import cache_flags
 from tests.recipes.runs import (
+    assert_same,
     assert_same_weights,
     metrics_of,
     push_and_load,
@@ -474,6 +475,33 @@ def test_latents_of_several_shapes_are_trained_on(
     assert metrics_of(tmp_path / "run")[-1]["eval/loss"] > 0
     [side] = {height for _, height, width in shapes if height == width}
     assert json.loads((tmp_path / "run" / "model_index.json").read_text())["default_sample_size"] == 2 * side
+
+
+def test_the_embedded_emoji_are_encoded_once(
+    pretrain_transformer: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no cache in outputs/; one that is there and of other pictures is refused."""
+    some = {name: pictures.subset(np.arange(12)) for name, pictures in latent_encoding.sample_splits().items()}
+    monkeypatch.setattr(latent_encoding, "sample_splits", lambda: some)
+    monkeypatch.chdir(tmp_path)
+    fields = {"data": "sample", "cache_dir": str(tmp_path / "cache"), "max_steps": 1, "vocab_size": 514}
+    fields["caption_length"] = 77
+    seen = []
+    for name in ("one", "other"):
+        run(pretrain_transformer, config_of(pretrain_transformer, latents, tiny_vae, tmp_path / name, **fields))
+        [folder] = (tmp_path / "cache").glob("latents-*")
+        seen.append((folder / "manifest.json").stat().st_mtime_ns)
+    assert seen[0] == seen[1]
+    assert_same(tmp_path / "one", tmp_path / "other")
+    assert "eval/loss_test_unseen_combination" in metrics_of(tmp_path / "one")[-1]
+    card = (tmp_path / "one" / "README.md").read_text()
+    shown = [caption for pictures in some.values() for caption in pictures.captions if caption in card]
+    splits = [sum(caption in pictures.captions for caption in shown) for pictures in some.values()]
+    assert sorted(splits) == [0, 4, 4]
+    (tmp_path / "outputs").mkdir()
+    shutil.copytree(latents, tmp_path / "outputs" / "latents")
+    with pytest.raises(cli.UsageError, match="data: 'outputs/latents': expected a cache as configured, not data "):
+        run(pretrain_transformer, config_of(pretrain_transformer, latents, tiny_vae, tmp_path / "third", **fields))
 
 
 def test_dry_run_leaves_nothing(
