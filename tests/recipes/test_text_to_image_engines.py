@@ -15,7 +15,7 @@ from tests.recipes.test_text_to_image_train_vae import TINY as SIZES
 
 # Adam makes a step of full size from a gradient that is zero but for rounding, so the rate is small.
 TINY: dict[str, Any] = {**SIZES, "max_steps": 6, "save_every": 3, "learning_rate": 0.002, "max_grad_norm": 0.5}
-DIFFUSION: dict[str, Any] = {**DIFFUSION_SIZES, "max_steps": 6, "save_every": 3, "learning_rate": 0.002}
+DIFFUSION: dict[str, Any] = {**DIFFUSION_SIZES, "max_steps": 6, "save_every": 3, "learning_rate": 0.0002}
 TRANSFORMER: dict[str, Any] = {**TRANSFORMER_SIZES, "max_steps": 6, "save_every": 3, "learning_rate": 0.002}
 # The average needs whole weights, which ZeRO-3 has not.
 FIELDS = {"ema": TINY, "plain": {**TINY, "ema_decay": 0.0}}

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,21 @@ def test_classes_too_small_to_split_and_pictures_too_small_to_crop(folder: Path)
     picture_files.check_sides("name", train.files, 10)
     with pytest.raises(UsageError, match=r"data: 'name': expected .* at least 11 pixels, .* is 10"):
         picture_files.check_sides("name", train.files, 11)
+
+
+def test_pictures_too_small_for_their_buckets() -> None:
+    """Each is held against its own bucket, that nearest to its aspect ratio; half of them may be smaller."""
+    rows = []
+    for width, height in ((16, 16), (12, 20), (20, 12), (19, 12), (20, 11), (40, 11)):
+        stream = io.BytesIO()
+        Image.new("RGB", (width, height)).save(stream, "PNG")
+        rows.append({"image": {"bytes": stream.getvalue(), "path": None}})
+    buckets = [(16, 16), (20, 12), (12, 20)]
+    files = picture_files.PictureFiles(rows, "image", np.arange(len(rows)))
+    picture_files.check_buckets("name", files, buckets)
+    expected = "expected pictures that fill 16 x 16, 20 x 12, 12 x 20 pixels (height x width); 3 of 5 tried are smaller"
+    with pytest.raises(UsageError, match=f"^data: 'name': {re.escape(expected)}$"):
+        picture_files.check_buckets("name", files.subset(np.arange(1, 6)), buckets)
 
 
 READ_FROM_HUB = """
