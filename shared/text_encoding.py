@@ -97,6 +97,7 @@ class CleanedCaptions:
 
 def clean_captions(captions: Iterable[str]) -> list[str]:
     """Captions as `diffusers.PRXPipeline` cleans prompts."""
+    import ftfy  # noqa: F401 (diffusers takes it for given)
     from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 
     clean = TextPreprocessor().clean_text

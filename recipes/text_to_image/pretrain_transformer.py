@@ -33,9 +33,9 @@ class Config(cli.RunControl):
     """The run folder; on several nodes it must be one that all of them see."""
     log_every: int = 20
     """Updates between two log entries."""
-    eval_every: int = 500
+    eval_every: int = 1000
     """Updates between two evaluations; 0 = only at the end."""
-    save_every: int = 500
+    save_every: int = 1000
     """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
     num_workers: int = 1
     """Data worker processes for each training process; never changes the result. 0 = load in the training process."""
@@ -58,7 +58,7 @@ class Config(cli.RunControl):
 
     text_encoder: str = "scratch"
     """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is and with which
-    cache_latents.py made embeddings."""
+    cache_latents.py made embeddings, of captions as they are: the pipeline then takes skip_text_cleaning=True."""
     vocab_size: int = 2048
     """Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch."""
     caption_length: int = 32
@@ -101,12 +101,12 @@ class Config(cli.RunControl):
     """Samples of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
     """Samples of one micro-batch on one process. 0 = the process's whole share."""
-    max_steps: int = 2000
+    max_steps: int = 3500
     """Optimizer updates."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak rate."""
     weight_decay: float = 0.01
-    """Decoupled decay of matrices and convolutions, not of embeddings, norms and biases. 0 = none."""
+    """Decoupled decay of matrices, not of embeddings, norms and biases. 0 = none."""
     max_grad_norm: float = 1.0
     """Norm to which the update's gradient is clipped. 0 = no clipping."""
     warmup_steps: int = 100

@@ -228,19 +228,6 @@ def test_the_caption_matters_and_its_padding_does_not(pretrain_transformer: Modu
     assert not torch.allclose(one, model(**inputs, text=batch["text"].flip(0)), atol=1e-3)
 
 
-def test_masks_are_the_tokenizers(pretrain_transformer: ModuleType, tiny_text_encoder: Path) -> None:
-    """Of one that pads with the end token, and one that pads with another."""
-    captions = ["", "train picture", "test " * 20]
-    for tokenizer in (
-        pretrain_transformer.train_clip_tokenizer(captions, 600, 8),
-        load_text_encoder(str(tiny_text_encoder), "text_encoder")[0],
-    ):
-        theirs = tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-        found = encode_captions(captions, tokenizer, None)
-        assert found["text"].tolist() == theirs["input_ids"]
-        assert found["text_mask"].int().tolist() == theirs["attention_mask"]
-
-
 def prepared(recipe: ModuleType, cfg: Any, accumulation: int, dtype: torch.dtype) -> Any:
     GradientState._reset_state()
     plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
