@@ -105,6 +105,12 @@ def pretrain() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def pretrain_transformer() -> ModuleType:
+    """recipes/text_to_image/pretrain_transformer.py as a module."""
+    return load_recipe("text_to_image/pretrain_transformer.py")
+
+
+@pytest.fixture(scope="session")
 def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text encoder of CLIP with random weights, and a tokenizer that knows four words and pads with "!".
 
