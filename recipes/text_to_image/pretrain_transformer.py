@@ -607,7 +607,7 @@ def open_tokenizer(cfg: Config, train: Latents) -> Any:
 
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
-    """AdamW as Stable Diffusion 1.x has it (its model card: AdamW), with decay of matrices alone."""
+    """AdamW with its usual betas, as micro_diffusion has it (Sehwag et al. 2024), and decay of matrices alone."""
     decays = [
         name.endswith("weight") and weight.ndim >= 2 and "embedding" not in name
         for name, weight in model.named_parameters()

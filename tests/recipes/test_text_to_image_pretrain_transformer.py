@@ -467,9 +467,19 @@ def test_latents_of_several_shapes_are_trained_on(
 def test_the_embedded_emoji_are_encoded_once(
     pretrain_transformer: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no cache in outputs/; one that is there and of other pictures is refused."""
+    """With no cache in outputs/; one that is there and of other pictures is refused. Captions are the pipeline's."""
     some = {name: pictures.subset(np.arange(12)) for name, pictures in latent_encoding.sample_splits().items()}
     monkeypatch.setattr(latent_encoding, "sample_splits", lambda: some)
+    forward, texts = pretrain_transformer.forward, set()
+
+    def recorded(model: Any, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, torch.Tensor]) -> Any:
+        texts.update(
+            (tuple(row), sum(mask))
+            for row, mask in zip(batch["text"].tolist(), batch["text_mask"].tolist(), strict=True)
+        )
+        return forward(model, noisy, timesteps, batch)
+
+    monkeypatch.setattr(pretrain_transformer, "forward", recorded)
     monkeypatch.chdir(tmp_path)
     fields = {"data": "sample", "cache_dir": str(tmp_path / "cache"), "max_steps": 1, "vocab_size": 514}
     fields["caption_length"] = 77
@@ -481,6 +491,11 @@ def test_the_embedded_emoji_are_encoded_once(
     assert seen[0] == seen[1]
     assert_same(tmp_path / "one", tmp_path / "other")
     assert "eval/loss_test_unseen_combination" in metrics_of(tmp_path / "one")[-1]
+    pipeline = diffusers.PRXPipeline.from_pretrained(tmp_path / "one")
+    captions = [caption for pictures in some.values() for caption in pictures.captions]
+    assert "Noto emoji, keycap: #" in captions  # of which cleaning leaves less
+    ids, masks = pipeline._tokenize_prompts([*captions, ""], torch.device("cpu"))
+    assert texts == {(tuple(row), sum(mask)) for row, mask in zip(ids.tolist(), masks.tolist(), strict=True)}
     card = (tmp_path / "one" / "README.md").read_text()
     shown = [caption for pictures in some.values() for caption in pictures.captions if caption in card]
     splits = [sum(caption in pictures.captions for caption in shown) for pictures in some.values()]
