@@ -19,10 +19,10 @@ Rules:
   pixels.
 * Quality is the recipe's `evaluate()` on both sides, of averaged weights, on 50 samples of each split. The plain loop
   trains as long as the recipe's default run, at the rate that is the best of several (more are tried while it is the
-  first or last) in runs of an eighth of that time, each with a schedule of its own. Then the recipe runs for as many
-  updates as the plain loop; its time counts if it ends as good. So does, in a row of its own, when the full-length run
-  passes that loss, of 20 evaluations. The clock runs from before the first batch to the last update, without evaluation
-  and saving, on both sides.
+  first or last) in runs of an eighth of that time, each with a schedule of its own. Then the recipe runs for fewer
+  updates than the plain loop, and for as many, until a run ends as good; its time counts. So does, in a row of its own,
+  when the full-length run passes that loss, of 20 evaluations. The clock runs from before the first batch to the last
+  update, without evaluation and saving, on both sides.
 """
 
 import argparse
@@ -61,11 +61,16 @@ NO_PAUSES = ["--eval_every=0", "--save_every=0"]
 QUICK_EVALUATION = ["--eval_samples=50", "--sample_steps=1"]
 EVALUATIONS = 20
 TRIAL_SHARE = 1 / 8  # of the time, for a learning rate
+SHORTER = (0.8, 1.0)  # runs tried, as shares of the plain loop's updates
 TURNS, TURN_SECONDS = 3, 15
 SIDE = 64  # of the embedded emoji in pixels
 # Three of the stages 128, 256, 512, 512 of Stable Diffusion's autoencoder, for a factor of 4, each 7/32 as wide.
 SD_LIKE = {"channels": (28, 56, 112), "layers_per_block": 1, "norm_num_groups": 4}
-NAMES = {"shipped": "the shipped sizes", "sd": "Stable Diffusion's proportions"}
+NAMES = {
+    "shipped": "the shipped sizes",
+    "sd": "Stable Diffusion's proportions",
+    "published": "Stable Diffusion 1.x at 256 pixels",
+}
 GOALS = {"shipped": "none set", "sd": "at least 1.4"}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +111,7 @@ def prepare(folder: str) -> dict[str, Any]:
     return {
         "frozen": frozen,
         "latents": {kind: str(Path(folder, f"{kind}_latents")) for kind in frozen},
-        "shares": {**shares, "Stable Diffusion 1.x at 256 pixels": of_sd},
+        "shares": {**shares, "published": of_sd},
         "pictures": len(captions),
         "batch": cfg.global_batch_size,
         "max_steps": cfg.max_steps,
@@ -313,8 +318,9 @@ def measure_speed(
         (f"encoding all emoji and their captions once, at {NAMES[kind]}", f"{cache_seconds:.0f} s, {paid}", "none set"),
     ]
     if kind == "sd":
-        shares = "; ".join(f"{name} {describe_shares(facts['shares'][name])}" for name in list(facts["shares"])[1:])
-        rows.append(("FLOPs of encoding a picture and a caption, by the UNet's of training on them", shares, "near"))
+        here, there = (describe_shares(facts["shares"][name]) for name in ("sd", "published"))
+        what = "FLOPs of encoding a picture and a caption, by the UNet's of training on them"
+        rows.append((f"{what}: there / in {NAMES['published']}", f"{here} / {there}", "near"))
     return {"updates": updates, "turns": turns, "cache_seconds": cache_seconds}, rows
 
 
@@ -332,8 +338,8 @@ def measure_quality(facts: dict[str, Any], options: argparse.Namespace, folder: 
     """How soon the recipe's default run is where the plain loop of the same time ends, in training seconds."""
     make_cache("shipped", facts)
     common = [*flags_of("shipped", facts), *QUICK_EVALUATION, "--save_every=0"]
-    max_steps = 2 * EVALUATIONS if options.seconds else facts["max_steps"]
-    curve = run_to_the_end(common, folder / "quality", max_steps, max_steps // EVALUATIONS)
+    max_steps, evaluations = (4 * WARM_UPDATES, 2) if options.seconds else (facts["max_steps"], EVALUATIONS)
+    curve = run_to_the_end(common, folder / "quality", max_steps, max_steps // evaluations)
     budget, last = curve[-1]["perf/training_seconds"], curve[-1]
     say(f"recipe: loss {last['eval/loss']:.4f} after {max_steps} updates in {budget:.0f} s")
 
@@ -365,12 +371,17 @@ def measure_quality(facts: dict[str, Any], options: argparse.Namespace, folder: 
     reached = next((entry["perf/training_seconds"] for entry in curve if entry["eval/loss"] <= target), 0)
     passed = f"{reached / plain['seconds']:.2f} ({reached:.0f} s of {plain['seconds']:.0f} s)" if reached else "never"
 
-    short = run_to_the_end(common, folder / "short", plain["updates"], 0)[-1]
-    seconds, found = short["perf/training_seconds"], short["eval/loss"]
+    shorter = []
+    for part in SHORTER:
+        shorter.append(run_to_the_end(common, folder / f"shorter_{part}", round(part * plain["updates"]), 0)[-1])
+        say(f"recipe: loss {shorter[-1]['eval/loss']:.4f} after {shorter[-1]['perf/training_seconds']:.0f} s")
+        if shorter[-1]["eval/loss"] <= target:
+            break
+    seconds, found = shorter[-1]["perf/training_seconds"], shorter[-1]["eval/loss"]
     share = f"{seconds / plain['seconds']:.2f}" if found <= target else "not reached"
-    share += f" ({seconds:.0f} s to {found:.4f}, {plain['seconds']:.0f} s to {target:.4f}, {plain['updates']} updates)"
+    share += f" ({seconds:.0f} s to {found:.4f}, {plain['seconds']:.0f} s to {target:.4f})"
     losses = f"{last['eval/loss']:.4f} / {target:.4f} (plain loop at {plain['learning_rate']:g})"
-    raw = {"curve": curve, "paces": paces, "trials": trials, "plain": plain, "short": short}
+    raw = {"curve": curve, "paces": paces, "trials": trials, "plain": plain, "shorter": shorter}
     return raw, [
         (
             "training time of a recipe run to the plain loop's final `eval/loss`, as a share of that loop's time",
@@ -412,7 +423,7 @@ def main() -> None:
     facts = in_child(prepare, folder=str(folder))
     say("FLOPs of encoding a picture and a caption, by the UNet's of training on them:")
     for name, shares in facts["shares"].items():
-        say(f"  {name}: {describe_shares(shares)}")
+        say(f"  {NAMES[name]}: {describe_shares(shares)}")
     measure_parts(README, PARTS, facts, options, folder)
 
 
