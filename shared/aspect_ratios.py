@@ -6,7 +6,9 @@ from shared.command_line import expect
 
 
 def aspect_ratio_buckets(image_size: int, multiple: int) -> list[tuple[int, int]]:
-    """Heights and widths of about the area of one square, which comes first, from 1:2 to 2:1 (Podell et al. 2023, 2.3).
+    """Heights and widths of about the area of one square, which comes first, from about 1:2 to 2:1.
+
+    Podell et al. 2023 (section 2.3) have more of them, up to 1:4 and 4:1.
 
     Args:
         image_size: side of the square in pixels.

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,8 +88,6 @@ def encode_shards(
     Returns:
         How many captions were cut, for they are longer than the text encoder takes.
     """
-    # Else tokenizers warns, each time a shard's data workers start, that they were forked from a process with threads.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     prefixes = ["", "mirrored_"] if mirrored else [""]
     arrays = [f"{prefix}{name}" for prefix in prefixes for name in ("mean", "std")] + (["text"] if text else [])
     cut = 0
@@ -133,14 +130,14 @@ def _full_batches(parts: Iterable[dict[str, Tensor]], batch_size: int) -> Iterat
     """Join parts of at most `batch_size` pictures to batches of so many of one size; the last of a size may be less."""
     waiting: dict[Any, dict[str, Tensor]] = {}
     for part in parts:
-        size = part["pixel_values"].shape[1:]
+        size, joined = part["pixel_values"].shape[1:], part
         if size in waiting:
-            part = {name: torch.cat([values, part[name]]) for name, values in waiting.pop(size).items()}
-        if len(part["indices"]) >= batch_size:
-            yield {name: values[:batch_size] for name, values in part.items()}
-            part = {name: values[batch_size:] for name, values in part.items()}
-        if len(part["indices"]):
-            waiting[size] = part
+            joined = {name: torch.cat([values, part[name]]) for name, values in waiting.pop(size).items()}
+        if len(joined["indices"]) >= batch_size:
+            yield {name: values[:batch_size] for name, values in joined.items()}
+            joined = {name: values[batch_size:] for name, values in joined.items()}
+        if len(joined["indices"]):
+            waiting[size] = joined
     yield from waiting.values()
 
 

@@ -19,6 +19,7 @@ DEFAULT_RUNS = {
     "accelerate launch recipes/resnet/pretrain_rsb.py": "resnet_rsb",
     "accelerate launch recipes/text_to_image/train_vae.py": "vae",
     "accelerate launch recipes/text_to_image/cache_latents.py": "latents",
+    "accelerate launch recipes/text_to_image/pretrain.py": "text_to_image",
 }
 CONFIGS = sorted((ROOT / "recipes").rglob("configs/*.yaml"))
 
@@ -101,7 +102,7 @@ def test_relative_links_lead_somewhere() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt", "resnet", "text_to_image"])
 def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
     readme = (ROOT / f"recipes/{family}/README.md").read_text()
-    documented = set(re.findall(r"^\| `(\w+/\w+)`", readme, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(\w+/[\w{}]+)`", readme, re.MULTILINE))
     sources = [*(ROOT / "recipes" / family).glob("*.py"), ROOT / "shared/throughput.py"]
     logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
     assert documented == {key.replace("{unit}", "tokens" if family in ("bert", "gpt") else "images") for key in logged}

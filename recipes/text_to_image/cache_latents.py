@@ -56,8 +56,8 @@ class Config:
     mirrored: bool = True
     """Encode the mirror images as well, from which training then takes half of the pictures."""
     text_encoder: str = ""
-    """Run folder or Hub id of a frozen CLIP text encoder, or of a pipeline that has one, to encode the captions, too: 118
-    KB each with CLIP ViT-L/14. "" = none, the captions alone."""
+    """Run folder or Hub id of a frozen CLIP text encoder, or of a pipeline that has one, to encode the captions as
+    well; each takes 118 KB with CLIP ViT-L/14. "" = none, the captions alone."""
 
     batch_size: int = 32
     """Pictures, or captions, that are encoded at a time."""

@@ -1,6 +1,7 @@
 """What the tests of text to image share: an autoencoder, captioned pictures, and their latents."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,23 +30,45 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Splits of 40 and 7 noisy pictures of 20 x 16 pixels with captions."""
+    folder = tmp_path_factory.mktemp("captioned")
+    write_pictures(folder, [(16, 20)], lambda split, index: f"{split} picture {index}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def of_many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Splits of 40 and 7 noisy pictures of six shapes; the captions of the last ten of training are long."""
+    sizes = [(16, 20), (20, 20), (36, 18), (15, 25), (24, 30), (30, 17)]  # height and width
+    folder = tmp_path_factory.mktemp("of_many_shapes")
+    write_pictures(folder, sizes, lambda split, index: f"{split} picture {index}{' of many' if index >= 30 else ''}")
+    return folder
+
+
+def write_pictures(folder: Path, sizes: list[tuple[int, int]], caption: Callable[[str, int], str]) -> None:
+    """Splits of 40 and 7 noisy pictures, whose sizes take turns."""
     from PIL import Image
 
-    folder, draw = tmp_path_factory.mktemp("captioned"), np.random.default_rng(0)
+    draw = np.random.default_rng(0)
     for split, number in (("train", 40), ("test", 7)):
         (folder / split).mkdir()
         entries = []
         for index in range(number):
-            name = f"{index:02d}.png"
-            Image.fromarray(draw.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(folder / split / name)
-            entries.append({"file_name": name, "caption": f"{split} picture {index}"})
+            pixels = draw.integers(0, 256, (*sizes[index % len(sizes)], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / split / f"{index:02d}.png")
+            entries.append({"file_name": f"{index:02d}.png", "caption": caption(split, index)})
         (folder / split / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    return folder
 
 
 def cache_flags(captioned: Path, tiny_vae: Path, target: Path) -> dict[str, Any]:
     common = {"data": str(captioned), "vae": str(tiny_vae), "output_dir": str(target)}
     return {**common, "image_size": 16, "batch_size": 4, "pictures_per_shard": 16, "num_workers": 0}
+
+
+@pytest.fixture(scope="session")
+def full_flags(of_many_shapes: Path, tiny_vae: Path, tiny_text_encoder: Path) -> dict[str, Any]:
+    """Those of a cache with buckets and text embeddings, without a folder for it."""
+    more = {"bucket_multiple": 4, "text_encoder": str(tiny_text_encoder)}
+    return {**cache_flags(of_many_shapes, tiny_vae, Path()), **more}
 
 
 @pytest.fixture(scope="session")
@@ -55,4 +78,14 @@ def latents(
     """A cache of those pictures."""
     target = tmp_path_factory.mktemp("cache") / "latents"
     run(cache_latents, cache_latents.Config(**cache_flags(captioned, tiny_vae, target)))
+    return target
+
+
+@pytest.fixture(scope="session")
+def full_latents(
+    cache_latents: ModuleType, full_flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A cache with buckets and text embeddings."""
+    target = tmp_path_factory.mktemp("full_cache") / "latents"
+    run(cache_latents, cache_latents.Config(**{**full_flags, "output_dir": str(target)}))
     return target

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -17,10 +18,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import generate_aspect_ratio_buckets
+from PIL import Image
+from transformers import AutoTokenizer, CLIPTextModel
 
 from shared import command_line as cli
 from shared import latent_cache
 from shared.decoding import EncodedPicture
+from shared.text_encoding import load_text_encoder, text_identity
 from tests.conftest import ROOT
 from tests.launching import finish, start
 from tests.recipes.conftest import cache_flags
@@ -49,8 +54,10 @@ def test_rows_are_the_library_s_latents_of_every_picture(latents: Path, captione
                 with torch.no_grad():
                     posterior = vae.encode(scaled).latent_dist
                 found = read.read(index, mirrored=mirrored)
-                for part, expected in zip(found, (posterior.mean, posterior.std), strict=True):
-                    np.testing.assert_allclose(part, expected[0].numpy(), rtol=2e-3, atol=2e-3)
+                assert found["caption"] == read.captions()[index]
+                for name in ("mean", "std"):
+                    expected = getattr(posterior, name)[0].numpy()
+                    np.testing.assert_allclose(found[name], expected, rtol=2e-3, atol=2e-3)
 
 
 def test_the_shards_are_a_data_set_of_the_library(latents: Path) -> None:
@@ -59,11 +66,94 @@ def test_the_shards_are_a_data_set_of_the_library(latents: Path) -> None:
     assert opened["train"]["index"] == list(range(40))
 
 
+def buckets_of(folder: Path, split: str) -> list[tuple[int, int]]:
+    """The bucket of each picture by the logarithm of its aspect ratio, in pixels."""
+    buckets = generate_aspect_ratio_buckets(16, 4)
+    assert len(buckets) == 5
+    found = []
+    for path in sorted((folder / split).glob("*.png")):
+        width, height = Image.open(path).size
+        found.append(min(buckets, key=lambda bucket: abs(math.log(height * bucket[1] / width / bucket[0]))))
+    return found
+
+
+def test_pictures_of_many_shapes_are_resized_and_cut_to_their_buckets(
+    full_latents: Path, of_many_shapes: Path, tiny_vae: Path
+) -> None:
+    vae = diffusers.AutoencoderKL.from_pretrained(tiny_vae).eval()
+    manifest = latent_cache.read_manifest(full_latents, "latents")
+    assert manifest["buckets"] == [list(bucket) for bucket in generate_aspect_ratio_buckets(16, 4)]
+    for split in ("train", "test"):
+        buckets = buckets_of(of_many_shapes, split)
+        assert len(set(buckets)) >= 4
+        read = latent_cache.Latents(full_latents, manifest, split)
+        assert len(read) == len(buckets)
+        for index, (height, width) in enumerate(buckets):
+            image = Image.open(of_many_shapes / split / f"{index:02d}.png")
+            scale = max(height / image.height, width / image.width)
+            image = image.resize((int(image.width * scale + 1e-6), int(image.height * scale + 1e-6)), Image.BILINEAR)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            pixels = np.array(image.crop((left, top, left + width, top + height)))
+            for mirrored, picture in ((False, pixels), (True, pixels[:, ::-1].copy())):
+                with torch.no_grad():
+                    scaled = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+                    posterior = vae.encode(scaled).latent_dist
+                found = read.read(index, mirrored=mirrored)
+                for name in ("mean", "std"):
+                    assert found[name].shape == (2, height // 2, width // 2)
+                    expected = getattr(posterior, name)[0].numpy()
+                    np.testing.assert_allclose(found[name], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_buckets_are_the_rows_of_each_shape(full_latents: Path, latents: Path, of_many_shapes: Path) -> None:
+    read = latent_cache.Latents(full_latents, latent_cache.read_manifest(full_latents, "latents"), "train")
+    expected: dict[tuple[int, int, int], list[int]] = {}
+    for index, (height, width) in enumerate(buckets_of(of_many_shapes, "train")):
+        expected.setdefault((2, height // 2, width // 2), []).append(index)
+    assert [(shape, rows.tolist()) for shape, rows in read.buckets()] == sorted(expected.items())
+    assert {rows.dtype for _, rows in read.buckets()} == {np.dtype(np.int64)}
+    squares = latent_cache.Latents(latents, latent_cache.read_manifest(latents, "latents"), "test")
+    assert [(shape, rows.tolist()) for shape, rows in squares.buckets()] == [((2, 8, 8), list(range(7)))]
+    assert latent_cache.read_manifest(latents, "latents")["buckets"] == [[16, 16]]
+
+
+def test_text_is_the_encoder_s_own_to_float16(full_latents: Path, tiny_text_encoder: Path) -> None:
+    manifest = latent_cache.read_manifest(full_latents, "latents")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_text_encoder)
+    encoder = CLIPTextModel.from_pretrained(tiny_text_encoder).eval()
+    assert manifest["text_shape"] == [6, 16]
+    for split in ("train", "test"):
+        read = latent_cache.Latents(full_latents, manifest, split)
+        for index, caption in enumerate(read.captions()):
+            ids = tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            with torch.no_grad():
+                expected = encoder(ids).last_hidden_state[0].numpy()
+            found = read.read(index, mirrored=False)["text"]
+            assert (found.shape, found.dtype) == ((6, 16), np.float16)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_captions_that_are_too_long_are_cut_counted_and_named_once(
+    cache_latents: ModuleType, full_flags: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(cache_latents, cache_latents.Config(**{**full_flags, "output_dir": str(tmp_path / "latents")}))
+    assert capfd.readouterr().out.count("10 captions of this run were cut to 6 tokens") == 1
+
+
+@pytest.fixture(params=["squares", "full"])
+def made(request: pytest.FixtureRequest, captioned: Path, tiny_vae: Path) -> tuple[Path, dict[str, Any]]:
+    """A cache and the flags that made it: squares without text, or buckets with it."""
+    if request.param == "squares":
+        return request.getfixturevalue("latents"), cache_flags(captioned, tiny_vae, Path())
+    return request.getfixturevalue("full_latents"), request.getfixturevalue("full_flags")
+
+
 @pytest.mark.parametrize("lost", [["data/train-00001-of-00003.parquet"], ["manifest.json"]])
 def test_a_killed_run_goes_on(
-    cache_latents: ModuleType, captioned: Path, tiny_vae: Path, latents: Path, tmp_path: Path, lost: list[str]
+    cache_latents: ModuleType, made: tuple[Path, dict[str, Any]], tmp_path: Path, lost: list[str]
 ) -> None:
     """With what is missing, and with what was half written lying about."""
+    latents, flags = made
     files = files_of(latents)
     for name, content in files.items():
         if name not in (*lost, "manifest.json"):
@@ -73,34 +163,36 @@ def test_a_killed_run_goes_on(
     with pytest.raises(cli.UsageError, match="it is not complete, the command that made it goes on"):
         latent_cache.read_manifest(tmp_path, "latents")
     kept = {name: (tmp_path / name).stat().st_mtime_ns for name in files if (tmp_path / name).exists()}
-    run(cache_latents, cache_latents.Config(**cache_flags(captioned, tiny_vae, tmp_path)))
+    run(cache_latents, cache_latents.Config(**{**flags, "output_dir": str(tmp_path)}))
     assert {name: content for name, content in files_of(tmp_path).items() if "/." not in name} == files
     shards = [name for name in kept if name.endswith(".parquet")]
     assert all((tmp_path / name).stat().st_mtime_ns == kept[name] for name in shards)
 
 
 def test_two_processes_with_workers_make_the_same_files(
-    captioned: Path, tiny_vae: Path, latents: Path, tmp_path: Path
+    full_latents: Path, full_flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    options = {**cache_flags(captioned, tiny_vae, tmp_path / "latents"), "num_workers": 1}
+    options = {**full_flags, "output_dir": tmp_path / "latents", "num_workers": 1}
     process = start("multi_cpu", str(PROGRAM), *(f"--{name}={value}" for name, value in options.items()))
     output = finish(process)
     assert process.returncode == 0, output
+    assert output.count("10 captions of this run were cut to 6 tokens") == 1
     manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
-    expected = json.loads((latents / "manifest.json").read_text())
+    expected = json.loads((full_latents / "manifest.json").read_text())
     for entry in (*manifest["shards"], *expected["shards"]):
         del entry["sha256"], entry["bytes"]  # of float16 numbers that another number of threads computed
     assert manifest == expected
-    one, other = (latent_cache.Latents(folder, manifest, "train") for folder in (latents, tmp_path / "latents"))
+    one, other = (latent_cache.Latents(folder, manifest, "train") for folder in (full_latents, tmp_path / "latents"))
     for index in range(40):
-        for mine, theirs in zip(one.read(index, mirrored=True), other.read(index, mirrored=True), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-3)
+        mine, theirs = (cache.read(index, mirrored=True) for cache in (one, other))
+        for name in ("mean", "std", "text"):
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_loses_and_doubles_nothing(captioned: Path, tiny_vae: Path, tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_loses_and_doubles_nothing(full_flags: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL while it encodes, again and again, until a run comes to its end."""
-    options = {**cache_flags(captioned, tiny_vae, tmp_path / "latents"), "pictures_per_shard": 2, "batch_size": 1}
+    options = {**full_flags, "output_dir": tmp_path / "latents", "pictures_per_shard": 2, "batch_size": 1}
     command = [sys.executable, str(PROGRAM), *(f"--{name}={value}" for name, value in options.items())]
     kills = 0
     while True:
@@ -170,13 +262,18 @@ def test_bad_input_gets_one_line(
         "caption_column: 'alt': expected a column of texts": {"caption_column": "alt"},
         "vae: '/no/vae'": {"vae": "/no/vae"},
         "image_size: 15: expected a multiple of 2, for the autoencoder halves it": {"image_size": 15},
-        "expected pictures of at least 18 pixels": {"image_size": 18},
+        "expected pictures that fill 18 x 18 pixels (height x width); 40 of 40 tried are smaller": {"image_size": 18},
+        "bucket_multiple: 1: expected a multiple of 2, for the autoencoder halves it": {"bucket_multiple": 1},
+        "bucket_multiple: 6: expected a divisor of image_size, 16": {"bucket_multiple": 6},
+        "bucket_multiple: -1: expected at least 0": {"bucket_multiple": -1},
+        "text_encoder: '/no/encoder'": {"text_encoder": "/no/encoder"},
         "expected an empty folder or a cache of latents, it holds other files": {"output_dir": str(tmp_path / "mine")},
         "expected an empty folder or the same cache, not vae '": {
             "output_dir": str(latents),
             "vae": str(tmp_path / "other_vae"),
         },
         "the same cache, not mirrored True -> False": {"output_dir": str(latents), "mirrored": False},
+        "the same cache, not buckets [[16, 16]] -> [[12, 12]]": {"output_dir": str(latents), "image_size": 12},
         "batch_size: 0": {"batch_size": 0},
     }
     before = files_of(latents)
@@ -191,10 +288,10 @@ def test_bad_input_gets_one_line(
 
 def test_a_cache_of_something_else_is_refused_by_its_reader(latents: Path, tmp_path: Path) -> None:
     manifest = latent_cache.read_manifest(latents, "latents")
-    wanted = {"vae": manifest["vae"], "image_size": 16}
+    wanted = {"vae": manifest["vae"], "buckets": [[16, 16]]}
     latent_cache.check_identity(manifest, wanted, "latents", latents)
-    with pytest.raises(cli.UsageError, match=r"latents: .* expected a cache as configured, not image_size 16 -> 32"):
-        latent_cache.check_identity(manifest, {**wanted, "image_size": 32}, "latents", latents)
+    with pytest.raises(cli.UsageError, match=r"latents: .* expected a cache as configured, not mirrored True -> False"):
+        latent_cache.check_identity(manifest, {**wanted, "mirrored": False}, "latents", latents)
     with pytest.raises(cli.UsageError, match=r"latents: .* expected a cache of latents, there is no manifest.json"):
         latent_cache.read_manifest(tmp_path, "latents")
     for name, content in files_of(latents).items():
@@ -203,3 +300,54 @@ def test_a_cache_of_something_else_is_refused_by_its_reader(latents: Path, tmp_p
     (tmp_path / "data" / "train-00002-of-00003.parquet").unlink()
     with pytest.raises(cli.UsageError, match=r"train-00002-of-00003\.parquet is lost or changed"):
         latent_cache.read_manifest(tmp_path, "latents")
+
+
+def test_a_cache_of_another_text_encoder_is_refused(
+    cache_latents: ModuleType,
+    full_latents: Path,
+    full_flags: dict[str, Any],
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    """By who goes on making it and by who reads it: of other weights, of another tokenizer, and of none."""
+    manifest = latent_cache.read_manifest(full_latents, "latents")
+    tokenizer, encoder = load_text_encoder(str(tiny_text_encoder), "text_encoder")
+    latent_cache.check_identity(manifest, text_identity(tokenizer, encoder), "latents", full_latents)
+    tokenizer.pad_token = "<|endoftext|>"
+    for part in (tokenizer, encoder):
+        part.save_pretrained(tmp_path / "other_tokenizer")
+    for file in tiny_text_encoder.iterdir():
+        (tmp_path / "other_weights").mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / "other_weights")
+    with torch.no_grad():
+        encoder.final_layer_norm.bias += 1e-3
+    encoder.save_pretrained(tmp_path / "other_weights")
+    before = files_of(full_latents)
+    for name in ("other_tokenizer", "other_weights"):
+        other = text_identity(*load_text_encoder(str(tmp_path / name), "text_encoder"))
+        with pytest.raises(cli.UsageError, match="expected a cache as configured, not text_encoder '"):
+            latent_cache.check_identity(manifest, other, "latents", full_latents)
+    for name in (tmp_path / "other_tokenizer", tmp_path / "other_weights", ""):
+        flags = {**full_flags, "output_dir": str(full_latents), "text_encoder": str(name)}
+        with pytest.raises(cli.UsageError, match="expected an empty folder or the same cache, not text_encoder '"):
+            run(cache_latents, cache_latents.Config(**flags))
+    assert files_of(full_latents) == before
+
+
+def test_a_damaged_picture_leaves_a_gap_in_its_bucket(
+    cache_latents: ModuleType, full_latents: Path, full_flags: dict[str, Any], of_many_shapes: Path, tmp_path: Path
+) -> None:
+    """All others are what they were."""
+    shutil.copytree(of_many_shapes, tmp_path / "data")
+    (tmp_path / "data" / "train" / "03.png").write_bytes(b"no picture")
+    target = tmp_path / "latents"
+    flags = {**full_flags, "data": str(tmp_path / "data"), "output_dir": str(target), "max_bad_fraction": 0.1}
+    run(cache_latents, cache_latents.Config(**flags))
+    whole = latent_cache.Latents(full_latents, latent_cache.read_manifest(full_latents, "latents"), "train")
+    rest = latent_cache.Latents(target, latent_cache.read_manifest(target, "latents"), "train")
+    others = [index for index in range(40) if index != 3]
+    assert list(rest.captions()) == [whole.captions()[index] for index in others]
+    for row, index in enumerate(others):
+        found, expected = (cache.read(at, mirrored=False) for cache, at in ((rest, row), (whole, index)))
+        for name in ("mean", "std", "text"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=2e-3, atol=2e-3)

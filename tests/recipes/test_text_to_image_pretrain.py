@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,7 +18,7 @@ from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
 from shared import command_line as cli
-from shared import latent_cache, latent_encoding
+from shared import dry_run, latent_cache, latent_encoding
 from shared.latent_updates import FixedSamples
 from tests.conftest import ROOT
 from tests.recipes.conftest import cache_flags
@@ -184,6 +184,17 @@ def test_non_finite_gradient_changes_nothing(pretrain: ModuleType) -> None:
     _, norm = pretrain.train_update(cfg, accelerator, model, optimizer, [batch], signal)
     assert not math.isfinite(norm)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_config_has_stable_diffusions_sizes(pretrain: ModuleType) -> None:
+    """Its UNet is known to have 859,520,964 parameters."""
+    path = ROOT / "recipes" / "text_to_image" / "configs" / "sd1_256.yaml"
+    cfg = cli.parse(pretrain.Config, ["--config", str(path)])
+    tokenizer = pretrain.train_clip_tokenizer(["a"], 514, 77)
+    clip = SimpleNamespace(config=SimpleNamespace(hidden_size=768))
+    with dry_run.without_memory():
+        model = pretrain.build_model(cfg, tokenizer, clip, (4, 32, 32))
+    assert sum(weight.numel() for weight in model.parameters()) == 859_520_964
 
 
 # -- evaluation and pictures -------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shared.batches import IGNORED
-from shared.crops import CROP_DRAWS, SQUARE_DRAWS, CenterCrops, Squares, random_crop, random_square
+from shared.crops import CROP_DRAWS, SQUARE_DRAWS, BucketCrops, CenterCrops, Squares, random_crop, random_square
 from shared.decoding import EncodedPicture
 from shared.labelled_pictures import SAMPLE, open_pictures
+from shared.picture_files import PictureFiles
 
 
 @given(width=st.integers(8, 60), height=st.integers(8, 60), min_area=st.floats(0.08, 1), seed=st.integers(0, 10**6))
@@ -117,3 +118,21 @@ def test_batches_of_squares_say_what_is_no_picture() -> None:
     assert squares[1]["indices"].tolist() == [4, -1, -1, -1]
     assert np.array_equal(squares[1]["pixel_values"][0], EncodedPicture(files.read(4)).center_crop(28, 1.0))
     assert set(squares[1]["pixel_values"][1:].flatten()) == {128}
+
+
+def test_crops_of_buckets_are_together_with_those_of_their_size() -> None:
+    """Sizes are height x width; the fifth file is no picture."""
+    sizes = [(20, 20), (20, 30), (31, 20), (20, 34), (1, 1), (40, 41), (50, 30)]
+    draw, rows = np.random.default_rng(0), []
+    for size in sizes:
+        stream = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(stream, "PNG")
+        rows.append({"image": {"bytes": stream.getvalue(), "path": None}})
+    rows[4] = {"image": {"bytes": b"no picture", "path": None}}
+    files = PictureFiles(rows, "image", np.arange(len(rows)))
+    crops = BucketCrops(files, [(16, 16), (20, 12), (12, 20)], 4)
+    assert len(crops) == 2
+    items = [[(part["pixel_values"].shape, part["indices"].tolist()) for part in crops[item]] for item in range(2)]
+    first = [((1, 16, 16, 3), [0]), ((2, 12, 20, 3), [1, 3]), ((1, 20, 12, 3), [2])]
+    assert items == [first, [((1, 16, 16, 3), [5]), ((1, 20, 12, 3), [6])]]
+    assert np.array_equal(crops[0][1]["pixel_values"][1], EncodedPicture(files.read(3)).cover(12, 20))

@@ -179,3 +179,32 @@ def test_the_middle_crop_is_that_of_the_library_s_processor(
     processor = ConvNextImageProcessorPil(size={"shortest_edge": size}, crop_pct=fraction, resample=2)
     pixels = processor(Image.open(io.BytesIO(data)), do_normalize=False, do_rescale=False)["pixel_values"][0]
     assert np.array_equal(EncodedPicture(data).center_crop(size, fraction), pixels.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("size", [(160, 90), (90, 160), (101, 77), (33, 32), (64, 64), (7, 5), (5, 200)])
+@pytest.mark.parametrize("bucket", [(48, 32), (32, 48), (40, 40), (24, 12)])
+def test_covering_is_resizing_and_cutting_the_middle(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    (width, height), data = size, encode(photograph(*size), "PNG")
+    scale = max(bucket[0] / height, bucket[1] / width)
+    sides = (int(round(width * scale, 6)), int(round(height * scale, 6)))
+    left, top = (sides[0] - bucket[1]) // 2, (sides[1] - bucket[0]) // 2
+    resized = photograph(*size).resize(sides, Image.Resampling.BILINEAR)
+    expected = np.asarray(resized)[top : top + bucket[0], left : left + bucket[1]]
+    found = EncodedPicture(data).cover(*bucket)
+    assert found.shape == (*bucket, 3)
+    assert np.array_equal(found, expected)
+
+
+@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_covering_a_square_is_the_middle_crop(width: int, height: int, size: int) -> None:
+    picture = EncodedPicture(encode(photograph(width, height), "PNG"))
+    assert np.array_equal(picture.cover(size, size), picture.center_crop(size, 1.0))
+
+
+def test_a_line_of_pixels_costs_no_memory() -> None:
+    """Resized to a height of 64 it would take 48 GB."""
+    picture = EncodedPicture(encode(Image.new("L", (2_000_000, 1)), "PNG"))
+    for cut in (lambda: picture.cover(64, 64), lambda: picture.center_crop(64, 1.0)):
+        with pytest.raises(BadPicture, match="128000000 x 64 pixels, expected 1 to"):
+            cut()

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,17 @@ def test_a_class_without_pictures_is_found(tmp_path: Path) -> None:
     labelled_pictures.check_every_class("name", open_split(SAMPLE))
 
 
+def test_a_split_to_evaluate_on_may_lack_classes(tmp_path: Path) -> None:
+    train = write_parquet(tmp_path / "train.parquet", [("red", "warm"), ("blue", "cold"), ("green", "mild")])
+    some = open_split(write_parquet(tmp_path / "some.parquet", [("red", "warm"), ("green", "mild"), ("red", "warm")]))
+    assert some.class_names == ("mild", "warm")
+    numbered = labelled_pictures.number_alike(some, open_split(train).class_names, "some")
+    assert numbered.class_names == ("cold", "mild", "warm")
+    assert read_colors(numbered) == [("warm", "red"), ("mild", "green"), ("warm", "red")]
+    with pytest.raises(UsageError, match="expected the 2 classes of training or some of them, not cold"):
+        labelled_pictures.number_alike(open_split(train), some.class_names, "train")
+
+
 def test_classes_too_small_to_split_and_pictures_too_small_to_crop(folder: Path) -> None:
     train = open_split(folder)
     with pytest.raises(UsageError, match=r"eval_fraction: 0.05: expected to leave pictures of each of the 3 classes"):
@@ -200,6 +212,21 @@ def test_classes_too_small_to_split_and_pictures_too_small_to_crop(folder: Path)
     picture_files.check_sides("name", train.files, 10)
     with pytest.raises(UsageError, match=r"data: 'name': expected .* at least 11 pixels, .* is 10"):
         picture_files.check_sides("name", train.files, 11)
+
+
+def test_pictures_too_small_for_their_buckets() -> None:
+    """Each is held against its own bucket, that nearest to its aspect ratio; half of them may be smaller."""
+    rows = []
+    for width, height in ((16, 16), (12, 20), (20, 12), (19, 12), (20, 11), (40, 11)):
+        stream = io.BytesIO()
+        Image.new("RGB", (width, height)).save(stream, "PNG")
+        rows.append({"image": {"bytes": stream.getvalue(), "path": None}})
+    buckets = [(16, 16), (20, 12), (12, 20)]
+    files = picture_files.PictureFiles(rows, "image", np.arange(len(rows)))
+    picture_files.check_buckets("name", files, buckets)
+    expected = "expected pictures that fill 16 x 16, 20 x 12, 12 x 20 pixels (height x width); 3 of 5 tried are smaller"
+    with pytest.raises(UsageError, match=f"^data: 'name': {re.escape(expected)}$"):
+        picture_files.check_buckets("name", files.subset(np.arange(1, 6)), buckets)
 
 
 READ_FROM_HUB = """
