@@ -7,10 +7,10 @@
 Rules:
 * The plain loop is that of diffusers' example for text to image: `datasets` with a transform, torch's DataLoader, the
   frozen autoencoder and text encoder in every step, `DDPMScheduler`, min-SNR weights by `compute_snr`, fused AdamW,
-  `EMAModel`, clipping, accelerate. It runs with no data worker and with one, and the faster counts. Model, objective,
-  caption dropout, batch, precision, shape of the learning rate's schedule and decay of the average are the recipe's
-  defaults, and so are the sizes of the text encoder, of random weights, which is frozen on both sides. Both use all
-  cores.
+  `EMAModel`, clipping, accelerate. It is tried with no data worker and with one, and goes on with what is faster. Model,
+  objective, caption dropout, batch, precision, shape of the learning rate's schedule and decay of the average are the
+  recipe's defaults, and so are the sizes of the text encoder, of random weights, which is frozen on both sides. Both
+  use all cores.
 * The recipe reads latents and embeddings that cache_latents.py has made. Making them is timed, from the start to the
   end of that program, and told as the number of epochs after which it has paid for itself; speeds are without it.
 * Speed: images a second from the end of the fifth update on; both sides in turns, the median of three ratios. At
@@ -175,8 +175,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     train, held_out, _ = recipe.open_data(cfg, accelerator, vae, (tokenizer, text_encoder))
     own = recipe.build_model(cfg, tokenizer, text_encoder, train.buckets()[0][0])
     noising = DDPMScheduler(**recipe.NOISE, prediction_type=cfg.prediction_type)
-    assert cfg.prediction_type == "v_prediction"
-
+    assert cfg.prediction_type == "v_prediction"  # of which targets and weights below are
     loader = plain_loader(tokenizer, cfg.caption_dropout, cfg.global_batch_size, workers)
     optimizer = torch.optim.AdamW(own.unet.parameters(), learning_rate, weight_decay=cfg.weight_decay, fused=True)
     warmup_steps = round(max_steps * cfg.warmup_steps / cfg.max_steps)  # the recipe's share
