@@ -88,6 +88,27 @@ def hold_out(pictures: LabelledPictures, fraction: float) -> tuple[LabelledPictu
     return pictures.subset(np.flatnonzero(~is_held_out)), pictures.subset(np.flatnonzero(is_held_out))
 
 
+def number_alike(pictures: LabelledPictures, class_names: Sequence[str], split: str) -> LabelledPictures:
+    """Pictures to evaluate on with the classes of training, of which they may lack some.
+
+    Where classes are texts, a split knows only those that it has.
+
+    Args:
+        pictures: to evaluate on.
+        class_names: of training.
+        split: that the pictures come from, for the message.
+
+    Raises:
+        UsageError: a class is none of training's.
+    """
+    numbers = {name: number for number, name in enumerate(class_names)}
+    unknown = [name for name in pictures.class_names if name not in numbers]
+    expected = f"the {len(numbers)} classes of training or some of them, not {', '.join(unknown[:5])}"
+    expect(not unknown, "eval_split", split, expected)
+    renumbered = np.array([numbers[name] for name in pictures.class_names], dtype=np.int64)
+    return LabelledPictures(pictures.files, renumbered[pictures.labels], tuple(class_names))
+
+
 def check_classes(data: str, class_names: Sequence[str]) -> None:
     """Refuse data of one class.
 

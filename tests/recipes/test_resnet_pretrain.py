@@ -18,7 +18,9 @@ from accelerate import Accelerator
 from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from PIL import Image
+from pyarrow import parquet
 
+from shared import captioned_pictures
 from shared import command_line as cli
 from shared.batch_statistics import RunningStatistics
 from shared.batches import IGNORED
@@ -364,6 +366,16 @@ def test_pictures_are_held_out_where_there_is_no_split(resnet: ModuleType, shape
     assert (len(train), len(held_out)) == (30, 9)
     files = [{pictures.files.name(index) for index in range(len(pictures))} for pictures in (train, held_out)]
     assert not files[0] & files[1]
+
+
+def test_the_split_to_evaluate_on_may_lack_classes(resnet: ModuleType, tmp_path: Path) -> None:
+    split = "test_unseen_combination"
+    cfg = config_of(resnet, captioned_pictures.SAMPLE, tmp_path, label_column="name", eval_split=split)
+    train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
+    table = parquet.read_table(next((captioned_pictures.SAMPLE / "data").glob(f"{split}-*")), columns=["name"])
+    assert [train.class_names[label] for label in held_out.labels] == table["name"].to_pylist()
+    assert held_out.class_names == train.class_names
+    assert len(set(held_out.labels.tolist())) < len(train.class_names)
 
 
 def test_dry_run_leaves_nothing(

@@ -194,6 +194,17 @@ def test_a_class_without_pictures_is_found(tmp_path: Path) -> None:
     labelled_pictures.check_every_class("name", open_split(SAMPLE))
 
 
+def test_a_split_to_evaluate_on_may_lack_classes(tmp_path: Path) -> None:
+    train = write_parquet(tmp_path / "train.parquet", [("red", "warm"), ("blue", "cold"), ("green", "mild")])
+    some = open_split(write_parquet(tmp_path / "some.parquet", [("red", "warm"), ("green", "mild"), ("red", "warm")]))
+    assert some.class_names == ("mild", "warm")
+    numbered = labelled_pictures.number_alike(some, open_split(train).class_names, "some")
+    assert numbered.class_names == ("cold", "mild", "warm")
+    assert read_colors(numbered) == [("warm", "red"), ("mild", "green"), ("warm", "red")]
+    with pytest.raises(UsageError, match="expected the 2 classes of training or some of them, not cold"):
+        labelled_pictures.number_alike(open_split(train), some.class_names, "train")
+
+
 def test_classes_too_small_to_split_and_pictures_too_small_to_crop(folder: Path) -> None:
     train = open_split(folder)
     with pytest.raises(UsageError, match=r"eval_fraction: 0.05: expected to leave pictures of each of the 3 classes"):
