@@ -139,6 +139,18 @@ def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def generate() -> ModuleType:
+    """recipes/text_to_image/generate.py as a module."""
+    return load_recipe("text_to_image/generate.py")
+
+
+@pytest.fixture(scope="session")
+def evaluate() -> ModuleType:
+    """recipes/text_to_image/evaluate.py as a module."""
+    return load_recipe("text_to_image/evaluate.py")
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of noisy pictures of 24 x 20 pixels, a bar at another height for each of three classes."""
     import numpy as np

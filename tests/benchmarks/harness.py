@@ -147,11 +147,11 @@ def measure_parts(
 
 
 def read_options(about: str, parts: dict[str, Callable], learning_rates: str) -> argparse.Namespace:
-    """The command line of a benchmark that compares a recipe with the Trainer."""
+    """The command line of a benchmark that compares a recipe with another loop."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(parts), help="which to measure, with commas; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=0.0, help="training seconds of a run, to try this out")
-    parser.add_argument("--learning_rates", default=learning_rates, help="of the Trainer; default: %(default)s")
+    parser.add_argument("--learning_rates", default=learning_rates, help="of the other loop; default: %(default)s")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.parts.split(",")) - set(parts):
