@@ -7,7 +7,7 @@
 Rules:
 * The plain loop is that of diffusers' example for text to image: `datasets` with a transform, torch's DataLoader, the
   frozen autoencoder and text encoder in every step, `DDPMScheduler`, min-SNR weights by `compute_snr`, fused AdamW,
-  `EMAModel`, clipping, accelerate. It is tried with no data worker and with one, and goes on with what is faster. Model,
+  `EMAModel`, clipping, accelerate. It is tried with no data worker and with one, and goes on with the faster. Model,
   objective, caption dropout, batch, precision, shape of the learning rate's schedule and decay of the average are the
   recipe's defaults, and so are the sizes of the text encoder, of random weights, which is frozen on both sides. Both
   use all cores.
