@@ -27,6 +27,7 @@ from shared.command_line import UsageError, exit_codes
 REPOSITORY = Path(__file__).resolve().parents[1]
 ALWAYS_REQUIRED = ("torch", "accelerate", "tensorboard")
 DISTRIBUTION_OF = {"yaml": "PyYAML", "PIL": "pillow"}  # where the import has another name
+OPTIONAL = {"torch_fidelity"}  # what one choice of a field needs, which says so where it is not there
 GENERAL = ("accelerate_configs/**/*", "LICENSE", "NOTICE")
 
 
@@ -113,7 +114,7 @@ def trimmed_requirements(files: Iterable[Path], configs: Iterable[Path], reposit
         needed.add("deepspeed")
     for file in files:
         packages = {name.split(".")[0] for name in _imports(file, repository)}
-        for package in sorted(packages - sys.stdlib_module_names - {"shared"}):
+        for package in sorted(packages - sys.stdlib_module_names - OPTIONAL - {"shared"}):
             distribution = _normalized(DISTRIBUTION_OF.get(package, package))
             if distribution not in names:
                 raise UsageError(f"requirements.txt: expected a line for {package!r}, which {file} imports")

@@ -13,6 +13,7 @@ The columns of a row: `index` of the picture in its split; `caption`; `height` a
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from shared.command_line import UsageError, expect
-from shared.picture_files import HELD_OUT_SEED, VALIDATION_SPLITS
+from shared.picture_files import HELD_OUT_SEED, VALIDATION_SPLITS, spread
 from shared.randomness import derive_seed, shuffled_indices
 
 _SIDES = ["height", "width"]
@@ -263,6 +264,13 @@ def open_splits(
     expect(0 < number < len(train), "eval_fraction", eval_fraction, f"to split {len(train)} samples in two")
     order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(HELD_OUT_SEED, "held out"))
     return train.subset(np.sort(order[number:])), {"held_out": train.subset(np.sort(order[:number]))}
+
+
+def some_captions(splits: Iterable[Latents], number: int) -> list[str]:
+    """So many captions, evenly spread over each split, of each as many."""
+    every = [latents.captions() for latents in splits]
+    share = math.ceil(number / len(every))
+    return [captions[index] for captions in every for index in spread(len(captions), share)][:number]
 
 
 def weights_digest(module: torch.nn.Module) -> str:

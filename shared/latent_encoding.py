@@ -161,6 +161,33 @@ def _encode_captions(rows: list[dict[str, Any]], tokenizer: Any, encoder: Any, b
     return total
 
 
+def open_latents(
+    data: str, vae: Any, text: tuple[Any, Any] | None, *, cached: Path, cache_dir: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the latents to train on, and its manifest, which agrees with autoencoder and text encoder.
+
+    Args:
+        data: folder of a cache; sample = `cached`, which must be of the embedded emoji, or, if it is not there, their
+            latents made in `cache_dir`.
+        vae: see `sample_latents`.
+        text: see `sample_latents`.
+        cached: folder that may be there.
+        cache_dir: for data that is made once.
+
+    Raises:
+        UsageError: there is no complete cache, or one that is made of something else.
+    """
+    folder, identity = Path(data), dict[str, Any](vae=latent_cache.weights_digest(vae))
+    if text:
+        identity |= text_identity(*text)
+    if data == "sample":
+        folder = cached if cached.is_dir() else sample_latents(cache_dir, vae, text)
+        identity["data"] = {name: pictures.fingerprint for name, pictures in sample_splits().items()}
+    manifest = latent_cache.read_manifest(folder, "data")
+    latent_cache.check_identity(manifest, identity, "data", folder)
+    return folder, manifest
+
+
 def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> Path:
     """The latents of the embedded emoji and of their mirror images, made in `cache_dir` unless they are there.
 

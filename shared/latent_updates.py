@@ -14,7 +14,7 @@ from shared.latent_cache import Latents
 from shared.picture_files import spread
 from shared.randomness import derive_seed, normal_numbers, uniform_numbers
 from shared.sample_order import mixture_sources, positions_of_update, samples_at
-from shared.text_encoding import token_ids
+from shared.text_encoding import text_masks, token_ids
 
 _MIRRORED, _DROPPED = 0, 1  # columns of a sample's uniform numbers
 
@@ -49,7 +49,10 @@ class LatentUpdates(Dataset):
         self._buckets = [rows for _, rows in train.buckets()]
 
     def __getitem__(self, step: int) -> list[dict[str, np.ndarray]]:
-        """Micro-batches: latents and noise (B, C, h, w), uniform (B,) in [0, 1), text (B, L) or (B, L, D)."""
+        """Micro-batches: latents and noise (B, C, h, w), uniform (B,) in [0, 1), text (B, L) or (B, L, D), text_mask.
+
+        The mask (B, L) is false where a caption is padding.
+        """
         shares, seed = [float(len(rows)) for rows in self._buckets], derive_seed(self._seed, "buckets")
         [bucket], [number] = (values.tolist() for values in mixture_sources(np.array([step]), shares, seed))
         positions, rows = positions_of_update(number, **self._order), self._buckets[bucket]
@@ -67,7 +70,7 @@ class LatentUpdates(Dataset):
             "latents": (mean + std * of_posterior) * np.float32(self._reading["scaling_factor"]),
             "noise": noise,
             "uniform": self._spread_numbers(step, positions),
-            "text": _texts(samples, self._reading, draws[:, _DROPPED] < self._caption_dropout),
+            **_texts(samples, self._reading, draws[:, _DROPPED] < self._caption_dropout),
         }
         starts = range(0, len(samples), self._micro_batch_size)
         cuts = [slice(start, start + self._micro_batch_size) for start in starts]
@@ -119,14 +122,16 @@ class FixedSamples(Dataset):
             "latents": latents * np.float32(self._reading["scaling_factor"]),
             "noise": noise.astype(np.float32).reshape(latents.shape),
             "uniform": (times / self._num_bands).astype(np.float32),
-            "text": _texts(samples, self._reading, np.zeros(len(samples), dtype=bool)),
+            **_texts(samples, self._reading, np.zeros(len(samples), dtype=bool)),
         }
 
 
-def _texts(samples: Sequence[dict[str, Any]], reading: dict[str, Any], dropped: np.ndarray) -> np.ndarray:
-    """Tokens (N, L) of the captions, or their embeddings (N, L, D)."""
+def _texts(samples: Sequence[dict[str, Any]], reading: dict[str, Any], dropped: np.ndarray) -> dict[str, np.ndarray]:
+    """Tokens (N, L) of the captions, or their embeddings (N, L, D), as `text`, and where they are no padding (N, L)."""
+    pairs = list(zip(samples, dropped, strict=True))
+    ids, _ = token_ids(reading["tokenizer"], ["" if drop else sample["caption"] for sample, drop in pairs])
+    masks = text_masks(reading["tokenizer"], ids)
     if reading["empty"] is None:
-        captions = ["" if drop else sample["caption"] for sample, drop in zip(samples, dropped, strict=True)]
-        return token_ids(reading["tokenizer"], captions)[0]
-    pairs = zip(samples, dropped, strict=True)
-    return np.stack([reading["empty"] if drop else sample["text"] for sample, drop in pairs]).astype(np.float32)
+        return {"text": ids, "text_mask": masks}
+    embeddings = np.stack([reading["empty"] if drop else sample["text"] for sample, drop in pairs])
+    return {"text": embeddings.astype(np.float32), "text_mask": masks}

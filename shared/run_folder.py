@@ -43,9 +43,7 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any]) -> None:
     name = f"output_dir: {str(folder)!r}"
     if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
         raise UsageError(f"resume: {resume!r}: expected auto, never or a checkpoint folder")
-    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
-        raise UsageError(f"{name}: expected a folder that can be written, {str(parent)!r} is not one")
+    check_writable(folder)
     # Hidden files may be of a start that was killed before it wrote its first file.
     if not os.path.isdir(folder) or all(path.name.startswith(".") for path in folder.iterdir()):
         return
@@ -59,6 +57,18 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any]) -> None:
     if different:
         changes = ", ".join(f"{key} {recorded.get(key)!r} -> {fields[key]!r}" for key in different)
         raise UsageError(f"{name}: it holds a run with another configuration ({changes}); choose another folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that can neither be written nor made; makes and writes nothing itself.
+
+    Raises:
+        UsageError: naming the folder as output_dir, and what is in the way.
+    """
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+        expected = f"expected a folder that can be written, {str(parent)!r} is not one"
+        raise UsageError(f"output_dir: {str(folder)!r}: {expected}")
 
 
 def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[str, Any]) -> None:
@@ -85,14 +95,22 @@ def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[s
         "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
         **facts,
     }
-    _write_json(record_file, record)
+    write_json(record_file, record)
 
 
 def update_run_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Add to run.json and return all of it."""
     record_file = folder / "run.json"
-    _write_json(record_file, {**_read_mapping(record_file, json.loads), **facts})
+    write_json(record_file, {**_read_mapping(record_file, json.loads), **facts})
     return _read_mapping(record_file, json.loads)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a file that is there whole or not at all, and that names neither the user's home folder nor a token."""
+    text, home = json.dumps(content, indent=2), json.dumps(str(Path.home()))[1:-1]
+    if home != "/":
+        text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
+    _write(file, redact(text) + "\n")
 
 
 def hardware() -> str:
@@ -117,13 +135,6 @@ def _read_mapping(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"output_dir: {str(file.parent)!r}: expected a run, but its {file.name} cannot be read")
     return content
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    text, home = json.dumps(content, indent=2), json.dumps(str(Path.home()))[1:-1]
-    if home != "/":
-        text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
-    _write(file, redact(text) + "\n")
 
 
 def _write(file: Path, text: str) -> None:

@@ -6,7 +6,7 @@ What is conditioned on is the whole last hidden state, padding included: Stable 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,33 @@ def text_identity(tokenizer: Any, encoder: Any) -> dict[str, Any]:
     return {"text_encoder": digest, "text_shape": [length, config.hidden_size]}
 
 
+class CleanedCaptions:
+    """A tokenizer that cleans captions first, as `diffusers.PRXPipeline` cleans prompts.
+
+    The cleaning, DeepFloyd IF's, leaves out addresses, brackets and other things that few captions have.
+
+    Args:
+        tokenizer: see `load_text_encoder`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.model_max_length, self.eos_token_id = tokenizer.model_max_length, tokenizer.eos_token_id
+
+    def __call__(self, captions: list[str], **form: Any) -> Any:
+        """What the tokenizer makes of the cleaned captions."""
+        return self._tokenizer(clean_captions(captions), **form)
+
+
+def clean_captions(captions: Iterable[str]) -> list[str]:
+    """Captions as `diffusers.PRXPipeline` cleans prompts."""
+    import ftfy  # noqa: F401 (diffusers takes it for given)
+    from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+
+    clean = TextPreprocessor().clean_text
+    return [clean(caption) for caption in captions]
+
+
 def token_ids(tokenizer: Any, captions: Sequence[str]) -> tuple[np.ndarray, int]:
     """Captions as ids with start and end token, padded and cut to the length that the encoder takes.
 
@@ -93,6 +120,36 @@ def token_ids(tokenizer: Any, captions: Sequence[str]) -> tuple[np.ndarray, int]
     source = np.array(encoded["overflow_to_sample_mapping"])  # of each row its caption; one that is cut has more rows
     is_first = np.diff(source, prepend=-1) > 0
     return np.array(encoded["input_ids"], dtype=np.int64)[is_first], len(np.unique(source[~is_first]))
+
+
+def text_masks(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """Which tokens are the caption's, start and end included; what follows the first end token is padding.
+
+    Args:
+        tokenizer: see `load_text_encoder`; it may pad with the end token or with another.
+        ids: int64 (N, L), of `token_ids`.
+
+    Returns:
+        bool (N, L).
+    """
+    is_end = ids == tokenizer.eos_token_id
+    return np.cumsum(is_end, axis=1) - is_end == 0
+
+
+def encode_captions(captions: Sequence[str], tokenizer: Any, encoder: Any) -> dict[str, Tensor]:
+    """What a model of text to image sees of captions, on the CPU.
+
+    Args:
+        captions: at least one.
+        tokenizer: see `load_text_encoder`.
+        encoder: frozen, on the CPU; None = the model sees tokens.
+
+    Returns:
+        text: int64 tokens (N, L), or embeddings (N, L, D). text_mask: bool (N, L), see `text_masks`.
+    """
+    ids, _ = token_ids(tokenizer, captions)
+    text, mask = torch.from_numpy(ids), torch.from_numpy(text_masks(tokenizer, ids))
+    return {"text": text if encoder is None else encode_text(encoder, text), "text_mask": mask}
 
 
 @torch.no_grad()

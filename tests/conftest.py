@@ -105,6 +105,12 @@ def pretrain() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def pretrain_transformer() -> ModuleType:
+    """recipes/text_to_image/pretrain_transformer.py as a module."""
+    return load_recipe("text_to_image/pretrain_transformer.py")
+
+
+@pytest.fixture(scope="session")
 def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text encoder of CLIP with random weights, and a tokenizer that knows four words and pads with "!".
 
@@ -130,6 +136,18 @@ def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CLIPTextModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def generate() -> ModuleType:
+    """recipes/text_to_image/generate.py as a module."""
+    return load_recipe("text_to_image/generate.py")
+
+
+@pytest.fixture(scope="session")
+def evaluate() -> ModuleType:
+    """recipes/text_to_image/evaluate.py as a module."""
+    return load_recipe("text_to_image/evaluate.py")
 
 
 @pytest.fixture(scope="session")

@@ -135,10 +135,9 @@ from shared.clip_tokenizer import train_clip_tokenizer
 from shared.export import export_pipeline
 from shared.flops import training_flops
 from shared.latent_cache import Latents
-from shared.latent_encoding import sample_latents, sample_splits
+from shared.latent_encoding import open_latents
 from shared.latent_updates import FixedSamples, LatentUpdates
 from shared.optimizers import set_learning_rates
-from shared.picture_files import spread
 from shared.pretrained import load_diffusion_model
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed, normal_numbers
@@ -146,7 +145,7 @@ from shared.report import finish_run
 from shared.run_log import RunLog
 from shared.skipped_updates import SkippedUpdates
 from shared.stopping import StopSignals
-from shared.text_encoding import encode_text, load_text_encoder, text_identity, token_ids
+from shared.text_encoding import encode_captions, load_text_encoder, token_ids
 from shared.throughput import Throughput
 from shared.updates import load_updates
 
@@ -202,14 +201,8 @@ def open_data(
 ) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
     """Latents to train on, those to evaluate on by the names of their splits, and the manifest of the cache."""
     with launch.node_main_first(accelerator):
-        folder, identity = Path(cfg.data), {"vae": latent_cache.weights_digest(vae)}
-        if text:
-            identity |= text_identity(*text)
-        if cfg.data == "sample":
-            folder = CACHED if CACHED.is_dir() else sample_latents(cache_folder(cfg.cache_dir), vae, text)
-            identity["data"] = {name: pictures.fingerprint for name, pictures in sample_splits().items()}
-        manifest = latent_cache.read_manifest(folder, "data")
-        latent_cache.check_identity(manifest, identity, "data", folder)
+        options = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
+        folder, manifest = open_latents(cfg.data, vae, text, **options)
         splits = latent_cache.open_splits(folder, manifest, cfg.data_split, cfg.eval_splits, cfg.eval_fraction)
     return *splits, manifest
 
@@ -471,7 +464,7 @@ def main(cfg: Config) -> None:
     text = None if cfg.text_encoder == "scratch" else load_text_encoder(cfg.text_encoder, "text_encoder")
     train, held_out, manifest = open_data(cfg, accelerator, vae, text)
     tokenizer, frozen = text or (open_tokenizer(cfg, train), None)
-    empty = encode_captions([""], tokenizer, frozen)[0]
+    empty = encode_captions([""], tokenizer, frozen)["text"][0]
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer}
     reading["empty"] = None if frozen is None else empty.numpy()
     shape = train.buckets()[0][0]
@@ -497,8 +490,9 @@ def main(cfg: Config) -> None:
         name: FixedSamples(latents, cfg.eval_samples, NUM_BANDS, reading, batch_size=micro_batch_size)
         for name, latents in ({cfg.data_split: train} | held_out).items()
     }
-    captions = shown_captions(held_out)
-    shown = {"texts": encode_captions(captions, tokenizer, frozen), "empty": empty, "latent_shape": shape}
+    captions = latent_cache.some_captions(held_out.values(), NUM_SHOWN)
+    texts = encode_captions(captions, tokenizer, frozen)["text"]
+    shown = {"texts": texts, "empty": empty, "latent_shape": shape}
     signal = build_scheduler(cfg).alphas_cumprod.to(accelerator.device)
     record = {"data": cfg.data, "data_fingerprint": manifest["data"], "init": cfg.init}
     with launch.raise_together(accelerator):
@@ -575,31 +569,16 @@ def open_vae(cfg: Config) -> Any:
 
 def open_tokenizer(cfg: Config, train: Latents) -> Any:
     """The tokenizer of the text encoder from scratch: that of `init`, or one trained on the captions."""
-    captions = train.captions()
     if cfg.init != "scratch":
         tokenizer, _ = load_text_encoder(cfg.init, "init")
     else:
-        tokenizer = train_clip_tokenizer(captions, cfg.vocab_size, cfg.caption_length)
-    some = [captions[index] for index in spread(len(captions), 10_000)]
+        tokenizer = train_clip_tokenizer(train.captions(), cfg.vocab_size, cfg.caption_length)
+    some = latent_cache.some_captions([train], 10_000)
     _, num_cut = token_ids(tokenizer, some)
     if num_cut:
         share = num_cut / len(some)
         logger.warning("%.1f %% of the captions are longer than %d tokens and cut", 100 * share, cfg.caption_length)
     return tokenizer
-
-
-def encode_captions(captions: list[str], tokenizer: Any, frozen: Any) -> Tensor:
-    """Tokens (N, L), or embeddings (N, L, D) of the frozen text encoder."""
-    ids = torch.from_numpy(token_ids(tokenizer, captions)[0])
-    return ids if frozen is None else encode_text(frozen, ids)
-
-
-def shown_captions(held_out: dict[str, Latents]) -> list[str]:
-    """Captions of held-out samples, of which pictures are shown: of each split as many."""
-    number = math.ceil(NUM_SHOWN / len(held_out))
-    every = [latents.captions() for latents in held_out.values()]
-    chosen = [captions[index] for captions in every for index in spread(len(captions), number)]
-    return chosen[:NUM_SHOWN]
 
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import pipelines
 from tests.recipes.runs import run
 
 
@@ -24,6 +25,30 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = diffusers.AutoencoderKL(**sizes, **blocks, mid_block_add_attention=False)
     folder = tmp_path_factory.mktemp("vae")
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion of random weights that makes pictures of 16 x 16 pixels."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipelines.stable_diffusion(pipelines.tiny_vae()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet of random weights for pictures of 16 x 16 pixels."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    folder = tmp_path_factory.mktemp("classifier")
+    transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).save_pretrained(folder)
+    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    processor = transformers.ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=1.0, **statistics)
+    processor.save_pretrained(folder)
     return folder
 
 

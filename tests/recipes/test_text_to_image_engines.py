@@ -4,62 +4,62 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from tests.launching import assert_no_traceback
+from tests.recipes import test_text_to_image_pretrain as diffusion
+from tests.recipes import test_text_to_image_pretrain_transformer as flow
+from tests.recipes import test_text_to_image_train_vae as autoencoder
 from tests.recipes.runs import Runs, assert_same, metric, weights
-from tests.recipes.test_text_to_image_pretrain import TINY as DIFFUSION_SIZES
-from tests.recipes.test_text_to_image_train_vae import TINY as SIZES
 
-# Adam makes a step of full size from a gradient that is zero but for rounding, so the rate is small.
-TINY: dict[str, Any] = {**SIZES, "max_steps": 6, "save_every": 3, "learning_rate": 0.002, "max_grad_norm": 0.5}
-DIFFUSION: dict[str, Any] = {**DIFFUSION_SIZES, "max_steps": 6, "save_every": 3, "learning_rate": 0.0002}
+# Adam makes a step of full size from a gradient that is zero but for rounding, so the rates are small.
+COMMON: dict[str, Any] = {"max_steps": 6, "save_every": 3}
+FIELDS = {
+    "train_vae": {**autoencoder.TINY, **COMMON, "learning_rate": 0.002, "max_grad_norm": 0.5},
+    "pretrain": {**diffusion.TINY, **COMMON, "learning_rate": 0.0002},
+    "pretrain_transformer": {**flow.TINY, **COMMON, "learning_rate": 0.002},
+}
 # The average needs whole weights, which ZeRO-3 has not.
-FIELDS = {"ema": TINY, "plain": {**TINY, "ema_decay": 0.0}}
-DIFFUSION_FIELDS = {"ema": DIFFUSION, "plain": {**DIFFUSION, "ema_decay": 0.0}}
 ENGINES = [("multi_cpu", "ema"), ("fsdp2", "ema"), ("deepspeed_zero2", "ema"), ("deepspeed_zero3", "plain")]
+METRICS = {
+    "train_vae": ("eval/loss", "eval/psnr"),
+    "pretrain": ("eval/loss", "eval/loss_test_band_0"),
+    "pretrain_transformer": ("eval/loss", "eval/loss_test_band_0"),
+}
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def runs(vae: ModuleType, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(vae, FIELDS, shapes, tmp_path_factory.mktemp("engines"))
-
-
-@pytest.fixture(scope="module")
-def diffusion_runs(
-    pretrain: ModuleType, latents: Path, tiny_vae: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Runs:
-    fields = {kind: {**values, "vae": str(tiny_vae)} for kind, values in DIFFUSION_FIELDS.items()}
-    return Runs(pretrain, fields, latents, tmp_path_factory.mktemp("diffusion_engines"))
-
-
-@pytest.mark.parametrize(
-    ("engine", "kind"), [ENGINES[0], *(pytest.param(*engine, marks=pytest.mark.slow) for engine in ENGINES[1:])]
-)
-def test_engine_equals_one_process(runs: Runs, engine: str, kind: str) -> None:
-    import diffusers
-
-    run_dir = runs.of_engine(engine, kind)
-    other = runs.of_one_process(kind)
-    assert metric(run_dir, "step") == metric(other, "step")
-    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/psnr"):
-        assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
-    assert metric(run_dir, "eval/ssim") == pytest.approx(metric(other, "eval/ssim"), abs=1e-4)
-    for name, value in weights(run_dir).items():
-        torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5)
-    exported = diffusers.AutoencoderKL.from_pretrained(run_dir).state_dict()
-    assert all(torch.equal(exported[name], value) for name, value in weights(run_dir).items())
+def runs(
+    vae: ModuleType,
+    pretrain: ModuleType,
+    pretrain_transformer: ModuleType,
+    shapes: Path,
+    latents: Path,
+    tiny_vae: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Runs]:
+    """Runs of each recipe."""
+    recipes = {"train_vae": vae, "pretrain": pretrain, "pretrain_transformer": pretrain_transformer}
+    found = {}
+    for name, recipe in recipes.items():
+        own = {} if name == "train_vae" else {"vae": str(tiny_vae)}
+        fields = {"ema": {**FIELDS[name], **own}, "plain": {**FIELDS[name], **own, "ema_decay": 0.0}}
+        data = shapes if name == "train_vae" else latents
+        found[name] = Runs(recipe, fields, data, tmp_path_factory.mktemp(name))
+    return found
 
 
 @pytest.mark.parametrize(
     ("engine", "kind"), [ENGINES[0], *(pytest.param(*engine, marks=pytest.mark.slow) for engine in ENGINES[1:])]
 )
-def test_diffusion_under_an_engine_equals_one_process(diffusion_runs: Runs, engine: str, kind: str) -> None:
-    run_dir, other = diffusion_runs.of_engine(engine, kind), diffusion_runs.of_one_process(kind)
+@pytest.mark.parametrize("recipe", FIELDS)
+def test_engine_equals_one_process(runs: dict[str, Runs], recipe: str, engine: str, kind: str) -> None:
+    run_dir, other = runs[recipe].of_engine(engine, kind), runs[recipe].of_one_process(kind)
     assert metric(run_dir, "step") == metric(other, "step")
-    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/loss_test_band_0"):
+    for name in ("train/loss", "train/grad_norm", *METRICS[recipe]):
         assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
     expected = weights(other)
     for name, value in weights(run_dir).items():
@@ -68,44 +68,33 @@ def test_diffusion_under_an_engine_equals_one_process(diffusion_runs: Runs, engi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "kind"), [("multi_cpu", "ema"), ("fsdp2", "ema"), ("deepspeed_zero2", "ema")])
-def test_stopping_and_going_on_is_exact(runs: Runs, tmp_path: Path, engine: str, kind: str) -> None:
-    whole, run_dir = runs.of_engine(engine, kind), tmp_path / "run"
-    fields = {**FIELDS[kind], "save_every": 0}
-    status, output = runs.run(engine, run_dir, fields, SIGTERM_AT="2:1")
+def test_what_two_processes_export_is_the_librarys(runs: dict[str, Runs]) -> None:
+    run_dir = runs["train_vae"].of_engine("fsdp2", "ema")
+    exported = diffusers.AutoencoderKL.from_pretrained(run_dir).state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in weights(run_dir).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "engine"),
+    [("train_vae", "fsdp2"), ("pretrain", "fsdp2"), ("pretrain", "deepspeed_zero2"), ("pretrain_transformer", "fsdp2")],
+)
+def test_stopping_and_going_on_is_exact(runs: dict[str, Runs], tmp_path: Path, recipe: str, engine: str) -> None:
+    whole, run_dir = runs[recipe].of_engine(engine, "ema"), tmp_path / "run"
+    fields = {**runs[recipe].fields["ema"], "save_every": 0}
+    status, output = runs[recipe].run(engine, run_dir, fields, SIGTERM_AT="2:1")
     assert status == 1, output  # of the launcher
     assert "stopped: saved at step 3 of 6" in output
     assert_no_traceback(output)
-    status, output = runs.run(engine, run_dir, fields)
+    status, output = runs[recipe].run(engine, run_dir, fields)
     assert status == 0, output
     assert_same(run_dir, whole)
 
 
 @pytest.mark.slow
-def test_bad_update_on_one_process_is_skipped_on_all(runs: Runs, tmp_path: Path) -> None:
-    status, output = runs.run("multi_cpu", tmp_path / "run", FIELDS["ema"], POISON="2:1")
-    assert status == 0, output
-    assert metric(tmp_path / "run", "train/skipped_updates") == [0, 0, 1, 1, 1, 1]
-    assert all(bool(value.isfinite().all()) for value in weights(tmp_path / "run").values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("engine", "kind"), [("multi_cpu", "ema"), ("fsdp2", "ema"), ("deepspeed_zero2", "ema")])
-def test_stopping_diffusion_and_going_on_is_exact(diffusion_runs: Runs, tmp_path: Path, engine: str, kind: str) -> None:
-    whole, run_dir = diffusion_runs.of_engine(engine, kind), tmp_path / "run"
-    fields = {**diffusion_runs.fields[kind], "save_every": 0}
-    status, output = diffusion_runs.run(engine, run_dir, fields, SIGTERM_AT="2:1")
-    assert status == 1, output  # of the launcher
-    assert "stopped: saved at step 3 of 6" in output
-    assert_no_traceback(output)
-    status, output = diffusion_runs.run(engine, run_dir, fields)
-    assert status == 0, output
-    assert_same(run_dir, whole)
-
-
-@pytest.mark.slow
-def test_bad_diffusion_update_on_one_process_is_skipped_on_all(diffusion_runs: Runs, tmp_path: Path) -> None:
-    status, output = diffusion_runs.run("multi_cpu", tmp_path / "run", diffusion_runs.fields["ema"], POISON="2:1")
+@pytest.mark.parametrize("recipe", FIELDS)
+def test_bad_update_on_one_process_is_skipped_on_all(runs: dict[str, Runs], tmp_path: Path, recipe: str) -> None:
+    status, output = runs[recipe].run("multi_cpu", tmp_path / "run", runs[recipe].fields["ema"], POISON="2:1")
     assert status == 0, output
     assert metric(tmp_path / "run", "train/skipped_updates") == [0, 0, 1, 1, 1, 1]
     assert all(bool(value.isfinite().all()) for value in weights(tmp_path / "run").values())

@@ -237,8 +237,8 @@ def test_pictures_are_the_pipelines(pretrain: ModuleType, tiny_vae: Path, refere
     cfg = pretrain.Config(**{**TINY, "sample_steps": 5})
     model = pretrain.Denoiser(pipeline.unet, pipeline.text_encoder)
     captions = ["train picture 1", "test picture 2"]
-    texts = pretrain.encode_captions(captions, pipeline.tokenizer, None)
-    empty = pretrain.encode_captions([""], pipeline.tokenizer, None)[0]
+    texts = pretrain.encode_captions(captions, pipeline.tokenizer, None)["text"]
+    empty = pretrain.encode_captions([""], pipeline.tokenizer, None)["text"][0]
     made = pretrain.make_pictures(cfg, Accelerator(cpu=True), model, pipeline.vae, texts, empty, (2, 8, 8))
     noise = pretrain.normal_numbers(pretrain.derive_seed(0, "pictures"), np.arange(2), count=2 * 8 * 8)
     start = torch.from_numpy(noise.astype(np.float32)).reshape(2, 2, 8, 8)
@@ -371,7 +371,6 @@ def test_the_embedded_emoji_are_encoded_once(
     """With no cache in outputs/; one that is there and of other pictures is refused."""
     some = {name: pictures.subset(np.arange(12)) for name, pictures in latent_encoding.sample_splits().items()}
     monkeypatch.setattr(latent_encoding, "sample_splits", lambda: some)
-    monkeypatch.setattr(pretrain, "sample_splits", lambda: some)
     monkeypatch.chdir(tmp_path)
     fields = {"data": "sample", "cache_dir": str(tmp_path / "cache"), "max_steps": 1, "vocab_size": 514}
     fields["caption_length"] = 77

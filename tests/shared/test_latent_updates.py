@@ -147,6 +147,22 @@ def test_embeddings_come_from_the_cache(train: Latents, reading: dict[str, Any])
     assert found == known | {empty.astype(np.float32).tobytes()}
 
 
+def test_masks_belong_to_the_captions_that_are_seen(train: Latents, reading: dict[str, Any]) -> None:
+    """Also to empty ones, and where the text is embeddings."""
+    batches = [b for step in range(20) for b in updates_of(train, reading)[step]]
+    embedded = [b for step in range(20) for b in updates_of(train, {**reading, "empty": np.zeros((3, 5))})[step]]
+    samples = FixedSamples(train, 24, 4, reading, batch_size=3)
+    end, lengths = reading["tokenizer"].eos_token_id, set()
+    for batch in [*batches, *(samples[number] for number in range(len(samples)))]:
+        for text, mask in zip(batch["text"].tolist(), batch["text_mask"].tolist(), strict=True):
+            length = text.index(end) + 1
+            assert mask == [place < length for place in range(8)]
+            lengths.add(length)
+    assert min(lengths) == 2 < max(lengths)
+    for one, other in zip(batches, embedded, strict=True):
+        assert (one["text_mask"] == other["text_mask"]).all()
+
+
 def test_evaluation_has_every_sample_once_in_each_band(train: Latents, reading: dict[str, Any]) -> None:
     samples = FixedSamples(train, 24, 4, reading, batch_size=3)
     seen: list[tuple[int, float]] = []

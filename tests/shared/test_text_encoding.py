@@ -15,8 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from shared.clip_tokenizer import train_clip_tokenizer
 from shared.command_line import UsageError
-from shared.text_encoding import encode_text, load_text_encoder, text_identity, token_ids
+from shared.text_encoding import (
+    CleanedCaptions,
+    encode_captions,
+    encode_text,
+    load_text_encoder,
+    text_identity,
+    token_ids,
+)
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
 
@@ -70,6 +78,34 @@ def test_ids_are_padded_cut_and_counted(loaded: tuple[Any, Any], captions: list[
         end = tokenizer.eos_token_id
         expected = [*full[:5], end] if len(full) > 6 else full + [tokenizer.pad_token_id] * (6 - len(full))
         assert row == expected
+
+
+@given(captions=st.lists(st.text(st.sampled_from("cat picture!7é"), max_size=20), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_masks_are_the_tokenizers(loaded: tuple[Any, Any], captions: list[str]) -> None:
+    """Of one that pads with a token of captions, and of one that pads with the end token."""
+    for tokenizer in (loaded[0], train_clip_tokenizer(["cat picture"], 514, 8)):
+        form = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+        found = encode_captions(captions, tokenizer, None)
+        assert found["text"].tolist() == tokenizer(captions, **form)["input_ids"]
+        assert found["text_mask"].int().tolist() == tokenizer(captions, **form)["attention_mask"]
+
+
+def test_captions_are_cleaned_as_the_library_cleans_prompts(loaded: tuple[Any, Any]) -> None:
+    """What the pipeline feeds the model, of which padding is masked."""
+    import diffusers
+
+    tokenizer, encoder = loaded
+    pipeline = diffusers.PRXPipeline(None, None, encoder, tokenizer)
+    captions = ["A (cat) #12 — https://example.com", "train &amp; test picture", "a"]
+    found = encode_captions(captions, CleanedCaptions(tokenizer), encoder)
+    expected, mask, *_ = pipeline.encode_prompt(captions, "cpu", do_classifier_free_guidance=False)
+    assert torch.equal(found["text_mask"], mask)
+    torch.testing.assert_close(found["text"][mask], expected[mask])
+    plain = encode_captions(captions, tokenizer, encoder)
+    assert not torch.equal(plain["text_mask"], mask)
+    expected, mask, *_ = pipeline.encode_prompt(["train picture"], "cpu", skip_text_cleaning=True)
+    torch.testing.assert_close(encode_captions(["train picture"], tokenizer, encoder)["text"][mask], expected[mask])
 
 
 def test_the_encoder_is_frozen_and_in_float32(folder: Path) -> None:

@@ -1,0 +1,254 @@
+"""Measure a text-to-image model on captions that it was not trained on: are its pictures like true ones, and which?
+
+It makes one picture for each caption and compares, in the features of a classifier, how all of them are spread
+(Heusel et al. 2017: Frechet distance) and whether each is nearer to the true picture of its caption than to the others.
+The autoencoder's reconstructions of the true pictures show what its diffusion model could reach at best.
+
+    python recipes/text_to_image/evaluate.py
+    python recipes/text_to_image/evaluate.py --data_split test_unseen_concept --max_pictures 300
+    python recipes/text_to_image/evaluate.py --model outputs/sd1 --data me/captioned --image_size 256 \
+        --features inception --max_pictures 10000
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import command_line as cli
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to measure on what."""
+
+    config: str = ""
+    """YAML file with differences from the defaults; flags override it. "" = none."""
+    model: str = "outputs/text_to_image"
+    """Run folder, folder of save_pretrained, or Hub id of a latent diffusion pipeline of diffusers."""
+    output_dir: str = ""
+    """Folder for evaluation.json and figures/evaluation.png. "" = the model's, if that is a folder."""
+
+    data: str = "sample"
+    """sample, a .parquet or .tar file, a folder of them or of pictures with metadata.jsonl, or a Hub data set id."""
+    data_config: str = ""
+    """Configuration of a Hub data set. "" = its only one."""
+    data_split: str = ""
+    """Split of held-out pictures. "" = test_unseen_combination of the sample, else the first whose name begins with
+    validation, val or test."""
+    image_column: str = ""
+    """Column of the pictures. "" = the only one that holds pictures."""
+    caption_column: str = ""
+    """Column of the captions. "" = the one called caption, text or txt."""
+    max_bad_fraction: float = 0.01
+    """Share of the captions that may be empty; they are left out."""
+    image_size: int = 64
+    """Side of the model's pictures in pixels; true ones are cut to it as the largest square in the middle."""
+    max_pictures: int = 200
+    """Captions that a picture is made for, at most, spread over the split."""
+
+    seed: int = 0
+    """The same seed gives the same pictures, whatever the batch size."""
+    num_steps: int = 25
+    """Steps in which a picture is made."""
+    guidance_scale: float = 4.0
+    """How far pictures follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
+    batch_size: int = 25
+    """Pictures that are made, or looked at, at a time."""
+    others_split: str = ""
+    """Split whose pictures can also be taken for those of the captions. "" = train of the sample, else none."""
+    features: str = ""
+    """Whose features pictures are compared in: a run folder of recipes/resnet or Hub id of a ResNet classifier, or
+    inception. "" = a classifier of the embedded emoji that lies in assets."""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import logging
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared import dry_run, figures, run_folder
+from shared.captioned_pictures import SAMPLE, open_captioned
+from shared.crops import Squares
+from shared.picture_features import caption_match, frechet_distance, load_features
+from shared.picture_files import check_sides, spread, validation_split
+from shared.picture_generation import check_guidance, check_steps, load_pipeline, lost_text, make_pictures, without_bars
+from shared.randomness import derive_seed
+
+SHIPPED = Path(__file__).parent / "assets" / "emoji_resnet"
+SAMPLE_SPLIT = "test_unseen_combination"
+NUM_SHOWN = 16  # pairs of pictures in the grid
+
+logger = logging.getLogger(__name__)
+
+
+def check_config(cfg: Config) -> None:
+    """Raise `UsageError` for what can be told wrong before anything is loaded."""
+    cli.expect_at_least(cfg, 1, "image_size", "num_steps", "batch_size")
+    cli.expect_at_least(cfg, 0, "seed")
+    cli.expect_at_least(cfg, 2, "max_pictures")
+    cli.expect(0 <= cfg.max_bad_fraction < 1, "max_bad_fraction", cfg.max_bad_fraction, "a share in [0, 1)")
+    check_guidance(cfg.model, cfg.guidance_scale)
+    is_clear = bool(cfg.output_dir) or Path(cfg.model).is_dir()
+    cli.expect(is_clear, "output_dir", cfg.output_dir, f"a folder, for the model {cfg.model!r} is none")
+    run_folder.check_writable(Path(cfg.output_dir or cfg.model))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def pick_split(cfg: Config) -> str:
+    """The split to measure on."""
+    usual = SAMPLE_SPLIT if cfg.data == "sample" else validation_split(cfg.data, cfg.data_config)
+    split = cfg.data_split or usual
+    cli.expect(bool(split), "data_split", split, "a name, for no split's begins with validation, val or test")
+    return split
+
+
+def open_data(cfg: Config, split: str, most: int | None) -> tuple[list[str], list[int], Tensor]:
+    """Captions of at most so many of a split, their positions in it, and their pictures, uint8 (N, 3, S, S)."""
+    source = str(SAMPLE) if cfg.data == "sample" else cfg.data
+    columns = {"image_column": cfg.image_column, "caption_column": cfg.caption_column}
+    pictures = open_captioned(
+        source, config=cfg.data_config, split=split, **columns, max_bad_fraction=cfg.max_bad_fraction
+    )
+    check_sides(source, pictures.files, cfg.image_size)
+    positions = spread(len(pictures), most or len(pictures))
+    pictures = pictures.subset(np.array(positions))
+    squares = Squares(pictures.files, cfg.image_size, len(pictures))[0]
+    for index in np.flatnonzero(squares["indices"] < 0).tolist():
+        logger.warning("%s cannot be decoded and is left out", pictures.files.name(index))
+    kept = np.flatnonzero(squares["indices"] >= 0).tolist()
+    cli.expect(len(kept) >= 2, "data", cfg.data, f"at least two pictures that can be decoded in split {split}")
+    true = torch.from_numpy(squares["pixel_values"][kept]).permute(0, 3, 1, 2)
+    return [pictures.captions[index] for index in kept], [positions[index] for index in kept], true
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def make(cfg: Config, pipeline: Any, captions: list[str], positions: list[int]) -> Tensor:
+    """A picture of each caption, uint8 (N, 3, S, S); it does not depend on which others are measured."""
+    made = []
+    for picture in make_pictures(
+        pipeline,
+        captions,
+        [derive_seed(cfg.seed, position) for position in positions],
+        num_steps=cfg.num_steps,
+        guidance_scale=cfg.guidance_scale,
+        negative_prompt="",
+        batch_size=cfg.batch_size,
+    ):
+        sides = " x ".join(map(str, picture.shape[:2]))
+        fits = picture.shape[:2] == (cfg.image_size, cfg.image_size)
+        cli.expect(fits, "image_size", cfg.image_size, f"the sides of the model's pictures, {sides}")
+        made.append(torch.from_numpy(picture.copy()).permute(2, 0, 1))
+    return torch.stack(made)
+
+
+@torch.no_grad()
+def reconstruct(vae: Any, true: Tensor, batch_size: int) -> Tensor:
+    """What the autoencoder makes of pictures, from the mean of their latents; both uint8 (N, 3, S, S)."""
+    made = []
+    for batch in true.split(batch_size):
+        encoded = vae.encode(batch.to(vae.device, torch.float32) / 127.5 - 1)
+        latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent  # of AutoencoderDC
+        pixels = vae.decode(latents).sample
+        made.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(made)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+@torch.no_grad()
+def measure(
+    network: Any, true: Tensor, others: Tensor, made: Tensor, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """How near pictures come to the true ones of the same captions, all uint8 (N, 3, S, S), and pictures at random.
+
+    `others` are true pictures of other captions, such as of the same thing in other styles.
+    """
+    device = next(network.parameters()).device
+    distance = frechet_distance(network, true.split(batch_size), made.split(batch_size))
+    of_true, of_made = (
+        torch.cat([network(batch.to(device)).cpu() for batch in pictures.split(batch_size)])
+        for pictures in (torch.cat([true, others]), made)
+    )
+    match = caption_match(of_made, of_true, torch.arange(len(true)))
+    found = {"eval/caption_match_top1": match["top1"], "eval/caption_match_top5": match["top5"]}
+    chance = {"eval/caption_match_top1": match["top1_chance"], "eval/caption_match_top5": match["top5_chance"]}
+    return {"eval/frechet_distance": distance, **found}, chance
+
+
+def table(made: dict[str, float], reconstructed: dict[str, float], chance: dict[str, float]) -> str:
+    """The numbers side by side."""
+    columns = {"made": made, "reconstructed": reconstructed, "chance": chance}
+    rows = {"": "".join(f"{column:>15}" for column in columns)}
+    for name in made:
+        rows[name] = "".join(f"{values[name]:>15.3f}" if name in values else " " * 15 for values in columns.values())
+    return dry_run.table(rows)
+
+
+def show(true: Tensor, made: Tensor, captions: list[str], path: Path) -> None:
+    """Draw some pictures beside the true ones into a PNG."""
+    pictures, titles = [], []
+    for index in spread(len(captions), NUM_SHOWN):
+        pictures += [pixels[index].permute(1, 2, 0).numpy() for pixels in (true, made)]
+        titles += [captions[index] if len(captions[index]) <= 36 else f"{captions[index][:35]}...", "made"]
+    figures.picture_grid(pictures, titles, path)
+
+
+def main(cfg: Config) -> None:
+    """Make a picture of each caption, measure, and write what came out."""
+    check_config(cfg)
+    split = pick_split(cfg)
+    captions, positions, true = open_data(cfg, split, cfg.max_pictures)
+    others_split = cfg.others_split or ("train" if cfg.data == "sample" else "")
+    cli.expect(others_split != split, "others_split", others_split, f"another split than data_split, {split}")
+    others = open_data(cfg, others_split, None)[2] if others_split else true[:0]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    pipeline = load_pipeline(cfg.model, "model").to(device)
+    has_latents = getattr(pipeline, "vae", None) is not None
+    cli.expect(has_latents, "model", cfg.model, "a latent diffusion pipeline, which has an autoencoder")
+    check_steps(pipeline, cfg.num_steps)
+    with without_bars():
+        network = load_features(cfg.features or str(SHIPPED), "features").to(device)
+    if num_cut := sum(bool(lost_text(pipeline, caption)) for caption in captions):
+        logger.warning("%d of %d captions are longer than the text encoder takes and cut", num_cut, len(captions))
+
+    made = make(cfg, pipeline, captions, positions)
+    metrics, chance = measure(network, true, others, made, cfg.batch_size)
+    reconstructed = reconstruct(pipeline.vae, true, cfg.batch_size)
+    reached, _ = measure(network, true, others, reconstructed, cfg.batch_size)
+    settings = {name: value for name, value in asdict(cfg).items() if name not in ("config", "output_dir")}
+    settings |= {"data_split": split, "others_split": others_split, "scheduler": type(pipeline.scheduler).__name__}
+    numbers = {"num_pictures": len(true), "num_others": len(others)}
+    results = {"metrics": metrics, "reconstructions": reached, "chance": chance, **numbers}
+    folder = Path(cfg.output_dir or cfg.model)
+    show(true, made, captions, folder / "figures" / "evaluation.png")
+    run_folder.write_json(folder / "evaluation.json", {**results, "settings": settings})
+    lines = (
+        table(metrics, reached, chance),
+        f"{len(true)} pictures, {len(others)} others: {folder}/evaluation.json, figures/evaluation.png",
+    )
+    print(*lines, sep="\n")  # noqa: T201 (there is no accelerator here)
+
+
+if __name__ == "__main__":
+    with cli.exit_codes():
+        main(CONFIG)

@@ -1,0 +1,146 @@
+"""Make pictures from prompts with a run of pretrain.py, or with any text-to-image pipeline's folder or Hub id.
+
+python recipes/text_to_image/generate.py --prompt "3D Fluent emoji, red apple"
+python recipes/text_to_image/generate.py --prompts_file prompts.txt --pictures_per_prompt 1 --num_steps 50
+python recipes/text_to_image/generate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance_scale 7.5
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import command_line as cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to make."""
+
+    config: str = ""
+    """YAML file with differences from the defaults; flags override it. "" = none."""
+    model: str = "outputs/text_to_image"
+    """Run folder, folder of save_pretrained, or Hub id of a text-to-image pipeline of diffusers."""
+    output_dir: str = "outputs/pictures"
+    """Folder for the pictures, grid.png and prompts.jsonl; files of the same names are replaced."""
+
+    prompt: str = "3D Fluent emoji, red apple"
+    """What the pictures are to show."""
+    prompts_file: str = ""
+    """Text file with a prompt on each line, instead of prompt. "" = prompt."""
+    negative_prompt: str = ""
+    """What the pictures are to be guided away from. "" = the empty prompt."""
+    pictures_per_prompt: int = 4
+    """Pictures of each prompt."""
+    seed: int = 0
+    """The same seed gives the same pictures, whatever the batch size."""
+
+    num_steps: int = 25
+    """Steps in which a picture is made."""
+    guidance_scale: float = 4.0
+    """How far pictures follow the prompt's prediction beyond the empty prompt's. 1 = no guidance."""
+    scheduler: str = ""
+    """Sampler: ddim, dpm, euler or unipc. "" = the model's own."""
+    batch_size: int = 8
+    """Pictures that are made at a time."""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import json
+import logging
+import re
+
+import torch
+from PIL import Image
+
+from shared.figures import picture_grid
+from shared.picture_generation import (
+    check_guidance,
+    check_steps,
+    load_pipeline,
+    lost_text,
+    make_pictures,
+    set_scheduler,
+)
+from shared.randomness import derive_seed
+from shared.run_folder import check_writable
+
+NUM_SHOWN = 64  # pictures of the grid, at most
+SETTINGS = ("num_steps", "guidance_scale", "negative_prompt", "scheduler")  # noted for each picture
+
+logger = logging.getLogger(__name__)
+
+
+def check_config(cfg: Config) -> None:
+    """Raise `UsageError` for what can be told wrong before the model is loaded."""
+    cli.expect_at_least(cfg, 1, "pictures_per_prompt", "num_steps", "batch_size")
+    cli.expect_at_least(cfg, 0, "seed")
+    check_writable(Path(cfg.output_dir))
+    check_guidance(cfg.model, cfg.guidance_scale)
+    is_heard = not cfg.negative_prompt or cfg.guidance_scale > 1
+    cli.expect(is_heard, "negative_prompt", cfg.negative_prompt, '"" with guidance_scale 1, which does without it')
+
+
+def read_prompts(cfg: Config) -> list[str]:
+    """The prompt, or the lines of the file that are not empty."""
+    if not cfg.prompts_file:
+        return [cfg.prompt]
+    try:
+        lines = Path(cfg.prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "") or "other bytes"
+        raise cli.UsageError(f"prompts_file: {cfg.prompts_file!r}: expected a text file, got {reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    cli.expect(bool(prompts), "prompts_file", cfg.prompts_file, "a prompt on each line, got none")
+    return prompts
+
+
+def file_name(index: int, prompt: str) -> str:
+    """Such as 00012-red-apple.png; names sort as the pictures come."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return f"{index:05d}-{slug[:60].strip('-') or 'picture'}.png"
+
+
+def main(cfg: Config) -> None:
+    """Load the model, make the pictures and write each as soon as it is there."""
+    check_config(cfg)
+    prompts, folder = read_prompts(cfg), Path(cfg.output_dir)
+    pipeline = load_pipeline(cfg.model, "model")
+    if cfg.scheduler:
+        set_scheduler(pipeline, cfg.scheduler)
+    check_steps(pipeline, cfg.num_steps)
+    for prompt in prompts:
+        if lost := lost_text(pipeline, prompt):
+            logger.warning("prompt %r is longer than the text encoder takes and cut: without %r", prompt, lost)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    prompts = [prompt for prompt in prompts for _ in range(cfg.pictures_per_prompt)]
+    seeds = [derive_seed(cfg.seed, index) for index in range(len(prompts))]
+    pictures = make_pictures(
+        pipeline.to(device),
+        prompts,
+        seeds,
+        num_steps=cfg.num_steps,
+        guidance_scale=cfg.guidance_scale,
+        negative_prompt=cfg.negative_prompt,
+        batch_size=cfg.batch_size,
+    )
+    shown, settings = [], {name: getattr(cfg, name) for name in SETTINGS}
+    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as stream:
+        for index, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+            name = file_name(index, prompt)
+            Image.fromarray(picture).save(folder / name)
+            stream.write(json.dumps({"file": name, "prompt": prompt, "seed": seed, **settings}) + "\n")
+            shown += [picture] if index < NUM_SHOWN else []
+    titles = [prompt if len(prompt) <= 36 else f"{prompt[:35]}..." for prompt in prompts]
+    picture_grid(shown, titles, folder / "grid.png")
+    print(f"{len(prompts)} pictures, and together in grid.png: {folder}/")  # noqa: T201 (there is no accelerator here)
+
+
+if __name__ == "__main__":
+    with cli.exit_codes():
+        main(CONFIG)
