@@ -84,7 +84,9 @@ def prepare(folder: str) -> dict[str, Any]:
     import transformers
 
     recipe, cfg = load_recipe(RECIPE, [])
-    captions = recipe.sample_splits()[cfg.data_split].captions
+    from shared.latent_encoding import sample_splits
+
+    captions = sample_splits()[cfg.data_split].captions
     tokenizer = recipe.train_clip_tokenizer(captions, cfg.vocab_size, cfg.caption_length)
     shipped = diffusers.AutoencoderKL.from_pretrained(recipe.SHIPPED)
     own = recipe.build_model(cfg, tokenizer, None, (shipped.config.latent_channels, SIDE // 4, SIDE // 4))
@@ -213,7 +215,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     result |= {"learning_rate": learning_rate, "workers": workers}
     if evaluate:
         average.copy_to(own.unet.parameters())
-        empty = recipe.encode_captions([""], tokenizer, text_encoder)[0].numpy()
+        empty = recipe.encode_captions([""], tokenizer, text_encoder)["text"][0].numpy()
         reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer, "empty": empty}
         fixed = {
             name: recipe.FixedSamples(
