@@ -33,9 +33,9 @@ class Config(cli.RunControl):
     """The run folder; on several nodes it must be one that all of them see."""
     log_every: int = 20
     """Updates between two log entries."""
-    eval_every: int = 1000
+    eval_every: int = 500
     """Updates between two evaluations; 0 = only at the end."""
-    save_every: int = 1000
+    save_every: int = 500
     """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
     num_workers: int = 1
     """Data worker processes for each training process; never changes the result. 0 = load in the training process."""
@@ -101,7 +101,7 @@ class Config(cli.RunControl):
     """Samples of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
     """Samples of one micro-batch on one process. 0 = the process's whole share."""
-    max_steps: int = 3500
+    max_steps: int = 2500
     """Optimizer updates."""
     learning_rate: float = 2e-3
     """Peak rate."""
