@@ -84,7 +84,7 @@ def prepare(folder: str) -> dict[str, Any]:
     import transformers
 
     recipe, cfg = load_recipe(RECIPE, [])
-    from shared.latent_encoding import sample_splits  # found since the recipe is loaded
+    from shared.latent_encoding import sample_splits
 
     captions = sample_splits()[cfg.data_split].captions
     tokenizer = recipe.train_clip_tokenizer(captions, cfg.vocab_size, cfg.caption_length)
