@@ -467,7 +467,7 @@ def main(cfg: Config) -> None:
     empty = encode_captions([""], tokenizer, frozen)["text"][0]
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer}
     reading["empty"] = None if frozen is None else empty.numpy()
-    shape = train.buckets()[0][0]
+    shape = min((shape for shape, _ in train.buckets()), key=lambda shape: abs(shape[1] - shape[2]))
     if cfg.dry_run:
         report_costs(cfg, accelerator, train, reading, frozen, micro_batch_size)
         return
