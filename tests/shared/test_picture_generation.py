@@ -173,7 +173,6 @@ def test_the_batch_changes_no_picture(build: Any, vae: Any) -> None:
 
 def test_prx_makes_as_many_pictures_at_a_time_as_others(vae: Any, tmp_path: Path) -> None:
     """Which the library's own pipeline does not, with guidance; without, and for one prompt, it is the same."""
-    pytest.importorskip("ftfy", reason="PRXPipeline cleans prompts with it")
     own = silent(pipelines.prx(vae))
     own.save_pretrained(tmp_path)
     pipeline = load_pipeline(str(tmp_path), "model")
