@@ -47,6 +47,7 @@ def train_clip_tokenizer(captions: Iterable[str], vocab_size: int, max_length: i
     merges = _learn_merges(_count_words(captions), vocab_size - smallest)
     tokens += [*(first + second for first, second in merges), START, END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
+    # The library's annotation says texts; it hands merges on to the BPE of `tokenizers`, which takes pairs.
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)  # type: ignore[arg-type]
 
 
