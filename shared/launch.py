@@ -77,6 +77,7 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         project_config=ProjectConfiguration(logging_dir=logging_dir),
     )
     _check_launch(accelerator, world_size, precision)
+    torch.backends.cudnn.benchmark = not deterministic  # convolutions of the same shapes, so a search pays
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

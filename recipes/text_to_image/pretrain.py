@@ -349,6 +349,7 @@ def errors(cfg: Config, model: Any, batch: dict[str, Tensor], signal: Tensor) ->
 # Evaluation
 
 
+@torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def evaluate(
     cfg: Config, accelerator: Any, model: Any, held_out: dict[str, FixedSamples], signal: Tensor
@@ -374,6 +375,7 @@ def evaluate(
     return metrics
 
 
+@torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def make_pictures(
     cfg: Config, accelerator: Any, model: Any, vae: Any, texts: Tensor, empty: Tensor, latent_shape: Sequence[int]

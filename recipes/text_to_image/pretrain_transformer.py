@@ -378,6 +378,7 @@ def errors(model: Any, batch: dict[str, Tensor], times: Tensor) -> Tensor:
 # Evaluation
 
 
+@torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def evaluate(cfg: Config, accelerator: Any, model: Any, held_out: dict[str, FixedSamples]) -> dict[str, float]:
     """Errors on the fixed noise of each split, of all tokens: over all times from 0 to 1 and in each band of them."""
@@ -402,6 +403,7 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, held_out: dict[str, Fixe
     return metrics
 
 
+@torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def make_pictures(
     cfg: Config, accelerator: Any, model: Any, vae: Any, texts: Any, empty: Any, latent_shape: Sequence[int]

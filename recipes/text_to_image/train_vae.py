@@ -319,6 +319,7 @@ def perceptual_losses(judge: Any, pixels: Tensor, made: Tensor) -> Tensor:
 # Evaluation
 
 
+@torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def evaluate(
     cfg: Config, accelerator: Any, model: Any, held_out: PictureFiles, batch_size: int
@@ -394,6 +395,7 @@ def train_update(
     return accelerator.reduce(total, "sum") / cfg.global_batch_size, grad_norm
 
 
+@torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def latent_statistics(
     cfg: Config, accelerator: Any, model: Any, train: PictureFiles, batch_size: int

@@ -1,10 +1,12 @@
 """What the benchmarks share: children with memory of their own, rates, and the tables of the READMEs."""
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -101,19 +103,36 @@ def run_on_gpu(family: str, config: str, updates: int, per_device_batch_size: in
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml"), str(recipe)]
     with tempfile.TemporaryDirectory(prefix=f"{family}_gpu_") as folder:
-        flags |= {"config": recipe.parent / "configs" / f"{config}.yaml", "output_dir": Path(folder, config)}
-        flags |= {"max_steps": updates, "warmup_steps": 5, "log_every": 1, "eval_every": 0, "save_every": 0}
+        run_dir = Path(folder, config)
+        flags |= {"config": recipe.parent / "configs" / f"{config}.yaml", "output_dir": run_dir}
+        flags |= {"max_steps": 10 * updates, "warmup_steps": 5, "log_every": 1, "eval_every": 0, "save_every": 0}
         if per_device_batch_size:
             flags["per_device_batch_size"] = per_device_batch_size
-        subprocess.run([*launch, *(f"--{name}={value}" for name, value in flags.items())], check=True)
-        lines = Path(folder, config, "metrics.jsonl").read_text().splitlines()
-        record = json.loads(Path(folder, config, "run.json").read_text())
+        lines = first_lines([*launch, *(f"--{name}={value}" for name, value in flags.items())], run_dir, updates)
+        record = json.loads((run_dir / "run.json").read_text())
     entries = [json.loads(line) for line in lines]
     ends = [entry["perf/training_seconds"] for entry in entries]
     seconds = [ended - begun for begun, ended in itertools.pairwise(ends[GPU_WARM_UPDATES - 1 :])]
     warm = entries[GPU_WARM_UPDATES:]
     medians = {key: statistics.median(entry[key] for entry in warm) for key in warm[-1] if key.startswith("perf/")}
     return {**record, **medians, "seconds_per_update": statistics.median(seconds)}
+
+
+def first_lines(command: list[str], run_dir: Path, number: int) -> list[str]:
+    """Run a recipe until it has logged so often; it is killed then, since its checkpoint may take minutes to write."""
+    metrics, lines = run_dir / "metrics.jsonl", []
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        while len(lines) < number:
+            if process.poll() is not None:
+                raise SystemExit(f"exit status {process.returncode}: {' '.join(command)}")
+            time.sleep(1)
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return lines[:number]
 
 
 def measure_parts(
@@ -162,7 +181,9 @@ def read_options(about: str, parts: dict[str, Callable], learning_rates: str) ->
 def commit_of_the_tree() -> str:
     """Short name of the commit, marked where files differ from it."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    with contextlib.suppress(OSError):  # there is no git
+        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return "unknown"
 
 
 def write_readme(readme: Path, lines: dict[str, str]) -> bool:

@@ -10,9 +10,11 @@ from tests import launching
 from tests.conftest import ROOT
 from tests.recipes.runs import assert_same_weights, metric, results_of, weights
 from tests.recipes.test_text_to_image_pretrain import TINY as DIFFUSION_SIZES
+from tests.recipes.test_text_to_image_pretrain_transformer import TINY as TRANSFORMER_SIZES
 from tests.recipes.test_text_to_image_train_vae import TINY as SIZES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+PROGRAMS = ["train_vae", "pretrain", "pretrain_transformer"]
 LONGER = {"max_steps": 60, "warmup_steps": 5, "ema_decay": 0.9}
 
 
@@ -22,6 +24,7 @@ def fields(shapes: Path, latents: Path, tiny_vae: Path) -> dict[str, dict[str, A
     return {
         "train_vae": {**SIZES, **LONGER, "data": shapes},
         "pretrain": {**DIFFUSION_SIZES, **LONGER, "data": latents, "vae": tiny_vae},
+        "pretrain_transformer": {**TRANSFORMER_SIZES, **LONGER, "data": latents, "vae": tiny_vae},
     }
 
 
@@ -33,7 +36,7 @@ def train(program: str, fields: dict[str, Any], run_dir: Path, *flags: str) -> N
     assert status == 0, output
 
 
-@pytest.mark.parametrize("program", ["train_vae", "pretrain"])
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("flags", ["", "--compile", "--gradient_checkpointing"])
 def test_bfloat16_learns_and_is_exported_in_float32(
     fields: dict[str, dict[str, Any]], tmp_path: Path, program: str, flags: str
@@ -46,7 +49,7 @@ def test_bfloat16_learns_and_is_exported_in_float32(
     assert not [name for name in saved if "_orig_mod" in name]
 
 
-@pytest.mark.parametrize("program", ["train_vae", "pretrain"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_resuming_is_exact_with_deterministic_kernels(
     fields: dict[str, dict[str, Any]], tmp_path: Path, program: str
 ) -> None:
