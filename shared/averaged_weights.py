@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shared.command_line import UsageError
 from shared.launch import placed_like
@@ -42,9 +43,9 @@ class AveragedWeights:
     def update(self, step: int) -> None:
         """Take the weights after `step` updates into the average."""
         # Slower with time, as TensorFlow's ExponentialMovingAverage: the first weights are worth little.
-        share = 1 - min(self._decay, (1 + step) / (10 + step))
-        for name, average in self._average.items():
-            average.lerp_(self._weights[name].detach(), share)
+        average = get_ema_multi_avg_fn(min(self._decay, (1 + step) / (10 + step)))  # a few kernels for all weights
+        if self._average:
+            average(list(self._average.values()), [self._weights[name] for name in self._average], step)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
