@@ -81,8 +81,26 @@ def load_classifier(model_class: Any, name: str, id2label: dict[int, str], label
     return load_pretrained(model_class, name, "init", ignore_mismatched_sizes=True, **labels)
 
 
-def check_sizes(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
-    """Refuse a model to start from whose kind or sizes are not the configuration's.
+def check_sizes(name: str, network: str, config: Any, sizes: dict[str, Any]) -> None:
+    """Refuse a model to start from whose sizes are not the configuration's.
+
+    Args:
+        name: of `init`, see `load_pretrained`.
+        network: what it is, with its article, for the message.
+        config: the model's.
+        sizes: what that must say.
+
+    Raises:
+        UsageError: it says something else.
+    """
+    for size, value in sizes.items():
+        found: Any = getattr(config, size, None)
+        found = tuple(found) if isinstance(value, tuple) else found  # files know lists alone
+        expect(found == value, "init", name, f"{network} with {size} {value}, as configured, got {found}")
+
+
+def check_saved_sizes(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
+    """The same before a model is loaded, and that it knows all tokens.
 
     Args:
         name: see `load_pretrained`.
@@ -96,9 +114,7 @@ def check_sizes(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
 
     with load_errors("init", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    for size, value in sizes.items():
-        found = getattr(config, size, None)
-        expect(found == value, "init", name, f"a model with {size} {value}, as configured, got {found}")
+    check_sizes(name, "a model", config, sizes)
     _check_tokenizer(tokenizer, config.vocab_size)
 
 

@@ -132,7 +132,7 @@ from shared.flops import training_flops
 from shared.metrics import Accuracy
 from shared.neighbour_heads import attend_to_neighbours
 from shared.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
-from shared.pretrained import check_sizes, load_pretrained
+from shared.pretrained import check_saved_sizes, load_pretrained
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed
 from shared.report import finish_run
@@ -385,7 +385,7 @@ def build_model(cfg: Config, tokenizer: Any) -> Any:
             table, std = model.bert.embeddings.position_embeddings.weight, model.config.initializer_range
             attend_to_neighbours(table, blocks, cfg.num_heads, std, derive_seed(cfg.seed, "positions"))
     else:
-        check_sizes(cfg.init, sizes, tokenizer)
+        check_saved_sizes(cfg.init, sizes, tokenizer)
         model = load_pretrained(MODEL_CLASSES[model_type], cfg.init, "init", **dropouts)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()

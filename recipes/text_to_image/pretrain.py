@@ -138,7 +138,7 @@ from shared.latent_cache import Latents
 from shared.latent_encoding import open_latents
 from shared.latent_updates import FixedSamples, LatentUpdates
 from shared.optimizers import set_learning_rates
-from shared.pretrained import load_diffusion_model
+from shared.pretrained import check_sizes, load_diffusion_model
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed, normal_numbers
 from shared.report import finish_run
@@ -282,20 +282,12 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
         text_encoder = None if frozen is not None else transformers.CLIPTextModel(text_config)
         return Denoiser(diffusers.UNet2DConditionModel(**sizes, sample_size=latent_shape[-1]), text_encoder)
     unet = load_diffusion_model(diffusers.UNet2DConditionModel, cfg.init, "init", subfolder="unet")
-    check_sizes(cfg, "unet", unet.config, sizes)
+    check_sizes(cfg.init, "a unet", unet.config, sizes)
     if frozen is not None:
         return Denoiser(unet, None)
     _, text_encoder = load_text_encoder(cfg.init, "init")
-    check_sizes(cfg, "text encoder", text_encoder.config, text_sizes)
+    check_sizes(cfg.init, "a text encoder", text_encoder.config, text_sizes)
     return Denoiser(unet, text_encoder.train().requires_grad_(True))
-
-
-def check_sizes(cfg: Config, network: str, config: Any, sizes: dict[str, Any]) -> None:
-    """Refuse a model to start from whose sizes are not the configuration's."""
-    for name, value in sizes.items():
-        found = getattr(config, name)
-        found = tuple(found) if isinstance(value, tuple) else found
-        cli.expect(found == value, "init", cfg.init, f"a {network} with {name} {value}, as configured, got {found}")
 
 
 def build_scheduler(cfg: Config) -> diffusers.DPMSolverMultistepScheduler:

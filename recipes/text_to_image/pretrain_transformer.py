@@ -147,7 +147,7 @@ from shared.latent_cache import Latents
 from shared.latent_encoding import open_latents
 from shared.latent_updates import FixedSamples, LatentUpdates
 from shared.optimizers import set_learning_rates
-from shared.pretrained import load_diffusion_model
+from shared.pretrained import check_sizes, load_diffusion_model
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed, normal_numbers, uniform_numbers
 from shared.report import finish_run
@@ -319,20 +319,13 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_channels: int) 
         text_encoder = transformers.CLIPTextModel(text_config) if frozen is None else None
     else:
         transformer = load_diffusion_model(diffusers.PRXTransformer2DModel, cfg.init, "init", subfolder="transformer")
-        check_sizes(cfg, "transformer", transformer.config, sizes)
+        check_sizes(cfg.init, "a transformer", transformer.config, sizes)
         if frozen is None:
             _, text_encoder = load_text_encoder(cfg.init, "init")
-            check_sizes(cfg, "text encoder", text_encoder.config, text_sizes)
+            check_sizes(cfg.init, "a text encoder", text_encoder.config, text_sizes)
             text_encoder.train().requires_grad_(True)
     first, last = cli.whole_numbers("routed_layers", cfg.routed_layers)
     return Denoiser(transformer, text_encoder, range(first - 1, last))
-
-
-def check_sizes(cfg: Config, network: str, config: Any, sizes: dict[str, Any]) -> None:
-    """Refuse a model to start from whose sizes are not the configuration's."""
-    for name, value in sizes.items():
-        found = getattr(config, name)
-        cli.expect(found == value, "init", cfg.init, f"a {network} with {name} {value}, as configured, got {found}")
 
 
 def build_scheduler(cfg: Config) -> diffusers.FlowMatchEulerDiscreteScheduler:

@@ -123,7 +123,7 @@ from shared.export import export_module
 from shared.flops import training_flops
 from shared.optimizers import set_learning_rates
 from shared.picture_files import PictureFiles, spread
-from shared.pretrained import load_diffusion_model, load_pretrained
+from shared.pretrained import check_sizes, load_diffusion_model, load_pretrained
 from shared.profiling import trace_updates
 from shared.randomness import derive_seed, normal_numbers, uniform_numbers
 from shared.report import finish_run
@@ -268,10 +268,7 @@ def build_model(cfg: Config) -> AutoencoderKL:
     if cfg.init == "scratch":
         return AutoencoderKL(**sizes, sample_size=cfg.image_size)
     model = load_diffusion_model(AutoencoderKL, cfg.init, "init")
-    for name, value in sizes.items():
-        found = getattr(model.config, name)
-        found = tuple(found) if isinstance(value, tuple) else found
-        cli.expect(found == value, "init", cfg.init, f"an autoencoder with {name} {value}, as configured, got {found}")
+    check_sizes(cfg.init, "an autoencoder", model.config, sizes)
     return model
 
 

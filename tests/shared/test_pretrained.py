@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.command_line import UsageError
-from shared.pretrained import check_sizes, load_pretrained
+from shared.pretrained import check_saved_sizes, load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -148,15 +148,15 @@ class Tokenizer:
 
 def test_a_model_of_other_sizes_is_refused(saved: Path, tmp_path: Path) -> None:
     sizes = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1}
-    check_sizes(str(saved), sizes, Tokenizer(64))
+    check_saved_sizes(str(saved), sizes, Tokenizer(64))
     for wrong, message in (
         ({"n_embd": 16}, "a model with n_embd 16, as configured, got 8"),
         ({"model_type": "bert"}, "a model with model_type bert, as configured, got gpt2"),
         ({"no_such_size": 3}, "got None"),
     ):
         with pytest.raises(UsageError, match=message):
-            check_sizes(str(saved), {**sizes, **wrong}, Tokenizer(64))
+            check_saved_sizes(str(saved), {**sizes, **wrong}, Tokenizer(64))
     with pytest.raises(UsageError, match="at most the 64 tokens of init, not 65"):
-        check_sizes(str(saved), sizes, Tokenizer(65))
+        check_saved_sizes(str(saved), sizes, Tokenizer(65))
     with pytest.raises(UsageError, match=f"init: '{tmp_path}': expected a run folder or a Hub id"):
-        check_sizes(str(tmp_path), sizes, Tokenizer(64))
+        check_saved_sizes(str(tmp_path), sizes, Tokenizer(64))
