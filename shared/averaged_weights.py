@@ -43,9 +43,11 @@ class AveragedWeights:
     def update(self, step: int) -> None:
         """Take the weights after `step` updates into the average."""
         # Slower with time, as TensorFlow's ExponentialMovingAverage: the first weights are worth little.
-        average = get_ema_multi_avg_fn(min(self._decay, (1 + step) / (10 + step)))  # a few kernels for all weights
-        if self._average:
-            average(list(self._average.values()), [self._weights[name] for name in self._average], step)
+        average = get_ema_multi_avg_fn(min(self._decay, (1 + step) / (10 + step)))  # a few kernels for many tensors
+        for is_sharded in (True, False):  # which no kernel takes together
+            names = [name for name, tensor in self._average.items() if hasattr(tensor, "full_tensor") is is_sharded]
+            if names:
+                average([self._average[name] for name in names], [self._weights[name] for name in names], step)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -64,11 +66,10 @@ class AveragedWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """The average for a checkpoint, gathered to the CPU. Every process calls this."""
-        whole = {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return {
+            name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
             for name, tensor in self._average.items()
         }
-        return {name: tensor.cpu().contiguous() for name, tensor in whole.items()}
 
 
 def _plain(name: str) -> str:

@@ -76,7 +76,7 @@ class RunControl:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the model with torch.compile; worth its first minute on GPUs only."""
+    """Compile the model with torch.compile; worth its first minutes on GPUs only."""
     profile: bool = False
     """Write a torch trace of three updates to OUTPUT_DIR/profile/."""
     dry_run: bool = False

@@ -77,7 +77,7 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         project_config=ProjectConfiguration(logging_dir=logging_dir),
     )
     _check_launch(accelerator, world_size, precision)
-    torch.backends.cudnn.benchmark = not deterministic  # convolutions of the same shapes, so a search pays
+    torch.backends.cudnn.benchmark = not deterministic  # the fastest convolutions, searched once for each shape
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -141,6 +141,10 @@ def set_deepspeed_values(accelerator: Any, micro_batch_size: int, max_grad_norm:
         config[key] = value
     unset_hf_deepspeed_config()
     if accelerator.mixed_precision == "bf16":
+        # Left alone, weights become bfloat16, and averages of them cannot move by a small share of what they are. With
+        # no "safe" modules, gradients travel in float32.
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         config.setdefault("communication_data_type", "fp32")
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 

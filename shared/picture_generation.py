@@ -44,6 +44,8 @@ def load_pipeline(name: str, field: str) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     if type(pipeline).__name__ == "PRXPipeline":
         pipeline.transformer.register_forward_pre_hook(_one_timestep, with_kwargs=True)
+        if _run_fields(name).get("text_encoder", "scratch") != "scratch":  # trained on captions as they are
+            pipeline.text_preprocessor.clean_text = pipeline.text_preprocessor.basic_clean
     return pipeline
 
 
@@ -131,11 +133,16 @@ def check_guidance(name: str, guidance_scale: float) -> None:
         UsageError: naming guidance_scale.
     """
     expect(guidance_scale >= 1, "guidance_scale", guidance_scale, "at least 1, which is no guidance")
-    file = Path(name) / "config.yaml"
-    fields = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    is_guidable = not isinstance(fields, dict) or fields.get("caption_dropout") != 0
+    is_guidable = _run_fields(name).get("caption_dropout") != 0
     expected = f"1, for {name} was trained with caption_dropout 0 and has never seen the empty caption"
     expect(guidance_scale == 1 or is_guidable, "guidance_scale", guidance_scale, expected)
+
+
+def _run_fields(name: str) -> dict[str, Any]:
+    """What a run folder's config.yaml says; empty for whatever else holds a model."""
+    file = Path(name) / "config.yaml"
+    fields = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return fields if isinstance(fields, dict) else {}
 
 
 def lost_text(pipeline: Any, prompt: str) -> str:

@@ -98,7 +98,8 @@ class Config(cli.RunControl):
     learning_rate: float = 1e-3
     """Peak rate."""
     weight_decay: float = 0.01
-    """Decoupled decay of matrices and convolutions, not of embeddings, norms and biases. 0 = none."""
+    """Decoupled decay of matrices and convolutions, not of embeddings, those of timesteps among them, norms and biases.
+    0 = none."""
     max_grad_norm: float = 1.0
     """Norm to which the update's gradient is clipped. 0 = no clipping."""
     warmup_steps: int = 100
@@ -160,7 +161,7 @@ NUM_SHOWN = 8
 USAGE = """from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("path/of/this/folder")
-picture = pipeline("3D Fluent emoji, red apple", guidance_scale=4.0, num_inference_steps=25).images[0]"""
+picture = pipeline({!r}, guidance_scale={}, num_inference_steps={}).images[0]"""
 
 
 def check_config(cfg: Config) -> None:
@@ -283,6 +284,7 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
         return Denoiser(diffusers.UNet2DConditionModel(**sizes, sample_size=latent_shape[-1]), text_encoder)
     unet = load_diffusion_model(diffusers.UNet2DConditionModel, cfg.init, "init", subfolder="unet")
     check_sizes(cfg.init, "a unet", unet.config, sizes)
+    unet.register_to_config(sample_size=latent_shape[-1])  # of the pictures that the pipeline makes by default
     if frozen is not None:
         return Denoiser(unet, None)
     _, text_encoder = load_text_encoder(cfg.init, "init")
@@ -548,7 +550,8 @@ def main(cfg: Config) -> None:
         figures.picture_grid(pictures, captions, run_dir / "figures" / "pictures.png")
     flops = facts["flops_per_sample"] * cfg.global_batch_size * step
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
-    card = {"pipeline_tag": "text-to-image", "usage": USAGE, "results": results}
+    usage = USAGE.format(captions[0], cfg.guidance_scale, cfg.sample_steps)
+    card = {"pipeline_tag": "text-to-image", "usage": usage, "results": results}
     card |= {"figures": {"Pictures of held-out captions": "pictures.png"}, "samples": "\n".join(captions)}
     finish_run(log, pusher, run_dir, **card, is_main_process=accelerator.is_main_process)
     log.say(f"generate: python recipes/text_to_image/generate.py --model {run_dir}")
@@ -615,7 +618,10 @@ def report_costs(
     with dry_run.without_memory():
         model = build_model(cfg, tokenizer, frozen, shape)
         facts = describe(cfg, accelerator, model, train, empty)
-        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=8)
+        if cfg.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        state = 12 if cfg.ema_decay else 8  # AdamW's, and the average
+        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=state)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
     if dry_run.can_time(accelerator, facts["flops_per_sample"] * micro_batch_size, costs["memory: total"]):
         model = build_model(cfg, tokenizer, frozen, shape)

@@ -167,8 +167,8 @@ NUM_SHOWN = 8
 USAGE = """from diffusers import PRXPipeline
 
 pipeline = PRXPipeline.from_pretrained("path/of/this/folder")
-options = {"guidance_scale": 4.0, "num_inference_steps": 25, "use_resolution_binning": False}
-picture = pipeline("3D Fluent emoji, red apple", **options).images[0]"""
+options = {{"use_resolution_binning": False, "skip_text_cleaning": {}}}
+picture = pipeline({!r}, guidance_scale={}, num_inference_steps={}, **options).images[0]"""
 
 
 def check_config(cfg: Config) -> None:
@@ -574,7 +574,8 @@ def main(cfg: Config) -> None:
         figures.picture_grid(pictures, captions, run_dir / "figures" / "pictures.png")
     flops = facts["flops_per_sample"] * cfg.global_batch_size * step
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
-    card = {"pipeline_tag": "text-to-image", "usage": USAGE, "results": results}
+    usage = USAGE.format(cfg.text_encoder != "scratch", captions[0], cfg.guidance_scale, cfg.sample_steps)
+    card = {"pipeline_tag": "text-to-image", "usage": usage, "results": results}
     card |= {"figures": {"Pictures of held-out captions": "pictures.png"}, "samples": "\n".join(captions)}
     finish_run(log, pusher, run_dir, **card, is_main_process=accelerator.is_main_process)
     log.say(f"generate: python recipes/text_to_image/generate.py --model {run_dir}")
@@ -635,7 +636,10 @@ def report_costs(
     with dry_run.without_memory():
         model = build_model(cfg, tokenizer, frozen, channels)
         facts = describe(cfg, accelerator, model, train, inputs)
-        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=8)
+        if cfg.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        state = 12 if cfg.ema_decay else 8  # AdamW's, and the average
+        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=state)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
     if dry_run.can_time(accelerator, facts["flops_per_sample"] * number, costs["memory: total"]):
         model = build_model(cfg, tokenizer, frozen, channels)

@@ -585,7 +585,10 @@ def report_costs(cfg: Config, accelerator: Any, train: PictureFiles, micro_batch
     with dry_run.without_memory():
         model = build_model(cfg)
         facts = describe(cfg, accelerator, model, train)
-        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=8)
+        if cfg.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        state = 12 if cfg.ema_decay else 8  # AdamW's, and the average
+        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=state)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
     if dry_run.can_time(accelerator, facts["flops_per_picture"] * micro_batch_size, costs["memory: total"]):
         model = build_model(cfg)

@@ -42,6 +42,7 @@ def images_in_memory(size: int, batch_size: int, updates: int) -> float:
     fixed = {"image_size": size, "final_image_size": size, "global_batch_size": batch_size}
     flags = [f"--config={RECIPE.parent / 'configs' / f'{CONFIG}.yaml'}", *(f"--{k}={v}" for k, v in fixed.items())]
     recipe, cfg = load_recipe(RECIPE, flags)
+    torch.backends.cudnn.benchmark = True  # as the recipe does
     accelerator = Accelerator(mixed_precision="bf16")
     model = recipe.build_model(cfg, tuple(map(str, range(1000)))).to(memory_format=torch.channels_last)
     model.compile()

@@ -1,14 +1,16 @@
 """Measure Stable Diffusion 1.x's UNet of recipes/text_to_image on one GPU: images a second on cached latents.
 
     python tests/benchmarks/text_to_image_gpu.py                             # 256 pixels, minutes on an H100
-    python tests/benchmarks/text_to_image_gpu.py --per_device_batch_size 64 --num_workers 16
+    python tests/benchmarks/text_to_image_gpu.py --per_device_batch_size 128 --num_workers 16
 
-Sizes, precision, compilation and optimizer are those of configs/sd1_256.yaml. The recipe itself trains, on a cache of
-random latents and embeddings that data workers on this machine's cores read; how long it waits for them says whether
-they limit. The figure is the median over the updates after the first ten, which compile and warm up.
+Sizes, compilation and optimizer are those of configs/sd1_256.yaml, precision that of single_gpu.yaml. The recipe itself
+trains, on a cache of random latents and embeddings that data workers on this machine's cores read; how long it waits
+for them says whether they limit. The cache is small, so the system keeps it in memory. The figure is the median over
+the updates after the first ten, which compile and warm up.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -82,15 +84,15 @@ def write_data(folder: Path) -> dict[str, Path]:
 def main() -> None:
     """Print a line of the README's table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=40, help="of each; more than ten")
+    parser.add_argument("--updates", type=int, default=40, help="more than ten")
     parser.add_argument("--global_batch_size", type=int, default=256, help="samples of an update")
-    parser.add_argument("--per_device_batch_size", type=int, default=128, help="samples of a micro-batch")
-    parser.add_argument("--num_workers", type=int, default=8, help="data workers of the input path")
+    parser.add_argument("--per_device_batch_size", type=int, default=64, help="samples of a micro-batch")
+    parser.add_argument("--num_workers", type=int, default=8, help="data workers")
     options = parser.parse_args()
     if options.updates <= GPU_WARM_UPDATES:
         parser.error(f"--updates: {options.updates}: expected more than {GPU_WARM_UPDATES}")
     if options.global_batch_size % options.per_device_batch_size:
-        parser.error(f"--global_batch_size: {options.global_batch_size}: expected a multiple of the other")
+        parser.error(f"--global_batch_size: {options.global_batch_size}: expected a multiple of per_device_batch_size")
     with tempfile.TemporaryDirectory(prefix="text_to_image_gpu_") as folder:
         fields = {**write_data(Path(folder)), "global_batch_size": options.global_batch_size}
         fields |= {"per_device_batch_size": options.per_device_batch_size, "num_workers": options.num_workers}
@@ -101,7 +103,7 @@ def main() -> None:
         f"{options.global_batch_size / found['seconds_per_update']:,.0f}, {found['perf/mfu']:.1%} (waiting for data "
         f"{found['perf/data_wait_fraction']:.1%})",
         "300 on an H100",
-        "`python tests/benchmarks/text_to_image_gpu.py`",
+        f"`python {' '.join(['tests/benchmarks/text_to_image_gpu.py', *sys.argv[1:]])}`",
         commit_of_the_tree(),
         found["hardware"],
     )

@@ -98,6 +98,23 @@ def test_stopping_and_going_on_is_exact(runs: dict[str, Runs], tmp_path: Path, r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero2"])
+@pytest.mark.parametrize("recipe", FIELDS)
+def test_bfloat16_differs_little(runs: dict[str, Runs], tmp_path: Path, recipe: str, engine: str) -> None:
+    """Products have three digits; weights and their average stay in float32."""
+    options: dict[str, Any] = {"launcher": ("--num_processes=2", "--mixed_precision=bf16")}
+    if engine == "fsdp2":
+        options["ACCELERATE_USE_CPU"] = "true"
+    status, output = runs[recipe].run(engine, tmp_path / "run", runs[recipe].fields["ema"], **options)
+    assert status == 0, output
+    other = runs[recipe].of_one_process("ema")
+    for name in ("train/loss", "eval/loss"):
+        assert metric(tmp_path / "run", name) == pytest.approx(metric(other, name), rel=3e-3)
+    expected = weights(other)
+    assert all(value.dtype == expected[name].dtype for name, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", FIELDS)
 def test_bad_update_on_one_process_is_skipped_on_all(runs: dict[str, Runs], tmp_path: Path, recipe: str) -> None:
     status, output = runs[recipe].run("multi_cpu", tmp_path / "run", runs[recipe].fields["ema"], POISON="2:1")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -297,6 +298,14 @@ def test_training_goes_on_from_an_exported_pipeline(
         torch.testing.assert_close(value, weights(reference)[name], rtol=0, atol=1e-6)
 
 
+def test_a_pipeline_makes_pictures_of_the_size_that_it_went_on_with(
+    pretrain: ModuleType, latents: Path, tiny_vae: Path, reference: Path
+) -> None:
+    cfg = config_of(pretrain, latents, tiny_vae, reference, init=str(reference))
+    tokenizer, _ = pretrain.load_text_encoder(str(reference), "init")
+    assert pretrain.build_model(cfg, tokenizer, None, (2, 16, 16)).unet.config.sample_size == 16
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(
     pretrain: ModuleType, latents: Path, tiny_vae: Path, reference: Path, tmp_path: Path
 ) -> None:
@@ -396,6 +405,20 @@ def test_dry_run_leaves_nothing(
     for row in ("first caption: train picture 0", "parameters", "memory: total", "one checkpoint", "all updates"):
         assert row in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_knows_of_checkpointing_and_of_the_average(
+    pretrain: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sizes(**fields: Any) -> dict[str, str]:
+        run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "run", dry_run=True, **fields))
+        rows = re.findall(r"^(memory: \w+|one checkpoint) +(.+)$", capsys.readouterr().out, re.MULTILINE)
+        return dict(rows)
+
+    plain, checkpointed, alone = sizes(), sizes(gradient_checkpointing=True), sizes(ema_decay=0.0)
+    assert [name for name in plain if plain[name] != checkpointed[name]] == ["memory: activations", "memory: total"]
+    others = {name for name in plain if plain[name] != alone[name]}
+    assert others == {"memory: optimizer", "memory: total", "one checkpoint"}
 
 
 @pytest.mark.slow

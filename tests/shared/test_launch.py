@@ -150,6 +150,7 @@ def test_deepspeed_adds_gradients_in_float32() -> None:
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     assert config["communication_data_type"] == "fp32"
     assert config["data_types"] == {"grad_accum_dtype": "bf16"}  # whoever writes it wants it
+    assert (config["bf16"]["enabled"], config["torch_autocast"]["enabled"]) == (False, True)  # weights stay in float32
     accelerator = stand_in(2, "DEEPSPEED", precision="bf16")
     launch.set_deepspeed_values(accelerator, 1, 1.0)
     assert accelerator.state.deepspeed_plugin.deepspeed_config["data_types"] == {"grad_accum_dtype": "fp32"}

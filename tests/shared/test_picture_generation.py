@@ -184,6 +184,20 @@ def test_prx_makes_as_many_pictures_at_a_time_as_others(vae: Any, tmp_path: Path
     np.testing.assert_array_equal(make(own, PROMPTS, SEEDS, **without), make(pipeline, PROMPTS, SEEDS, **without))
 
 
+def test_prx_cleans_no_prompts_of_a_run_whose_captions_were_not_cleaned(vae: Any, tmp_path: Path) -> None:
+    pipelines.prx(vae).save_pretrained(tmp_path)
+    prompts = ["Test (cat)"]
+    encoded = {}
+    for text_encoder in ("scratch", "openai/clip-vit-large-patch14"):
+        (tmp_path / "config.yaml").write_text(f"text_encoder: {text_encoder}\n")
+        encoded[text_encoder], *_ = load_pipeline(str(tmp_path), "model").encode_prompt(prompts, "cpu")
+    library = pipelines.prx(vae)
+    for text_encoder, skip in (("scratch", False), ("openai/clip-vit-large-patch14", True)):
+        expected, *_ = library.encode_prompt(prompts, "cpu", skip_text_cleaning=skip)
+        assert torch.equal(encoded[text_encoder], expected)
+    assert not torch.equal(encoded["scratch"], expected)
+
+
 def test_the_global_generator_is_neither_read_nor_moved(stable_diffusion: Any) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
