@@ -3,7 +3,8 @@
 What goes wrong on CPUs is mended here: `accelerate launch` leaves one thread a process, a multi-GPU configuration
 without GPUs starts processes that each believe they are alone, DeepSpeed wants NCCL, and freed memory goes back to the
 system at every update. With bfloat16, FSDP2 and DeepSpeed would also add gradients up in bfloat16, so that more
-micro-batches or GPUs would mean less exact ones; here they add them in float32, as DDP does.
+micro-batches or GPUs would mean less exact ones, and DeepSpeed would keep weights in it; here both are float32, as
+under DDP.
 """
 
 import contextlib
