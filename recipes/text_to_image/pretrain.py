@@ -276,20 +276,25 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
         "num_attention_heads": cfg.text_num_heads,
         "max_position_embeddings": tokenizer.model_max_length,
     }
+    text_encoder = None
     if cfg.init == "scratch":
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         ends["pad_token_id"] = tokenizer.pad_token_id
         text_config = transformers.CLIPTextConfig(**text_sizes, **ends)
-        text_encoder = None if frozen is not None else transformers.CLIPTextModel(text_config)
-        return Denoiser(diffusers.UNet2DConditionModel(**sizes, sample_size=latent_shape[-1]), text_encoder)
-    unet = load_diffusion_model(diffusers.UNet2DConditionModel, cfg.init, "init", subfolder="unet")
-    check_sizes(cfg.init, "a unet", unet.config, sizes)
-    unet.register_to_config(sample_size=latent_shape[-1])  # of the pictures that the pipeline makes by default
-    if frozen is not None:
-        return Denoiser(unet, None)
-    _, text_encoder = load_text_encoder(cfg.init, "init")
-    check_sizes(cfg.init, "a text encoder", text_encoder.config, text_sizes)
-    return Denoiser(unet, text_encoder.train().requires_grad_(True))
+        text_encoder = transformers.CLIPTextModel(text_config) if frozen is None else None
+        unet = diffusers.UNet2DConditionModel(**sizes, sample_size=latent_shape[-1])
+    else:
+        unet = load_diffusion_model(diffusers.UNet2DConditionModel, cfg.init, "init", subfolder="unet")
+        check_sizes(cfg.init, "a unet", unet.config, sizes)
+        unet.register_to_config(sample_size=latent_shape[-1])  # of the pictures that the pipeline makes by default
+        if frozen is None:
+            _, text_encoder = load_text_encoder(cfg.init, "init")
+            check_sizes(cfg.init, "a text encoder", text_encoder.config, text_sizes)
+            text_encoder.train().requires_grad_(True)
+    model = Denoiser(unet, text_encoder)
+    if cfg.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
 
 
 def build_scheduler(cfg: Config) -> diffusers.DPMSolverMultistepScheduler:
@@ -472,8 +477,6 @@ def main(cfg: Config) -> None:
     accelerator.print(dry_run.table(facts))
     if accelerator.distributed_type.value not in checkpoints.SHARDED_ENGINES:  # which cut weights into flat parts
         model = model.to(memory_format=torch.channels_last)
-    if cfg.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
@@ -618,8 +621,6 @@ def report_costs(
     with dry_run.without_memory():
         model = build_model(cfg, tokenizer, frozen, shape)
         facts = describe(cfg, accelerator, model, train, empty)
-        if cfg.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
         state = 12 if cfg.ema_decay else 8  # AdamW's, and the average
         costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=state)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}

@@ -325,7 +325,10 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_channels: int) 
             check_sizes(cfg.init, "a text encoder", text_encoder.config, text_sizes)
             text_encoder.train().requires_grad_(True)
     first, last = cli.whole_numbers("routed_layers", cfg.routed_layers)
-    return Denoiser(transformer, text_encoder, range(first - 1, last))
+    model = Denoiser(transformer, text_encoder, range(first - 1, last))
+    if cfg.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
 
 
 def build_scheduler(cfg: Config) -> diffusers.FlowMatchEulerDiscreteScheduler:
@@ -497,8 +500,6 @@ def main(cfg: Config) -> None:
     model = build_model(cfg, tokenizer, frozen, shape[0])
     facts = describe(cfg, accelerator, model, train, inputs)
     accelerator.print(dry_run.table(facts))
-    if cfg.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
@@ -636,8 +637,6 @@ def report_costs(
     with dry_run.without_memory():
         model = build_model(cfg, tokenizer, frozen, channels)
         facts = describe(cfg, accelerator, model, train, inputs)
-        if cfg.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
         state = 12 if cfg.ema_decay else 8  # AdamW's, and the average
         costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=state)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}

@@ -266,9 +266,13 @@ def build_model(cfg: Config) -> AutoencoderKL:
         "mid_block_add_attention": cfg.mid_block_attention,
     }
     if cfg.init == "scratch":
-        return AutoencoderKL(**sizes, sample_size=cfg.image_size)
-    model = load_diffusion_model(AutoencoderKL, cfg.init, "init")
-    check_sizes(cfg.init, "an autoencoder", model.config, sizes)
+        model = AutoencoderKL(**sizes, sample_size=cfg.image_size)
+    else:
+        model = load_diffusion_model(AutoencoderKL, cfg.init, "init")
+        check_sizes(cfg.init, "an autoencoder", model.config, sizes)
+        model.register_to_config(sample_size=cfg.image_size)
+    if cfg.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     return model
 
 
@@ -458,8 +462,6 @@ def main(cfg: Config) -> None:
     accelerator.print(dry_run.table(facts))
     if accelerator.distributed_type.value not in checkpoints.SHARDED_ENGINES:  # which cut weights into flat parts
         model = model.to(memory_format=torch.channels_last)
-    if cfg.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
     if cfg.compile:
         model.compile()
     judge = load_judge(cfg, accelerator.device)
@@ -585,8 +587,6 @@ def report_costs(cfg: Config, accelerator: Any, train: PictureFiles, micro_batch
     with dry_run.without_memory():
         model = build_model(cfg)
         facts = describe(cfg, accelerator, model, train)
-        if cfg.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
         state = 12 if cfg.ema_decay else 8  # AdamW's, and the average
         costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=state)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
