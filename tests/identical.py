@@ -1,0 +1,216 @@
+"""Run the training pages of this checkout and of another one, and say where their results are not equal to the bit.
+
+    python tests/identical.py ../before
+    python tests/identical.py ../before --pages gpt/pretrain.py bert/pretrain.py --keep /tmp/identical
+
+Each page makes six updates with its own defaults in three ways: with one process, killed after update 3 and continued;
+with two processes, stopped by SIGTERM and continued; and as a dry run. Compared are exit statuses and last lines, what
+is on the terminal before training, and all of the run folder but clocks, rates and versions: metrics, weights,
+optimizer, samples, pictures, card. Both checkouts run side by side, each on a core of its own, so that both add numbers
+up in the same order. With --keep the runs stay, and those of a clean checkout are not made again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+HERE = Path(__file__).resolve().parents[1]
+# Page -> samples of a quarter of its global batch, so that one process accumulates and two do so less.
+PAGES = {
+    "gpt/pretrain.py": 3,
+    "bert/pretrain.py": 8,
+    "resnet/pretrain.py": 32,
+    "resnet/pretrain_rsb.py": 32,
+    "text_to_image/train_vae.py": 2,
+    "text_to_image/pretrain.py": 4,
+    "text_to_image/pretrain_transformer.py": 4,
+}
+CADENCE = ("--max_steps=6", "--warmup_steps=2", "--log_every=1", "--eval_every=3", "--save_every=3")
+# Of run.json, of a checkpoint's state and of metrics.jsonl: what no two runs have alike.
+VOLATILE = ("started", "git_commit", "training_seconds", "versions", "hardware", "command")
+RATES = ("perf/",)
+SIGNALLED_AT = 1  # entries of metrics.jsonl after which SIGTERM is sent
+
+
+def run_page(checkout: Path, page: str, folder: Path, core: int) -> None:
+    """Make the page's runs of one checkout below `folder`, on one core."""
+    flags = [*CADENCE, f"--per_device_batch_size={PAGES[page]}"]
+    home = {"HF_HOME": str(folder.parent / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    start = Starter(checkout, home, core)
+    recipe = str(checkout / "recipes" / page)
+
+    flags_of = {name: [*flags, f"--output_dir={folder / name}"] for name in ("one", "two", "dry")}
+    start([sys.executable, recipe, *flags_of["one"]], folder / "one killed.log", FAULT="after_rename:3")
+    start([sys.executable, recipe, *flags_of["one"]], folder / "one.log")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
+    launch += ["--config_file", str(checkout / "accelerate_configs/multi_cpu.yaml"), "--num_processes=2", recipe]
+    metrics = folder / "two" / "metrics.jsonl"
+    start([*launch, *flags_of["two"]], folder / "two stopped.log", until=lambda: num_lines(metrics) >= SIGNALLED_AT)
+    start([*launch, *flags_of["two"]], folder / "two.log")
+    start([sys.executable, recipe, "--dry_run", *flags_of["dry"]], folder / "dry.log")
+
+
+class Starter:
+    """Runs commands in an empty folder, on one core, and writes exit status and output to a file."""
+
+    def __init__(self, checkout: Path, environment: dict[str, str], core: int) -> None:
+        self._checkout, self._environment, self._core = checkout, environment, core
+
+    def __call__(
+        self, command: list[str], log: Path, until: Callable[[], bool] = lambda: False, **environment: str
+    ) -> None:
+        """Run to the end, or send SIGTERM once `until` holds and wait for the end."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        everything = {**os.environ, **self._environment, **environment}
+        with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as output:
+            process = subprocess.Popen(
+                command, cwd=empty, env=everything, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+            psutil.Process(process.pid).cpu_affinity([self._core])
+            while process.poll() is None and not until():
+                time.sleep(0.02)
+            if process.poll() is None:
+                process.terminate()
+            status = process.wait(timeout=600)
+            output.seek(0)
+            log.write_text(f"exit status {status}\n{output.read()}")
+
+
+def num_lines(file: Path) -> int:
+    """Lines of a file that may not be there yet."""
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit of a clean checkout, else a word that says that it is not."""
+    git = ["git", "-C", str(checkout)]
+    is_clean = not subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return commit[:12] if is_clean and commit else "changed"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def content(folder: Path, translate: Callable[[str], str]) -> dict[str, Any]:
+    """What is compared of a page's runs: name -> value."""
+    found: dict[str, Any] = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = translate(file.relative_to(folder).as_posix())
+        found |= {f"{name}: {part}": value for part, value in parts(file, folder, translate)}
+    return found
+
+
+def parts(file: Path, folder: Path, translate: Callable[[str], str]) -> Iterator[tuple[str, Any]]:
+    """Parts of a file and what they hold, without what no two runs have alike."""
+    if file.name == "metrics.jsonl":
+        for line in file.read_text().splitlines():
+            entry = json.loads(translate(line))
+            kept = {key: value for key, value in entry.items() if not key.startswith(RATES)}
+            yield f"step {entry['step']}", (sorted(entry), kept)
+    elif file.name in ("run.json", "state.json"):
+        entry = json.loads(translate(file.read_text()))
+        yield from without_volatile(entry.get("state", {}) | {key: entry[key] for key in entry if key != "state"})
+    elif file.name == "config.yaml" and file.parent.name in ("one", "two"):
+        yield from yaml.safe_load(translate(file.read_text().replace(str(folder), "RUNS"))).items()
+    elif file.suffix == ".log":
+        yield "lines", said(translate(file.read_text().replace(str(folder), "RUNS")))
+    elif file.name == "README.md":
+        yield "text", clockless(translate(file.read_text()))
+    elif file.suffix == ".txt":
+        yield "text", translate(file.read_text())
+    elif file.name in ("manifest.json", "recipe.py", "loss.png") or "profile" in file.parts:
+        yield "is there", True  # sums of state.json, whose clocks differ; the page; drawn with the same numbers
+    else:
+        yield "sha256", hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def without_volatile(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entry, of volatile keys that they are there."""
+    yield from ((key, "is there" if key in VOLATILE else value) for key, value in entry.items())
+
+
+def said(log: str) -> list[str]:
+    """Exit status, the table before training, and the last line, without clocks and what libraries say."""
+    lines = log.splitlines()
+    ours = [line for line in lines if re.match(r"(error|stopped|exit status|flops|parameters|engine|\w+_per_\w+) ?", line)]
+    stopped = [re.sub(r"step \d+ of", "step N of", line) for line in ours]
+    return [line for line in stopped if "time" not in line]
+
+
+def clockless(card: str) -> str:
+    """A model card without clocks, commit and versions."""
+    for pattern in (r"[\d,]+ s of training", r", commit `\w+`", r"(?m)^Versions: .*$", r"on \d+ cores of .*"):
+        card = re.sub(pattern, "", card)
+    return card
+
+
+def translator(words: list[str]) -> Callable[[str], str]:
+    """Puts new words in the place of old ones, given as old=new."""
+    pairs = [tuple(word.split("=", 1)) for word in words]
+
+    def translate(text: str) -> str:
+        for old, new in pairs:
+            text = text.replace(old, new).replace(old.capitalize(), new.capitalize())
+        return text
+
+    return translate
+
+
+def compare(page: str, ours: dict[str, Any], others: dict[str, Any]) -> list[str]:
+    """A line for each difference."""
+    lines = []
+    for name in sorted(ours.keys() | others.keys()):
+        if (value := ours.get(name, "absent")) != (other := others.get(name, "absent")):
+            lines.append(f"{page}: {name}:\n    here  {str(value)[:1500]}\n    there {str(other)[:1500]}")
+    return lines
+
+
+def main() -> int:
+    """Run both checkouts and print the table; 1 if something differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", type=Path, help="the other checkout")
+    parser.add_argument("--pages", nargs="+", choices=PAGES, default=list(PAGES), help="those to compare")
+    parser.add_argument("--keep", type=Path, help="folder in which the runs stay; runs of clean checkouts are kept")
+    parser.add_argument("--words", nargs="*", default=[], help="what was renamed, as old=new")
+    arguments = parser.parse_args()
+    base = (arguments.keep or Path(tempfile.mkdtemp(prefix="identical_"))).resolve()
+    checkouts = {HERE: 0, arguments.other.resolve(): 1}
+    cores = sorted(os.sched_getaffinity(0))
+    translate, problems = translator(arguments.words), []
+    with ThreadPoolExecutor(2) as pool:
+        for page in arguments.pages:
+            folders, waiting = {}, []
+            for checkout, place in checkouts.items():
+                commit = commit_of(checkout)
+                folder = base / (f"{commit}-{place}" if commit == "changed" else commit) / page.replace("/", "-")
+                folders[checkout] = folder
+                if commit == "changed" or not (folder / "dry.log").is_file():
+                    subprocess.run(["rm", "-rf", str(folder)], check=True)
+                    waiting.append(pool.submit(run_page, checkout, page, folder, cores[place % len(cores)]))
+            for run in waiting:
+                run.result()
+            ours, others = (content(folder, translate) for folder in folders.values())
+            differences = compare(page, ours, others)
+            print(f"{page:<40} {len(ours):>4} parts  {len(differences) or 'none'} differ", flush=True)
+            problems += differences
+    print(*problems, sep="\n")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
