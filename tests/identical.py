@@ -4,16 +4,18 @@
     python tests/identical.py ../before --pages gpt/pretrain.py bert/pretrain.py --keep /tmp/identical
 
 Each page makes six updates with its own defaults in three ways: with one process, killed after update 3 and continued;
-with two processes, stopped by SIGTERM and continued; and as a dry run. Compared are exit statuses and last lines, what
-is on the terminal before training, and all of the run folder but clocks, rates and versions: metrics, weights,
-optimizer, samples, pictures, card. Both checkouts run side by side, each on a core of its own, so that both add numbers
-up in the same order. With --keep the runs stay, and those of a clean checkout are not made again.
+with two processes, stopped by SIGTERM and continued; and as a dry run. Compared are exit statuses, last lines, the
+table before training, and all of the run folder but clocks, rates and versions: metrics, weights, optimizer, samples,
+images, card. The runs go side by side, each on a core of its own, so that all add numbers up in the same order. With
+--keep they stay, and those of a clean checkout are not made again. Tokenizers are common to both sides, for the trainer
+of WordPiece numbers its tokens in another order each time.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -47,9 +49,15 @@ SIGNALLED_AT = 1  # entries of metrics.jsonl after which SIGTERM is sent
 
 def run_page(checkout: Path, page: str, folder: Path, core: int) -> None:
     """Make the page's runs of one checkout below `folder`, on one core."""
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
     flags = [*CADENCE, f"--per_device_batch_size={PAGES[page]}"]
     home = {"HF_HOME": str(folder.parent / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     start = Starter(checkout, home, core)
+    own, common = folder.parent / "home/pretraining_recipes/tokenizers", folder.parents[1] / "tokenizers"
+    if not own.is_symlink():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        common.mkdir(parents=True, exist_ok=True)
+        own.symlink_to(common)
     recipe = str(checkout / "recipes" / page)
 
     flags_of = {name: [*flags, f"--output_dir={folder / name}"] for name in ("one", "two", "dry")}
@@ -92,14 +100,6 @@ class Starter:
 def num_lines(file: Path) -> int:
     """Lines of a file that may not be there yet."""
     return len(file.read_text().splitlines()) if file.is_file() else 0
-
-
-def commit_of(checkout: Path) -> str:
-    """The commit of a clean checkout, else a word that says that it is not."""
-    git = ["git", "-C", str(checkout)]
-    is_clean = not subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return commit[:12] if is_clean and commit else "changed"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,7 +147,9 @@ def without_volatile(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def said(log: str) -> list[str]:
     """Exit status, the table before training, and the last line, without clocks and what libraries say."""
     lines = log.splitlines()
-    ours = [line for line in lines if re.match(r"(error|stopped|exit status|flops|parameters|engine|\w+_per_\w+) ?", line)]
+    ours = [
+        line for line in lines if re.match(r"(error|stopped|exit status|flops|parameters|engine|\w+_per_\w+) ?", line)
+    ]
     stopped = [re.sub(r"step \d+ of", "step N of", line) for line in ours]
     return [line for line in stopped if "time" not in line]
 
@@ -189,27 +191,38 @@ def main() -> int:
     parser.add_argument("--words", nargs="*", default=[], help="what was renamed, as old=new")
     arguments = parser.parse_args()
     base = (arguments.keep or Path(tempfile.mkdtemp(prefix="identical_"))).resolve()
-    checkouts = {HERE: 0, arguments.other.resolve(): 1}
-    cores = sorted(os.sched_getaffinity(0))
+    checkouts = (HERE, arguments.other.resolve())
+    runs = {checkout: base / runs_name(checkout, place) for place, checkout in enumerate(checkouts)}
     translate, problems = translator(arguments.words), []
-    with ThreadPoolExecutor(2) as pool:
-        for page in arguments.pages:
-            folders, waiting = {}, []
-            for checkout, place in checkouts.items():
-                commit = commit_of(checkout)
-                folder = base / (f"{commit}-{place}" if commit == "changed" else commit) / page.replace("/", "-")
-                folders[checkout] = folder
-                if commit == "changed" or not (folder / "dry.log").is_file():
-                    subprocess.run(["rm", "-rf", str(folder)], check=True)
-                    waiting.append(pool.submit(run_page, checkout, page, folder, cores[place % len(cores)]))
-            for run in waiting:
-                run.result()
-            ours, others = (content(folder, translate) for folder in folders.values())
+    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+
+    def make(checkout: Path, page: str) -> dict[str, Any]:
+        folder = runs[checkout] / page.replace("/", "-")
+        if runs[checkout].name.startswith("changed") or not (folder / "dry.log").is_file():
+            core = cores.get()
+            run_page(checkout, page, folder, core)
+            cores.put(core)
+        return content(folder, translate)
+
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        waiting = {page: [pool.submit(make, checkout, page) for checkout in checkouts] for page in arguments.pages}
+        for page, both in waiting.items():
+            ours, others = (each.result() for each in both)
             differences = compare(page, ours, others)
-            print(f"{page:<40} {len(ours):>4} parts  {len(differences) or 'none'} differ", flush=True)
+            print(f"{page:<40} {len(ours):>4} parts  {len(differences) or 'none'} differ", flush=True)  # noqa: T201
             problems += differences
-    print(*problems, sep="\n")
+    print(*problems, sep="\n")  # noqa: T201
     return int(bool(problems))
+
+
+def runs_name(checkout: Path, place: int) -> str:
+    """Name of the folder for a checkout's runs: its commit if it is clean, else one that says that it is not."""
+    git = ["git", "-C", str(checkout)]
+    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return commit[:12] if commit and not changes else f"changed-{place}"
 
 
 if __name__ == "__main__":
