@@ -7,7 +7,7 @@ The copy keeps the layout, so the recipe's text does not change. With the recipe
 
 * the README.md, configs/ and assets/ of its folder;
 * the modules of `shared` that it imports, directly or through others, also inside functions;
-* each file or folder of shared/data whose name one of these modules holds as a string, and the page on its licence;
+* each file or folder of shared/samples whose name one of these modules holds as a string, and the page on its licence;
 * accelerate_configs/, LICENSE and NOTICE;
 * the lines of requirements.txt that this code imports, and those that no import shows: torch, accelerate (it
   launches), tensorboard (`--report_to`) and, where a copied accelerate config names it, deepspeed.
@@ -91,11 +91,11 @@ def shared_modules(files: Iterable[Path], repository: Path) -> list[Path]:
 
 
 def shared_data(files: Iterable[Path], repository: Path) -> list[Path]:
-    """The files of shared/data that `files` name in a string, and the pages beside them."""
+    """The files of shared/samples that `files` name in a string, and the pages beside them."""
     strings = {node.value for file in files for node in ast.walk(_parse(file)) if isinstance(node, ast.Constant)}
-    entries = [*_files(repository, "shared/data/*/**/*"), *_files(repository, "shared/data/*")]
-    pages = [file for file in entries if file.parent.name == "data" and file.suffix in (".md", "")]
-    folder = repository / "shared" / "data"
+    entries = [*_files(repository, "shared/samples/*/**/*"), *_files(repository, "shared/samples/*")]
+    pages = [file for file in entries if file.parent.name == "samples" and file.suffix in (".md", "")]
+    folder = repository / "shared" / "samples"
     named = [file for file in entries if file.relative_to(folder).parts[0] in strings and file not in pages]
     return sorted([*named, *pages]) if named else []
 

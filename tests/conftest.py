@@ -15,6 +15,11 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+if len(CORES) > 1 and (worker := os.environ.get("PYTEST_XDIST_WORKER", "")):
+    # A worker has a core of its own, and so have the programs that it starts: with two threads each, two workers are
+    # slower than one.
+    os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
 # Of made-up sentences.
 WORDS = [
     "the",
@@ -33,6 +38,11 @@ WORDS = [
     "runs",
 ]
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` is: a worker for each core, and no more than there are long files of tests."""
+    return min(len(CORES), 8)
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,9 @@ def parts(file: Path, folder: Path, translate: Callable[[str], str]) -> Iterator
         yield "text", clockless(translate(file.read_text()))
     elif file.suffix == ".txt":
         yield "text", translate(file.read_text())
+    elif file.name in ("config.json", "model_index.json"):
+        entry = json.loads(translate(file.read_text()))
+        yield "content", {key: value for key, value in entry.items() if key != "_name_or_path"}  # of the checkout
     elif file.name in ("manifest.json", "recipe.py", "loss.png") or "profile" in file.parts:
         yield "is there", True  # sums of state.json, whose clocks differ; the page; drawn with the same numbers
     else:
@@ -156,7 +159,7 @@ def said(log: str) -> list[str]:
 
 def clockless(card: str) -> str:
     """A model card without clocks, commit and versions."""
-    for pattern in (r"[\d,]+ s of training", r", commit `\w+`", r"(?m)^Versions: .*$", r"on \d+ cores of .*"):
+    for pattern in (r"[\d,]+ s of training", r",\s+commit\s+`\w+`", r"(?m)^Versions: .*$", r"on \d+ cores of .*"):
         card = re.sub(pattern, "", card)
     return card
 
@@ -178,7 +181,7 @@ def compare(page: str, ours: dict[str, Any], others: dict[str, Any]) -> list[str
     lines = []
     for name in sorted(ours.keys() | others.keys()):
         if (value := ours.get(name, "absent")) != (other := others.get(name, "absent")):
-            lines.append(f"{page}: {name}:\n    here  {str(value)[:1500]}\n    there {str(other)[:1500]}")
+            lines.append(f"{page}: {name}:\n    here  {str(value)[:200]}\n    there {str(other)[:200]}")
     return lines
 
 

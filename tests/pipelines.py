@@ -6,7 +6,7 @@ import diffusers
 import torch
 import transformers
 
-from shared.clip_tokenizer import train_clip_tokenizer
+from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 
 CAPTIONS = ["red apple", "green pear", "a red cat sees a green dog", "train picture 1", "test picture 2"]
 LENGTH = 12  # tokens of a prompt, start and end included

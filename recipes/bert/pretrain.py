@@ -18,13 +18,14 @@ from typing import Any, Literal
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared import fields
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.RunControl):
+class Config(fields.RunControl):
     """Fields of the method; RunControl has those that every recipe shares."""
 
     output_dir: str = "outputs/bert"
@@ -122,27 +123,32 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, tokenization, wordpiece
-from shared.batches import IGNORED, micro_batches, to_device
-from shared.cache_folder import cache_folder
-from shared.documents import Beginning, open_texts
-from shared.export import export_model
-from shared.filled_masks import show_filled
-from shared.flops import training_flops
-from shared.metrics import Accuracy
-from shared.neighbour_heads import attend_to_neighbours
-from shared.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
-from shared.pretrained import check_saved_sizes, load_pretrained
-from shared.profiling import trace_updates
-from shared.randomness import derive_seed
-from shared.report import finish_run
-from shared.run_log import RunLog
-from shared.sentence_cache import split_corpus
-from shared.sentence_pairs import NUM_SPECIAL, SentencePairs
-from shared.skipped_updates import SkippedUpdates
-from shared.stopping import StopSignals
-from shared.throughput import Throughput
-from shared.updates import load_updates
+from shared.data.batches import IGNORED, micro_batches, to_device
+from shared.data.randomness import derive_seed
+from shared.data.updates import load_updates
+from shared.metrics.accuracy import Accuracy
+from shared.models.export import export_model
+from shared.models.neighbour_heads import attend_to_neighbours
+from shared.models.pretrained import check_saved_sizes, load_pretrained
+from shared.optim import schedules
+from shared.optim.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
+from shared.performance import dry_run
+from shared.performance.flops import peak, training_flops
+from shared.performance.profiling import trace_updates
+from shared.performance.throughput import Throughput
+from shared.run import checkpoints, hub, summary
+from shared.run import folder as run_folder
+from shared.run.log import RunLog
+from shared.run.report import finish_run
+from shared.run.skipped_updates import SkippedUpdates
+from shared.runtime import collectives, launch
+from shared.runtime.cache_folder import cache_folder
+from shared.runtime.signals import StopSignals
+from shared.text import tokenization, wordpiece
+from shared.text.documents import Beginning, open_texts
+from shared.text.filled_masks import show_filled
+from shared.text.sentence_cache import split_corpus
+from shared.text.sentence_pairs import NUM_SPECIAL, SentencePairs
 
 SHORT_FRACTION = 0.1  # of the pairs are made shorter, to a random length (Devlin et al. 2019, released code)
 EVAL_MASK_FRACTION = 0.15  # Devlin et al. 2019, section 3.1: what published accuracies are measured at
@@ -157,7 +163,7 @@ print(pipeline("fill-mask", "path/of/this/folder")("The President of the United 
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
-    cli.check_run_control(cfg)
+    fields.check_run_control(cfg)
     cli.expect_at_least(cfg, 1, "num_layers", "num_heads", "hidden_size", "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "intermediate_size", "per_device_batch_size")
     cli.expect_at_least(cfg, 0, "warmup_steps", "weight_decay", "max_grad_norm")
@@ -193,7 +199,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, Senten
     if cfg.dry_run:
         texts = Beginning(texts, DRY_RUN_CHARACTERS)
         eval_texts = eval_texts and Beginning(eval_texts, DRY_RUN_CHARACTERS)
-    with launch.node_main_first(accelerator):
+    with collectives.node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         sizes = {"vocab_size": cfg.vocab_size, "seq_length": cfg.max_positions, "lowercase": cfg.lowercase}
         cache_dir = cache_folder(cfg.cache_dir)
@@ -465,7 +471,7 @@ def evaluate(
         tokens.append(torch.stack([output.prediction_logits.argmax(-1), batch["labels"]]).flatten(1))
         answers.append(torch.stack([output.seq_relationship_logits.argmax(-1), batch["next_sentence_label"]]))
     model.train()
-    gathered = launch.gather_objects(
+    gathered = collectives.gather_objects(
         accelerator, [nlls, *(torch.cat(both, 1).cpu().numpy() for both in (tokens, answers))]
     )
     mlm_nll, nsp_nll = np.sum([process[0] for process in gathered], axis=0).tolist()
@@ -548,7 +554,7 @@ def main(cfg: Config) -> None:
         raise cli.UsageError(f"optimizer: {cfg.optimizer!r}: {needs}")
     if cfg.optimizer == "lamb" and accelerator.distributed_type == "FSDP":
         raise cli.UsageError("optimizer: 'lamb': FSDP2 cuts the matrices whose norms it needs, use muon or adamw")
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
     tokenizer, pairs, eval_pairs = open_data(cfg, accelerator)
@@ -561,7 +567,7 @@ def main(cfg: Config) -> None:
         return
     model = build_model(cfg, tokenizer)
     facts = describe(cfg, accelerator, model, pairs)
-    accelerator.print(dry_run.table(facts))
+    accelerator.print(summary.table(facts))
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
@@ -571,14 +577,14 @@ def main(cfg: Config) -> None:
     skipped = SkippedUpdates(state, cfg.max_bad_updates)
     loader = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
     record = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub.check_push(hub_id, private=cfg.hub_private)
         if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_pair"], launch.peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_pair"], peak(accelerator) * accelerator.num_processes)
     seconds_before, schedule_steps = state.get("training_seconds", 0.0), cfg.schedule_steps or cfg.max_steps
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -596,7 +602,7 @@ def main(cfg: Config) -> None:
         skipped.count(grad_norm)
 
         is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = launch.on_any_process(accelerator, stop.received)
+        is_stopping = collectives.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             mlm_loss, nsp_loss = losses.tolist()
@@ -640,7 +646,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, pairs: SentencePairs) ->
         "flops_per_pair": training_flops(model, inputs),
         "pairs_per_update": cfg.global_batch_size,
         "updates_per_epoch": "unknown" if cfg.dry_run else pairs.updates_per_epoch(cfg.global_batch_size),
-        **launch.describe(accelerator),
+        **summary.describe_engine(accelerator),
     }
 
 
@@ -657,7 +663,7 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, pairs: Any, batc
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), batch)
         rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
-    accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{dry_run.table(rows)}")
+    accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 
 
 if __name__ == "__main__":

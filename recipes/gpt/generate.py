@@ -39,9 +39,9 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
 
 import torch
 
-from shared.pretrained import load_pretrained
-from shared.text_generation import continue_prompt
-from shared.tokenization import load_tokenizer
+from shared.models.pretrained import load_pretrained
+from shared.text.generation import continue_prompt
+from shared.text.tokenization import load_tokenizer
 
 
 def main(cfg: Config) -> None:

@@ -20,13 +20,14 @@ from typing import Any, Literal
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared import fields
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.RunControl):
+class Config(fields.RunControl):
     """Fields of the method; RunControl has those that every recipe shares."""
 
     output_dir: str = "outputs/gpt"
@@ -116,24 +117,29 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from shared import checkpoints, dry_run, hub, launch, run_folder, schedules, streaming, tokenization
-from shared.batches import IGNORED, micro_batches, to_device
-from shared.cache_folder import cache_folder
-from shared.documents import open_corpora
-from shared.export import export_model
-from shared.flops import training_flops
-from shared.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
-from shared.packing import PackedRows, fill_row, pack_corpus
-from shared.pretrained import load_causal_lm
-from shared.profiling import trace_updates
-from shared.randomness import derive_seed
-from shared.report import finish_run
-from shared.run_log import RunLog
-from shared.skipped_updates import SkippedUpdates
-from shared.stopping import StopSignals
-from shared.text_generation import continue_prompt
-from shared.throughput import Throughput
-from shared.updates import Updates, load_updates
+from shared.data.batches import IGNORED, micro_batches, to_device
+from shared.data.randomness import derive_seed
+from shared.data.updates import Updates, load_updates
+from shared.models.export import export_model
+from shared.models.pretrained import load_causal_lm
+from shared.optim import schedules
+from shared.optim.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
+from shared.performance import dry_run
+from shared.performance.flops import peak, training_flops
+from shared.performance.profiling import trace_updates
+from shared.performance.throughput import Throughput
+from shared.run import checkpoints, hub, summary
+from shared.run import folder as run_folder
+from shared.run.log import RunLog
+from shared.run.report import finish_run
+from shared.run.skipped_updates import SkippedUpdates
+from shared.runtime import collectives, launch
+from shared.runtime.cache_folder import cache_folder
+from shared.runtime.signals import StopSignals
+from shared.text import streaming, tokenization
+from shared.text.documents import open_corpora
+from shared.text.generation import continue_prompt
+from shared.text.packing import PackedRows, fill_row, pack_corpus
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
@@ -143,7 +149,7 @@ print(pipeline("text-generation", "path/of/this/folder")("The President of the U
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
-    cli.check_run_control(cfg)
+    fields.check_run_control(cfg)
     cli.expect_at_least(cfg, 1, "num_layers", "num_heads", "hidden_size", "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "num_kv_heads", "intermediate_size", "per_device_batch_size")
     cli.expect_at_least(cfg, 0, "warmup_steps", "weight_decay", "max_grad_norm")
@@ -175,7 +181,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[Packe
     eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
     eval_texts = open_corpora(eval_data, split=cfg.eval_split, **columns) if eval_data else []
     fraction = 0.0 if eval_texts else cfg.eval_fraction
-    with launch.node_main_first(accelerator):
+    with collectives.node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         options = {"cache_dir": cache_folder(cfg.cache_dir), "seq_length": cfg.seq_length}
         tokenizer = tokenization.load_or_train(name, texts, vocab_size=cfg.vocab_size, **options)
@@ -321,7 +327,7 @@ def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size
             nll += causal_lm_loss_sum(forward(model, batch), batch["labels"]).item()
             num_targets += int((batch["labels"] != IGNORED).sum())
     model.train()
-    nll, num_targets = np.sum(launch.gather_objects(accelerator, (nll, num_targets)), axis=0)
+    nll, num_targets = np.sum(collectives.gather_objects(accelerator, (nll, num_targets)), axis=0)
     bits_per_byte = nll / math.log(2) / sum(rows.cache.num_bytes for rows in sources)
     loss = float(nll / num_targets)
     return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss)), "eval/bits_per_byte": float(bits_per_byte)}
@@ -376,7 +382,7 @@ def main(cfg: Config) -> None:
         raise cli.UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
     has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
     cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
     tokenizer, train, eval_sources = open_data(cfg, accelerator)
@@ -386,7 +392,7 @@ def main(cfg: Config) -> None:
         return
     model = build_model(cfg, tokenizer)
     facts = describe(cfg, accelerator, model, train)
-    accelerator.print(dry_run.table(facts))
+    accelerator.print(summary.table(facts))
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
@@ -395,14 +401,14 @@ def main(cfg: Config) -> None:
     skipped = SkippedUpdates(state, cfg.max_bad_updates)
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub.check_push(hub_id, private=cfg.hub_private)
         if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_row"], launch.peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_row"], peak(accelerator) * accelerator.num_processes)
     seconds_before = state.get("training_seconds", 0.0)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -418,7 +424,7 @@ def main(cfg: Config) -> None:
         skipped.count(grad_norm)
 
         is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = launch.on_any_process(accelerator, stop.received)
+        is_stopping = collectives.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
@@ -432,7 +438,7 @@ def main(cfg: Config) -> None:
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, **skipped.state()}
-                state["streams"] = launch.gather_objects(accelerator, streams)
+                state["streams"] = collectives.gather_objects(accelerator, streams)
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
             if schedules.is_due(step, cfg.push_every):
                 export_model(accelerator, model, tokenizer, run_dir)
@@ -469,7 +475,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dic
         "flops_per_row": training_flops(model, {"input_ids": row, "use_cache": False}),
         "tokens_per_update": cfg.global_batch_size * cfg.seq_length,
         "updates_per_epoch": round(rows / cfg.global_batch_size, 1) if rows else "unknown, streamed",
-        **launch.describe(accelerator),
+        **summary.describe_engine(accelerator),
     }
 
 
@@ -487,7 +493,7 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any]
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
         rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
-    accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{dry_run.table(rows)}")
+    accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from typing import Any, Literal
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared import fields
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.RunControl):
+class Config(fields.RunControl):
     """Fields of the method; RunControl has those that every recipe shares."""
 
     output_dir: str = "outputs/resnet_rsb"
@@ -131,31 +132,38 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, o
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from shared import checkpoints, dry_run, figures, hub, labelled_pictures, launch, picture_files, run_folder, schedules
-from shared.bad_pictures import BadPictures, candidates
-from shared.batch_statistics import RunningStatistics
-from shared.batches import IGNORED, micro_batches, to_device
-from shared.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
-from shared.crops import CROP_DRAWS, CenterCrops, random_crop
-from shared.decoding import BadPicture, EncodedPicture
-from shared.export import export_model
-from shared.flops import training_flops
-from shared.labelled_pictures import SAMPLE, LabelledPictures
-from shared.optimizers import set_learning_rates
-from shared.picture_cache import PictureCache
-from shared.picture_streaming import HELD_OUT_FROM, PictureStream, StreamedPicture, open_picture_stream, store
-from shared.pretrained import load_classifier
-from shared.profiling import trace_updates
-from shared.rand_augment import MAX_MAGNITUDE, rand_augment
-from shared.randomness import derive_seed, uniform_numbers
-from shared.report import finish_run
-from shared.run_log import RunLog
-from shared.sample_order import positions_of_update, samples_at
-from shared.shards import StreamState, resumed_state
-from shared.skipped_updates import SkippedUpdates
-from shared.stopping import StopSignals
-from shared.throughput import Throughput
-from shared.updates import load_updates
+from shared.data.batches import IGNORED, micro_batches, to_device
+from shared.data.randomness import derive_seed, uniform_numbers
+from shared.data.sample_order import positions_of_update, samples_at
+from shared.data.shards import StreamState, resumed_state
+from shared.data.updates import load_updates
+from shared.images import files as image_files
+from shared.images import labelled
+from shared.images.bad_images import BadPictures, candidates
+from shared.images.crops import CROP_DRAWS, CenterCrops, random_crop
+from shared.images.decoded_cache import PictureCache
+from shared.images.decoding import BadPicture, EncodedPicture
+from shared.images.labelled import SAMPLE, LabelledPictures
+from shared.images.rand_augment import MAX_MAGNITUDE, rand_augment
+from shared.images.streaming import HELD_OUT_FROM, PictureStream, StreamedPicture, open_picture_stream, store
+from shared.metrics import figures
+from shared.metrics.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
+from shared.models.batch_statistics import RunningStatistics
+from shared.models.export import export_model
+from shared.models.pretrained import load_classifier
+from shared.optim import schedules
+from shared.optim.optimizers import set_learning_rates
+from shared.performance import dry_run
+from shared.performance.flops import peak, training_flops
+from shared.performance.profiling import trace_updates
+from shared.performance.throughput import Throughput
+from shared.run import checkpoints, hub, summary
+from shared.run import folder as run_folder
+from shared.run.log import RunLog
+from shared.run.report import finish_run
+from shared.run.skipped_updates import SkippedUpdates
+from shared.runtime import collectives, launch
+from shared.runtime.signals import StopSignals
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, from 0 to 1: what checkpoints expect
 NUM_SHOWN = 16
@@ -166,7 +174,7 @@ print(pipeline("image-classification", "path/of/this/folder")("picture.jpg"))"""
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
-    cli.check_run_control(cfg)
+    fields.check_run_control(cfg)
     cli.expect_at_least(cfg, 1, "image_size", "eval_image_size", "enlarge", "embedding_size", "repeats")
     cli.expect_at_least(cfg, 1, "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
@@ -196,23 +204,23 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[LabelledPictures | Picture
     """The pictures to train on and to evaluate on."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
-    open_split = open_picture_stream if cfg.streaming else labelled_pictures.open_pictures
-    with launch.node_main_first(accelerator):
+    open_split = open_picture_stream if cfg.streaming else labelled.open_pictures
+    with collectives.node_main_first(accelerator):
         train = open_split(source, config=cfg.data_config, split=cfg.data_split, **columns)
         if not cfg.streaming:
-            labelled_pictures.check_every_class(source, train)
-        eval_split = cfg.eval_split or picture_files.validation_split(source, cfg.data_config)
+            labelled.check_every_class(source, train)
+        eval_split = cfg.eval_split or image_files.validation_split(source, cfg.data_config)
         if eval_split:
             held_out = open_split(source, config=cfg.data_config, split=eval_split, **columns)
             held_out = store(held_out, 0) if cfg.streaming else held_out
-            held_out = labelled_pictures.number_alike(held_out, train.class_names, eval_split)
+            held_out = labelled.number_alike(held_out, train.class_names, eval_split)
         elif cfg.streaming:
             held_out = store(train.between(0, cfg.eval_fraction), round(cfg.eval_fraction * HELD_OUT_FROM))
             train = train.between(cfg.eval_fraction, 1)
         else:
-            train, held_out = labelled_pictures.hold_out(train, cfg.eval_fraction)
+            train, held_out = labelled.hold_out(train, cfg.eval_fraction)
         largest = max(cfg.image_size, cfg.eval_image_size)
-        picture_files.check_sides(source, (held_out if cfg.streaming else train).files, largest)
+        image_files.check_sides(source, (held_out if cfg.streaming else train).files, largest)
     return train, held_out
 
 
@@ -519,7 +527,7 @@ def evaluate(
         bce += loss_sum(logits[kept], targets, smoothing=0.0).item()
         found.append(answers_of(logits.float().sigmoid(), batch))
     model.train()
-    gathered = launch.gather_objects(accelerator, (bce, found))
+    gathered = collectives.gather_objects(accelerator, (bce, found))
     answers = join_answers(part for _, parts in gathered for part in parts)
     number = len(answers.labels)
     metrics = {"eval/loss": sum(of_process for of_process, _ in gathered) / number, "eval/top1": answers.top1()}
@@ -574,10 +582,10 @@ def main(cfg: Config) -> None:
     run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
     launch.follow_launcher()
     accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
-    if (engine := accelerator.distributed_type.value) in checkpoints.SHARDED_ENGINES:
+    if (engine := accelerator.distributed_type.value) in collectives.SHARDED_ENGINES:
         raise cli.UsageError(f"accelerate_configs: {engine}: expected DDP, for LAMB needs the norms of whole matrices")
     micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
     train, held_out = open_data(cfg, accelerator)
@@ -586,7 +594,7 @@ def main(cfg: Config) -> None:
         return
     model = build_model(cfg, train.class_names)
     facts = describe(cfg, accelerator, model, train)
-    accelerator.print(dry_run.table(facts))
+    accelerator.print(summary.table(facts))
     model = model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.compile()
@@ -598,14 +606,14 @@ def main(cfg: Config) -> None:
     bad = BadPictures(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_pictures", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub.check_push(hub_id, private=cfg.hub_private)
         if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_picture"], launch.peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_picture"], peak(accelerator) * accelerator.num_processes)
     seconds_before, processor = state.get("training_seconds", 0.0), build_processor(cfg)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -622,7 +630,7 @@ def main(cfg: Config) -> None:
         skipped.count(grad_norm)
 
         is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = launch.on_any_process(accelerator, stop.received)
+        is_stopping = collectives.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
@@ -639,7 +647,7 @@ def main(cfg: Config) -> None:
             if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, "bad_pictures": bad.gather(), **skipped.state()}
                 if stream:
-                    state["streams"] = launch.gather_objects(accelerator, stream)
+                    state["streams"] = collectives.gather_objects(accelerator, stream)
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
         if schedules.is_due(step, cfg.push_every):
             with throughput.pause():
@@ -676,7 +684,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: LabelledPictures 
         "flops_per_picture": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
         "pictures_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(size / cfg.global_batch_size, 1) if size else "unknown, streamed",
-        **launch.describe(accelerator),
+        **summary.describe_engine(accelerator),
     }
 
 
@@ -697,7 +705,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
         rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = "at most " + dry_run.human_seconds(seconds * cfg.max_steps)
-    accelerator.print(dry_run.table(rows))
+    accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
         (first, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0, []))
         names = [train.class_names[label] for label in first["labels"][:NUM_SHOWN]]

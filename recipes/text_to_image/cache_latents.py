@@ -75,12 +75,14 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
 
 import diffusers
 
-from shared import latent_cache, launch, picture_files
-from shared.aspect_ratios import aspect_ratio_buckets
-from shared.captioned_pictures import SAMPLE, CaptionedPictures, open_captioned
-from shared.latent_encoding import cache_identity, encode_shards
-from shared.pretrained import load_diffusion_model
-from shared.text_encoding import load_text_encoder
+from shared.diffusion import latent_cache
+from shared.diffusion.captions import load_text_encoder
+from shared.diffusion.latent_encoding import cache_identity, encode_shards
+from shared.images import files as image_files
+from shared.images.aspect_ratios import aspect_ratio_buckets
+from shared.images.captioned import SAMPLE, CaptionedPictures, open_captioned
+from shared.models.pretrained import load_diffusion_model
+from shared.runtime import collectives, launch
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 
@@ -109,13 +111,13 @@ def open_data(cfg: Config, buckets: list[tuple[int, int]], accelerator: Any) -> 
     """The pictures of each split."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     options = {"config": cfg.data_config, "image_column": cfg.image_column, "caption_column": cfg.caption_column}
-    with launch.node_main_first(accelerator):
+    with collectives.node_main_first(accelerator):
         names = [name.strip() for name in cfg.data_splits.split(",") if name.strip()]
-        names = names or picture_files.list_splits(source, cfg.data_config)
+        names = names or image_files.list_splits(source, cfg.data_config)
         options["max_bad_fraction"] = cfg.max_bad_fraction
         splits = {name: open_captioned(source, split=name, **options) for name in names}
         for pictures in splits.values():
-            picture_files.check_buckets(source, pictures.files, buckets)
+            image_files.check_buckets(source, pictures.files, buckets)
     return splits
 
 
@@ -147,16 +149,16 @@ def main(cfg: Config) -> None:
     form = {"buckets": buckets, "mirrored": cfg.mirrored}
     identity = cache_identity(vae, text, splits, **form, pictures_per_shard=cfg.pictures_per_shard)
     shards = latent_cache.plan_shards({name: len(split) for name, split in splits.items()}, cfg.pictures_per_shard)
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         if accelerator.is_main_process:
             latent_cache.begin_cache(folder, identity)
-    missing = launch.gather_objects(accelerator, latent_cache.missing_shards(folder, shards))[0]
+    missing = collectives.gather_objects(accelerator, latent_cache.missing_shards(folder, shards))[0]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     speed = {"batch_size": cfg.batch_size, "num_workers": cfg.num_workers}
     shows_progress = accelerator.is_main_process
     cut = encode_shards(folder, mine, splits, vae, text, **form, **speed, shows_progress=shows_progress)
-    cut = sum(launch.gather_objects(accelerator, cut))  # when all processes have written their shards
-    with launch.raise_together(accelerator):
+    cut = sum(collectives.gather_objects(accelerator, cut))  # when all processes have written their shards
+    with collectives.raise_together(accelerator):
         if accelerator.is_main_process:
             manifest = latent_cache.finish_cache(folder, identity, shards, cfg.max_bad_fraction)
             left = manifest["pictures"] - manifest["rows"]

@@ -78,13 +78,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared import dry_run, figures, run_folder
-from shared.captioned_pictures import SAMPLE, open_captioned
-from shared.crops import Squares
-from shared.picture_features import caption_match, frechet_distance, load_features
-from shared.picture_files import check_sides, spread, validation_split
-from shared.picture_generation import check_guidance, check_steps, load_pipeline, lost_text, make_pictures, without_bars
-from shared.randomness import derive_seed
+from shared.data.randomness import derive_seed
+from shared.diffusion.generation import (
+    check_guidance,
+    check_steps,
+    load_pipeline,
+    lost_text,
+    make_pictures,
+    without_bars,
+)
+from shared.images.captioned import SAMPLE, open_captioned
+from shared.images.crops import Squares
+from shared.images.files import check_sides, spread, validation_split
+from shared.metrics import figures
+from shared.metrics.image_features import caption_match, frechet_distance, load_features
+from shared.run import folder as run_folder
+from shared.run import summary
 
 SHIPPED = Path(__file__).parent / "assets" / "emoji_resnet"
 SAMPLE_SPLIT = "test_unseen_combination"
@@ -201,7 +210,7 @@ def table(made: dict[str, float], reconstructed: dict[str, float], chance: dict[
     rows = {"": "".join(f"{column:>15}" for column in columns)}
     for name in made:
         rows[name] = "".join(f"{values[name]:>15.3f}" if name in values else " " * 15 for values in columns.values())
-    return dry_run.table(rows)
+    return summary.table(rows)
 
 
 def show(true: Tensor, made: Tensor, captions: list[str], path: Path) -> None:

@@ -57,8 +57,8 @@ import re
 import torch
 from PIL import Image
 
-from shared.figures import picture_grid
-from shared.picture_generation import (
+from shared.data.randomness import derive_seed
+from shared.diffusion.generation import (
     check_guidance,
     check_steps,
     load_pipeline,
@@ -66,8 +66,8 @@ from shared.picture_generation import (
     make_pictures,
     set_scheduler,
 )
-from shared.randomness import derive_seed
-from shared.run_folder import check_writable
+from shared.metrics.figures import picture_grid
+from shared.run.folder import check_writable
 
 NUM_SHOWN = 64  # pictures of the grid, at most
 SETTINGS = ("num_steps", "guidance_scale", "negative_prompt", "scheduler")  # noted for each picture

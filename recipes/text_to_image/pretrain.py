@@ -19,13 +19,14 @@ from typing import Any
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared import fields
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.RunControl):
+class Config(fields.RunControl):
     """Fields of the method; RunControl has those that every recipe shares."""
 
     output_dir: str = "outputs/text_to_image"
@@ -128,27 +129,33 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from shared import checkpoints, dry_run, figures, hub, latent_cache, launch, run_folder, schedules
-from shared.averaged_weights import AveragedWeights
-from shared.batches import to_device
-from shared.cache_folder import cache_folder
-from shared.clip_tokenizer import train_clip_tokenizer
-from shared.export import export_pipeline
-from shared.flops import training_flops
-from shared.latent_cache import Latents
-from shared.latent_encoding import open_latents
-from shared.latent_updates import FixedSamples, LatentUpdates
-from shared.optimizers import set_learning_rates
-from shared.pretrained import check_sizes, load_diffusion_model
-from shared.profiling import trace_updates
-from shared.randomness import derive_seed, normal_numbers
-from shared.report import finish_run
-from shared.run_log import RunLog
-from shared.skipped_updates import SkippedUpdates
-from shared.stopping import StopSignals
-from shared.text_encoding import encode_captions, load_text_encoder, token_ids
-from shared.throughput import Throughput
-from shared.updates import load_updates
+from shared.data.batches import to_device
+from shared.data.randomness import derive_seed, normal_numbers
+from shared.data.updates import load_updates
+from shared.diffusion import latent_cache
+from shared.diffusion.captions import encode_captions, load_text_encoder, token_ids
+from shared.diffusion.clip_tokenizer import train_clip_tokenizer
+from shared.diffusion.latent_cache import Latents
+from shared.diffusion.latent_encoding import open_latents
+from shared.diffusion.latent_updates import FixedSamples, LatentUpdates
+from shared.metrics import figures
+from shared.models.averaged_weights import AveragedWeights
+from shared.models.export import export_pipeline
+from shared.models.pretrained import check_sizes, load_diffusion_model
+from shared.optim import schedules
+from shared.optim.optimizers import set_learning_rates
+from shared.performance import dry_run
+from shared.performance.flops import peak, training_flops
+from shared.performance.profiling import trace_updates
+from shared.performance.throughput import Throughput
+from shared.run import checkpoints, hub, summary
+from shared.run import folder as run_folder
+from shared.run.log import RunLog
+from shared.run.report import finish_run
+from shared.run.skipped_updates import SkippedUpdates
+from shared.runtime import collectives, launch
+from shared.runtime.cache_folder import cache_folder
+from shared.runtime.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +173,7 @@ picture = pipeline({!r}, guidance_scale={}, num_inference_steps={}).images[0]"""
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
-    cli.check_run_control(cfg)
+    fields.check_run_control(cfg)
     cli.expect_at_least(cfg, 1, "eval_samples", "text_hidden_size", "text_num_layers", "text_num_heads")
     cli.expect_at_least(cfg, 1, "layers_per_block", "num_heads", "norm_num_groups", "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm", "snr_gamma")
@@ -201,7 +208,7 @@ def open_data(
     cfg: Config, accelerator: Any, vae: Any, text: tuple[Any, Any] | None
 ) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
     """Latents to train on, those to evaluate on by the names of their splits, and the manifest of the cache."""
-    with launch.node_main_first(accelerator):
+    with collectives.node_main_first(accelerator):
         options = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
         folder, manifest = open_latents(cfg.data, vae, text, **options)
         splits = latent_cache.open_splits(folder, manifest, cfg.data_split, cfg.eval_splits, cfg.eval_fraction)
@@ -364,7 +371,7 @@ def evaluate(
             counts = torch.tensor([error.double().sum().item(), len(error)], dtype=torch.float64)
             totals[row, number % NUM_BANDS] += counts * (number < len(samples))
     model.train()
-    sums, numbers = torch.stack(launch.gather_objects(accelerator, totals)).sum(0).unbind(-1)
+    sums, numbers = torch.stack(collectives.gather_objects(accelerator, totals)).sum(0).unbind(-1)
     means = dict(zip(held_out, (sums.sum(1) / numbers.sum(1)).tolist(), strict=True))
     metrics = {"eval/loss": float(np.mean([mean for name, mean in means.items() if name != cfg.data_split]))}
     for row, (name, mean) in enumerate(means.items()):
@@ -458,7 +465,7 @@ def main(cfg: Config) -> None:
     accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
     micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
     launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
     vae = open_vae(cfg).to(accelerator.device)
@@ -474,8 +481,8 @@ def main(cfg: Config) -> None:
         return
     model = build_model(cfg, tokenizer, frozen, shape)
     facts = describe(cfg, accelerator, model, train, empty)
-    accelerator.print(dry_run.table(facts))
-    if accelerator.distributed_type.value not in checkpoints.SHARDED_ENGINES:  # which cut weights into flat parts
+    accelerator.print(summary.table(facts))
+    if accelerator.distributed_type.value not in collectives.SHARDED_ENGINES:  # which cut weights into flat parts
         model = model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.compile()
@@ -494,14 +501,14 @@ def main(cfg: Config) -> None:
     shown = {"texts": texts, "empty": empty, "latent_shape": shape}
     signal = build_scheduler(cfg).alphas_cumprod.to(accelerator.device)
     record = {"data": cfg.data, "data_fingerprint": manifest["data"], "init": cfg.init}
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub.check_push(hub_id, private=cfg.hub_private)
         if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_sample"], launch.peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_sample"], peak(accelerator) * accelerator.num_processes)
     seconds_before = state.get("training_seconds", 0.0)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -518,7 +525,7 @@ def main(cfg: Config) -> None:
         skipped.count(grad_norm)
 
         is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = launch.on_any_process(accelerator, stop.received)
+        is_stopping = collectives.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
@@ -605,7 +612,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, empty: T
         "flops_per_sample": training_flops(model, inputs),
         "samples_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
-        **launch.describe(accelerator),
+        **summary.describe_engine(accelerator),
     }
 
 
@@ -629,7 +636,7 @@ def report_costs(
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
         rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
-    accelerator.print(f"first caption: {train.captions()[0]}\n\n{dry_run.table(rows)}")
+    accelerator.print(f"first caption: {train.captions()[0]}\n\n{summary.table(rows)}")
 
 
 if __name__ == "__main__":

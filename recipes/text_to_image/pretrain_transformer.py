@@ -20,13 +20,14 @@ from typing import Any
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared import fields
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.RunControl):
+class Config(fields.RunControl):
     """Fields of the method; RunControl has those that every recipe shares."""
 
     output_dir: str = "outputs/text_to_image_transformer"
@@ -136,27 +137,33 @@ import transformers
 from diffusers.models.transformers.transformer_prx import get_image_ids, img2seq, seq2img
 from torch import Tensor, nn
 
-from shared import checkpoints, dry_run, figures, hub, latent_cache, launch, run_folder, schedules
-from shared.averaged_weights import AveragedWeights
-from shared.batches import to_device
-from shared.cache_folder import cache_folder
-from shared.clip_tokenizer import train_clip_tokenizer
-from shared.export import export_pipeline
-from shared.flops import training_flops
-from shared.latent_cache import Latents
-from shared.latent_encoding import open_latents
-from shared.latent_updates import FixedSamples, LatentUpdates
-from shared.optimizers import set_learning_rates
-from shared.pretrained import check_sizes, load_diffusion_model
-from shared.profiling import trace_updates
-from shared.randomness import derive_seed, normal_numbers, uniform_numbers
-from shared.report import finish_run
-from shared.run_log import RunLog
-from shared.skipped_updates import SkippedUpdates
-from shared.stopping import StopSignals
-from shared.text_encoding import CleanedCaptions, clean_captions, encode_captions, load_text_encoder, token_ids
-from shared.throughput import Throughput
-from shared.updates import load_updates
+from shared.data.batches import to_device
+from shared.data.randomness import derive_seed, normal_numbers, uniform_numbers
+from shared.data.updates import load_updates
+from shared.diffusion import latent_cache
+from shared.diffusion.captions import CleanedCaptions, clean_captions, encode_captions, load_text_encoder, token_ids
+from shared.diffusion.clip_tokenizer import train_clip_tokenizer
+from shared.diffusion.latent_cache import Latents
+from shared.diffusion.latent_encoding import open_latents
+from shared.diffusion.latent_updates import FixedSamples, LatentUpdates
+from shared.metrics import figures
+from shared.models.averaged_weights import AveragedWeights
+from shared.models.export import export_pipeline
+from shared.models.pretrained import check_sizes, load_diffusion_model
+from shared.optim import schedules
+from shared.optim.optimizers import set_learning_rates
+from shared.performance import dry_run
+from shared.performance.flops import peak, training_flops
+from shared.performance.profiling import trace_updates
+from shared.performance.throughput import Throughput
+from shared.run import checkpoints, hub, summary
+from shared.run import folder as run_folder
+from shared.run.log import RunLog
+from shared.run.report import finish_run
+from shared.run.skipped_updates import SkippedUpdates
+from shared.runtime import collectives, launch
+from shared.runtime.cache_folder import cache_folder
+from shared.runtime.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +180,7 @@ picture = pipeline({!r}, guidance_scale={}, num_inference_steps={}, **options).i
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
-    cli.check_run_control(cfg)
+    fields.check_run_control(cfg)
     cli.expect_at_least(cfg, 1, "eval_samples", "text_hidden_size", "text_num_layers", "text_num_heads", "patch_size")
     cli.expect_at_least(cfg, 1, "hidden_size", "num_layers", "num_heads", "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
@@ -206,7 +213,7 @@ def open_data(
     cfg: Config, accelerator: Any, vae: Any, text: tuple[Any, Any] | None
 ) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
     """Latents to train on, those to evaluate on by the names of their splits, and the manifest of the cache."""
-    with launch.node_main_first(accelerator):
+    with collectives.node_main_first(accelerator):
         options = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
         folder, manifest = open_latents(cfg.data, vae, text, **options)
         train, held_out = latent_cache.open_splits(folder, manifest, cfg.data_split, cfg.eval_splits, cfg.eval_fraction)
@@ -389,7 +396,7 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, held_out: dict[str, Fixe
             counts = torch.tensor([error.double().sum().item(), len(error)], dtype=torch.float64)
             totals[row, number % NUM_BANDS] += counts * (number < len(samples))
     model.train()
-    sums, numbers = torch.stack(launch.gather_objects(accelerator, totals)).sum(0).unbind(-1)
+    sums, numbers = torch.stack(collectives.gather_objects(accelerator, totals)).sum(0).unbind(-1)
     means = dict(zip(held_out, (sums.sum(1) / numbers.sum(1)).tolist(), strict=True))
     metrics = {"eval/loss": float(np.mean([mean for name, mean in means.items() if name != cfg.data_split]))}
     for row, (name, mean) in enumerate(means.items()):
@@ -480,7 +487,7 @@ def main(cfg: Config) -> None:
     accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
     micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
     launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
     vae = open_vae(cfg).to(accelerator.device)
@@ -499,7 +506,7 @@ def main(cfg: Config) -> None:
         return
     model = build_model(cfg, tokenizer, frozen, shape[0])
     facts = describe(cfg, accelerator, model, train, inputs)
-    accelerator.print(dry_run.table(facts))
+    accelerator.print(summary.table(facts))
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
@@ -516,14 +523,14 @@ def main(cfg: Config) -> None:
     shown = {"texts": encode_captions(captions, reader, frozen), "empty": empty, "latent_shape": shape}
     exported = (frozen, vae, tokenizer, shape[1] * 2 ** (len(vae.config.block_out_channels) - 1), run_dir)
     record = {"data": cfg.data, "data_fingerprint": manifest["data"], "init": cfg.init}
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub.check_push(hub_id, private=cfg.hub_private)
         if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_sample"], launch.peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_sample"], peak(accelerator) * accelerator.num_processes)
     seconds_before = state.get("training_seconds", 0.0)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -540,7 +547,7 @@ def main(cfg: Config) -> None:
         skipped.count(grad_norm)
 
         is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = launch.on_any_process(accelerator, stop.received)
+        is_stopping = collectives.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
@@ -625,7 +632,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, inputs: 
         "flops_per_sample": training_flops(model, {name: values[:1] for name, values in inputs.items()}),
         "samples_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
-        **launch.describe(accelerator),
+        **summary.describe_engine(accelerator),
     }
 
 
@@ -645,7 +652,7 @@ def report_costs(
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
         rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
-    accelerator.print(f"first caption: {train.captions()[0]}\n\n{dry_run.table(rows)}")
+    accelerator.print(f"first caption: {train.captions()[0]}\n\n{summary.table(rows)}")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ from typing import Any
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared import fields
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(cli.RunControl):
+class Config(fields.RunControl):
     """Fields of the method; RunControl has those that every recipe shares."""
 
     output_dir: str = "outputs/vae"
@@ -112,27 +113,33 @@ from torch.utils.data import Dataset
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from shared import checkpoints, dry_run, figures, hub, launch, picture_files, run_folder, schedules
-from shared.averaged_weights import AveragedWeights
-from shared.bad_pictures import BadPictures, candidates
-from shared.batches import to_device
-from shared.captioned_pictures import SAMPLE
-from shared.crops import SQUARE_DRAWS, Squares, random_square
-from shared.decoding import BadPicture, EncodedPicture
-from shared.export import export_module
-from shared.flops import training_flops
-from shared.optimizers import set_learning_rates
-from shared.picture_files import PictureFiles, spread
-from shared.pretrained import check_sizes, load_diffusion_model, load_pretrained
-from shared.profiling import trace_updates
-from shared.randomness import derive_seed, normal_numbers, uniform_numbers
-from shared.report import finish_run
-from shared.run_log import RunLog
-from shared.sample_order import samples_of_update
-from shared.skipped_updates import SkippedUpdates
-from shared.stopping import StopSignals
-from shared.throughput import Throughput
-from shared.updates import load_updates
+from shared.data.batches import to_device
+from shared.data.randomness import derive_seed, normal_numbers, uniform_numbers
+from shared.data.sample_order import samples_of_update
+from shared.data.updates import load_updates
+from shared.images import files as image_files
+from shared.images.bad_images import BadPictures, candidates
+from shared.images.captioned import SAMPLE
+from shared.images.crops import SQUARE_DRAWS, Squares, random_square
+from shared.images.decoding import BadPicture, EncodedPicture
+from shared.images.files import PictureFiles, spread
+from shared.metrics import figures
+from shared.models.averaged_weights import AveragedWeights
+from shared.models.export import export_module
+from shared.models.pretrained import check_sizes, load_diffusion_model, load_pretrained
+from shared.optim import schedules
+from shared.optim.optimizers import set_learning_rates
+from shared.performance import dry_run
+from shared.performance.flops import peak, training_flops
+from shared.performance.profiling import trace_updates
+from shared.performance.throughput import Throughput
+from shared.run import checkpoints, hub, summary
+from shared.run import folder as run_folder
+from shared.run.log import RunLog
+from shared.run.report import finish_run
+from shared.run.skipped_updates import SkippedUpdates
+from shared.runtime import collectives, launch
+from shared.runtime.signals import StopSignals
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, what a ResNet classifier expects
 NUM_SHOWN = 8
@@ -144,7 +151,7 @@ vae = AutoencoderKL.from_pretrained("path/of/this/folder")"""
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
-    cli.check_run_control(cfg)
+    fields.check_run_control(cfg)
     cli.expect_at_least(cfg, 1, "image_size", "layers_per_block", "latent_channels", "norm_num_groups")
     cli.expect_at_least(cfg, 1, "global_batch_size", "max_steps")
     cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
@@ -169,14 +176,14 @@ def check_config(cfg: Config) -> None:
 def open_data(cfg: Config, accelerator: Any) -> tuple[PictureFiles, PictureFiles]:
     """The pictures to train on and to evaluate on."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
-    with launch.node_main_first(accelerator):
-        train = picture_files.open_files(source, cfg.data_config, cfg.data_split, cfg.image_column)
-        eval_split = cfg.eval_split or picture_files.validation_split(source, cfg.data_config)
+    with collectives.node_main_first(accelerator):
+        train = image_files.open_files(source, cfg.data_config, cfg.data_split, cfg.image_column)
+        eval_split = cfg.eval_split or image_files.validation_split(source, cfg.data_config)
         if eval_split:
-            held_out = picture_files.open_files(source, cfg.data_config, eval_split, cfg.image_column)
+            held_out = image_files.open_files(source, cfg.data_config, eval_split, cfg.image_column)
         else:
-            train, held_out = picture_files.hold_out(train, cfg.eval_fraction)
-        picture_files.check_sides(source, train, cfg.image_size)
+            train, held_out = image_files.hold_out(train, cfg.eval_fraction)
+        image_files.check_sides(source, train, cfg.image_size)
     return train, held_out
 
 
@@ -342,7 +349,7 @@ def evaluate(
         totals += rows[:, is_picture].double().sum(1).cpu()
         shown += [pixels[is_picture].cpu().numpy() for pixels in (true, made)] if not shown else []
     model.train()
-    number, *sums = torch.stack(launch.gather_objects(accelerator, totals)).sum(0).tolist()
+    number, *sums = torch.stack(collectives.gather_objects(accelerator, totals)).sum(0).tolist()
     names = ("eval/loss", "eval/psnr", "eval/ssim", "eval/kl")
     metrics = {name: total / number for name, total in zip(names, sums, strict=True)}
     return {**metrics, "eval/skipped": len(held_out) - int(number)}, shown
@@ -418,7 +425,7 @@ def latent_statistics(
         ones = torch.full((cfg.latent_channels,), kept[:, 0].numel(), dtype=torch.float64)
         totals += torch.stack([ones, kept.sum((0, 2, 3)), kept.square().sum((0, 2, 3))])
     model.train()
-    number, sums, squares_sums = torch.stack(launch.gather_objects(accelerator, totals)).sum(0)
+    number, sums, squares_sums = torch.stack(collectives.gather_objects(accelerator, totals)).sum(0)
     mean = sums / number
     return mean.float(), float((squares_sums / number - mean.square()).mean().sqrt())
 
@@ -450,7 +457,7 @@ def main(cfg: Config) -> None:
     accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
     micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
     launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
 
     train, held_out = open_data(cfg, accelerator)
@@ -459,8 +466,8 @@ def main(cfg: Config) -> None:
         return
     model = build_model(cfg)
     facts = describe(cfg, accelerator, model, train)
-    accelerator.print(dry_run.table(facts))
-    if accelerator.distributed_type.value not in checkpoints.SHARDED_ENGINES:  # which cut weights into flat parts
+    accelerator.print(summary.table(facts))
+    if accelerator.distributed_type.value not in collectives.SHARDED_ENGINES:  # which cut weights into flat parts
         model = model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.compile()
@@ -474,14 +481,14 @@ def main(cfg: Config) -> None:
     updates = open_updates(cfg, accelerator, train, micro_batch_size, step)
     fingerprints = [train.fingerprint(), held_out.fingerprint()]
     record = {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init}
-    with launch.raise_together(accelerator):
+    with collectives.raise_together(accelerator):
         hub.check_push(hub_id, private=cfg.hub_private)
         if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, cli.to_yaml(cfg), Path(__file__), {**record, **facts})
+            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_picture"], launch.peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_picture"], peak(accelerator) * accelerator.num_processes)
     seconds_before = state.get("training_seconds", 0.0)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -499,7 +506,7 @@ def main(cfg: Config) -> None:
         skipped.count(grad_norm)
 
         is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = launch.on_any_process(accelerator, stop.received)
+        is_stopping = collectives.on_any_process(accelerator, stop.received)
         metrics = {}
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
@@ -574,7 +581,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: PictureFiles) -> 
         ),
         "pictures_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
-        **launch.describe(accelerator),
+        **summary.describe_engine(accelerator),
     }
 
 
@@ -595,7 +602,7 @@ def report_costs(cfg: Config, accelerator: Any, train: PictureFiles, micro_batch
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
         rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
-    accelerator.print(dry_run.table(rows))
+    accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
         grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "pictures.png"
         figures.picture_grid(list(first["pixel_values"].numpy()[: 2 * NUM_SHOWN]), [""] * 2 * NUM_SHOWN, grid)

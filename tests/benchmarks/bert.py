@@ -181,7 +181,7 @@ def make_pairs(flags: list[str]) -> dict[str, float]:
     recipe, cfg = load_recipe(RECIPE, flags)
     accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", "", False)
     _, pairs, _ = recipe.open_data(cfg, accelerator)
-    from shared.sentence_pairs import make_pairs as make
+    from shared.text.sentence_pairs import make_pairs as make
 
     started = time.perf_counter()
     number = sum(1 for _ in make(pairs.cache, cfg.seq_length, recipe.SHORT_FRACTION, seed=12345))

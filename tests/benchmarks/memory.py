@@ -66,9 +66,9 @@ def measure(family: str, megabytes: int) -> tuple[float, float, float]:
 
 def tokenise_and_pack(corpus: Path) -> None:
     """What is measured of GPT."""
-    from shared.documents import open_texts
-    from shared.packing import pack_corpus
-    from shared.tokenization import load_tokenizer, train_byte_level_bpe
+    from shared.text.documents import open_texts
+    from shared.text.packing import pack_corpus
+    from shared.text.tokenization import load_tokenizer, train_byte_level_bpe
 
     cache_dir = corpus.parent / "cache"
     sample = open_texts("sample_eval", config="", split="", text_column="text")
@@ -84,10 +84,10 @@ def tokenise_and_pack(corpus: Path) -> None:
 
 def split_and_pair(corpus: Path) -> None:
     """What is measured of BERT."""
-    from shared.documents import open_texts
-    from shared.sentence_cache import split_corpus
-    from shared.sentence_pairs import SentencePairs
-    from shared.wordpiece import load_wordpiece, train_wordpiece
+    from shared.text.documents import open_texts
+    from shared.text.sentence_cache import split_corpus
+    from shared.text.sentence_pairs import SentencePairs
+    from shared.text.wordpiece import load_wordpiece, train_wordpiece
 
     cache_dir = corpus.parent / "cache"
     sample = open_texts("sample_eval", config="", split="", text_column="text")
@@ -107,7 +107,7 @@ PREPARATIONS = {"gpt": tokenise_and_pack, "bert": split_and_pair}
 
 def write_corpus(path: Path, megabytes: int) -> None:
     """Pages of log-normal length, about 3,000 characters, of words of the prose and of words that come once."""
-    from shared.documents import open_texts
+    from shared.text.documents import open_texts
 
     words = " ".join(open_texts("sample_eval", config="", split="", text_column="text")).split(" ")
     draw = random.Random(0)

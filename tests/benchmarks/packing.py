@@ -14,10 +14,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from shared import streaming, tokenization
-from shared.batches import IGNORED
-from shared.documents import open_texts
-from shared.packing import MAX_WASTE, pack, pack_corpus
+from shared.data.batches import IGNORED
+from shared.text import streaming, tokenization
+from shared.text.documents import open_texts
+from shared.text.packing import MAX_WASTE, pack, pack_corpus
 
 STREAMED_ROWS = {256: 3000, 1024: 1500}  # a few windows of each
 SPREADS = (0.1, 0.3, 0.5, 0.8, 1.3)

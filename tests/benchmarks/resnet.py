@@ -158,8 +158,8 @@ def read_jpegs(seconds: float) -> dict[str, float]:
     from PIL import Image
 
     recipe, cfg = load_recipe(RECIPE, [])
-    from shared.crops import CROP_DRAWS
-    from shared.decoding import EncodedPicture
+    from shared.images.crops import CROP_DRAWS
+    from shared.images.decoding import EncodedPicture
 
     torch.set_num_threads(1)  # as in a data worker
     data = [make_jpeg(seed) for seed in range(NUM_JPEGS)]

@@ -84,7 +84,7 @@ def prepare(folder: str) -> dict[str, Any]:
     import transformers
 
     recipe, cfg = load_recipe(RECIPE, [])
-    from shared.latent_encoding import sample_splits
+    from shared.diffusion.latent_encoding import sample_splits
 
     captions = sample_splits()[cfg.data_split].captions
     tokenizer = recipe.train_clip_tokenizer(captions, cfg.vocab_size, cfg.caption_length)
@@ -138,7 +138,7 @@ def encoding_shares(vae: Any, text_encoder: Any, unet: Any, side: int) -> tuple[
     """FLOPs of encoding a picture of `side` pixels, and a caption, by those of training the UNet on them."""
     import torch
 
-    from shared.flops import training_flops
+    from shared.performance.flops import training_flops
 
     latent_side = side // 2 ** (len(vae.config.block_out_channels) - 1)
     length, width = text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size
@@ -234,7 +234,7 @@ def plain_loader(tokenizer: Any, caption_dropout: float, batch_size: int, worker
     import torch
     from PIL import Image, ImageOps
 
-    from shared.captioned_pictures import SAMPLE
+    from shared.images.captioned import SAMPLE
 
     def to_tensor(image: Any) -> torch.Tensor:
         image = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BILINEAR)

@@ -34,9 +34,9 @@ def write_data(folder: Path) -> dict[str, Path]:
     import transformers
 
     load_recipe(RECIPE, [])  # finds `shared`
-    from shared import latent_cache
-    from shared.clip_tokenizer import train_clip_tokenizer
-    from shared.text_encoding import text_identity
+    from shared.diffusion import latent_cache
+    from shared.diffusion.captions import text_identity
+    from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 
     paths = {name: folder / name for name in ("vae", "text_encoder", "data")}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

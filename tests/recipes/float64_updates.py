@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from shared import launch
+from shared.runtime import launch
 from tests.conftest import load_recipe
 from tests.recipes.runs import reset_accelerate
 

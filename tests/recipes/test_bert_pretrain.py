@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared import command_line as cli
-from shared.batches import IGNORED, micro_batches
-from shared.wordpiece import train_wordpiece
+from shared.data.batches import IGNORED, micro_batches
+from shared.text.wordpiece import train_wordpiece
 from tests.conftest import ROOT, WORDS, load_recipe
 from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, weights
 

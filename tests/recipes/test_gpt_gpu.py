@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared import tokenization
-from shared.optimizers import orthogonalize
-from shared.packing import fill_row
+from shared.optim.optimizers import orthogonalize
+from shared.text import tokenization
+from shared.text.packing import fill_row
 from tests import launching
 from tests.conftest import ROOT
 

@@ -20,8 +20,8 @@ from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
 from shared import command_line as cli
-from shared import streaming, tokenization
-from shared.batches import IGNORED
+from shared.data.batches import IGNORED
+from shared.text import streaming, tokenization
 from tests.conftest import ROOT
 from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run
 

@@ -20,10 +20,10 @@ from accelerate.utils import GradientAccumulationPlugin
 from PIL import Image
 from pyarrow import parquet
 
-from shared import captioned_pictures
 from shared import command_line as cli
-from shared.batch_statistics import RunningStatistics
-from shared.batches import IGNORED
+from shared.data.batches import IGNORED
+from shared.images import captioned
+from shared.models.batch_statistics import RunningStatistics
 from tests.conftest import ROOT
 from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, state_at, weights
 
@@ -311,7 +311,7 @@ def test_streaming_learns_and_resumes_to_the_bit(
     resnet: ModuleType, shapes: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With windows of 45 pictures, of which updates of 8 leave some; a damaged one is passed over and counted."""
-    monkeypatch.setattr("shared.picture_streaming.WINDOW", 45)
+    monkeypatch.setattr("shared.images.streaming.WINDOW", 45)
     shutil.copytree(shapes, tmp_path / "data")
     (tmp_path / "data" / "train" / "low" / "5.png").write_bytes(b"no picture")
     fields = {"streaming": True, "max_steps": 40, "save_every": 1, "keep_checkpoints": 100, "num_workers": workers}
@@ -370,9 +370,9 @@ def test_pictures_are_held_out_where_there_is_no_split(resnet: ModuleType, shape
 
 def test_the_split_to_evaluate_on_may_lack_classes(resnet: ModuleType, tmp_path: Path) -> None:
     split = "test_unseen_combination"
-    cfg = config_of(resnet, captioned_pictures.SAMPLE, tmp_path, label_column="name", eval_split=split)
+    cfg = config_of(resnet, captioned.SAMPLE, tmp_path, label_column="name", eval_split=split)
     train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
-    table = parquet.read_table(next((captioned_pictures.SAMPLE / "data").glob(f"{split}-*")), columns=["name"])
+    table = parquet.read_table(next((captioned.SAMPLE / "data").glob(f"{split}-*")), columns=["name"])
     assert [train.class_names[label] for label in held_out.labels] == table["name"].to_pylist()
     assert held_out.class_names == train.class_names
     assert len(set(held_out.labels.tolist())) < len(train.class_names)

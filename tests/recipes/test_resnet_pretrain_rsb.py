@@ -11,7 +11,7 @@ import transformers
 from accelerate import Accelerator
 
 from shared import command_line as cli
-from shared.batch_statistics import RunningStatistics
+from shared.models.batch_statistics import RunningStatistics
 from tests.recipes.runs import assert_same_weights, metrics_of, results_of, run, state_at
 from tests.recipes.test_resnet_pretrain import NAMES, prepared, uint8_batch
 from tests.recipes.test_resnet_pretrain import TINY as SHORT
@@ -175,7 +175,7 @@ def test_streaming_resumes_to_the_bit(
     resnet_rsb: ModuleType, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Updates of 8 end within the three crops of a picture."""
-    monkeypatch.setattr("shared.picture_streaming.WINDOW", 10)
+    monkeypatch.setattr("shared.images.streaming.WINDOW", 10)
     fields = {"streaming": True, "save_every": 1, "keep_checkpoints": 100}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(resnet_rsb, config_of(resnet_rsb, shapes, whole, **fields))

@@ -23,9 +23,9 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
 from shared import command_line as cli
-from shared import latent_cache
-from shared.decoding import EncodedPicture
-from shared.text_encoding import load_text_encoder, text_identity
+from shared.diffusion import latent_cache
+from shared.diffusion.captions import load_text_encoder, text_identity
+from shared.images.decoding import EncodedPicture
 from tests.conftest import ROOT
 from tests.launching import finish, start
 from tests.recipes.conftest import cache_flags

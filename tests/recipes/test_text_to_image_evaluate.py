@@ -17,8 +17,8 @@ import transformers
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from shared import command_line as cli
-from shared.decoding import EncodedPicture
-from shared.randomness import derive_seed
+from shared.data.randomness import derive_seed
+from shared.images.decoding import EncodedPicture
 from tests import pipelines
 from tests.conftest import ROOT
 

@@ -19,8 +19,9 @@ from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
 from shared import command_line as cli
-from shared import dry_run, latent_cache, latent_encoding
-from shared.latent_updates import FixedSamples
+from shared.diffusion import latent_cache, latent_encoding
+from shared.diffusion.latent_updates import FixedSamples
+from shared.performance import dry_run
 from tests.conftest import ROOT
 from tests.recipes.conftest import cache_flags
 from tests.recipes.runs import (

@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared import command_line as cli
-from shared import latent_cache, latent_encoding
-from shared.latent_updates import FixedSamples
-from shared.text_encoding import CleanedCaptions, encode_captions, load_text_encoder
+from shared.diffusion import latent_cache, latent_encoding
+from shared.diffusion.captions import CleanedCaptions, encode_captions, load_text_encoder
+from shared.diffusion.latent_updates import FixedSamples
 from tests.conftest import ROOT
 from tests.recipes.conftest import cache_flags
 from tests.recipes.runs import (

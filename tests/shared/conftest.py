@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from shared.documents import open_texts
-from shared.tokenization import load_tokenizer, train_byte_level_bpe
+from shared.text.documents import open_texts
+from shared.text.tokenization import load_tokenizer, train_byte_level_bpe
 
 
 @pytest.fixture(scope="session")

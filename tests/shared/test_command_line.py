@@ -23,18 +23,16 @@ from shared.command_line import (
     EXIT_STOPPED,
     EXIT_USAGE,
     NoUsableCheckpoint,
-    RunControl,
     RunStopped,
     TooManyNonFiniteUpdates,
     UsageError,
-    check_run_control,
     exit_codes,
     expect,
     is_speaking_process,
     parse,
     redact,
-    to_yaml,
 )
+from shared.fields import RunControl, to_yaml
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "a1B2" * 9
@@ -347,31 +345,6 @@ def test_to_yaml_holds_every_field_but_the_file_and_the_dry_run():
     assert set(yaml.safe_load(to_yaml(Config(dry_run=True, config="c.yaml")))) == fields - {"config", "dry_run"}
 
 
-# Run control
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"log_every": 0}, "log_every: 0: expected at least 1"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints: 0: expected at least 1"),
-        ({"seed": -1}, "seed: -1: expected at least 0"),
-        ({"timeout_minutes": 0}, "timeout_minutes: 0: expected more than 0"),
-        ({"push_every": 5}, "push_every: 5: expected push_to_hub to be set as well"),
-        ({"data": f"x{TOKEN}"}, "data: 'xhf_***': expected no access token; use `hf auth login` or HF_TOKEN"),
-    ],
-)
-def test_check_run_control(fields, expected):
-    with pytest.raises(UsageError) as caught:
-        check_run_control(Config(**fields))
-    assert str(caught.value) == expected
-
-
-def test_check_run_control_lets_the_defaults_and_a_push_pass():
-    check_run_control(Config())
-    check_run_control(Config(push_to_hub="me/x", push_every=5, data="hf-internal-testing/tiny", timeout_minutes=0.1))
-
-
 def test_expect():
     expect(True, "seed", 1, "anything")
     with pytest.raises(UsageError, match=r"^seed: 'x': expected a whole number$"):
@@ -458,7 +431,8 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
 from dataclasses import dataclass
-from shared.command_line import RunControl, exit_codes, parse
+from shared.command_line import exit_codes, parse
+from shared.fields import RunControl
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunControl):

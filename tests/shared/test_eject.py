@@ -54,7 +54,7 @@ pytest
     "shared/__init__.py": "VERSION = 1\n",
     "shared/losses.py": "from shared.deep import helper\n",
     "shared/deep.py": "import os.path\ntry:\n    import huggingface_hub.utils as utils\nfinally:\n    helper = 1\n",
-    "shared/loader.py": "import datasets, pathlib\nFOLDER = pathlib.Path(__file__).parent / 'data' / 'songs'\n",
+    "shared/loader.py": "import datasets, pathlib\nFOLDER = pathlib.Path(__file__).parent / 'samples' / 'songs'\n",
     "shared/unused.py": "import scipy\nFOLDER = 'tunes'\n",
     "shared/metrics/__init__.py": "",
     "shared/metrics/recall.py": "from . import precision\nfrom .. import ties\n",
@@ -62,17 +62,17 @@ pytest
     "shared/metrics/pitch/__init__.py": "",
     "shared/metrics/pitch/high.py": "from shared.losses import *\n",
     "shared/ties.py": "from .losses import helper\n",
-    "shared/data/README.md": "songs: public domain",
-    "shared/data/make_songs.py": "stays",
-    "shared/data/songs/part/a.txt": "la",
-    "shared/data/tunes/b.txt": "stays",
+    "shared/samples/README.md": "songs: public domain",
+    "shared/samples/make_songs.py": "stays",
+    "shared/samples/songs/part/a.txt": "la",
+    "shared/samples/tunes/b.txt": "stays",
 }
 GENERAL = {"LICENSE", "requirements.txt", "accelerate_configs/cpu.yaml", "accelerate_configs/slurm/job.sh"}
 FISH = {f"recipes/fish/{name}" for name in ("README.md", "configs/big/huge.yaml", "assets/weights.safetensors")}
 MODULES = {f"shared/{name}.py" for name in ("__init__", "losses", "deep", "loader", "ties")} | {
     f"shared/metrics/{name}.py" for name in ("__init__", "recall", "precision")
 }
-DATA = {"shared/data/README.md", "shared/data/songs/part/a.txt"}
+DATA = {"shared/samples/README.md", "shared/samples/songs/part/a.txt"}
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_the_gpt_recipe_takes_what_it_is_known_to_need():
     modules = shared_modules([ROOT / "recipes" / "gpt" / "pretrain.py"], ROOT)
     names = {path.stem for path in modules}
     assert {"command_line", "checkpoints", "dry_run", "documents", "sample_order", "token_cache"} <= names
-    data = {path.relative_to(ROOT / "shared" / "data").as_posix() for path in shared_data(modules, ROOT)}
+    data = {path.relative_to(ROOT / "shared" / "samples").as_posix() for path in shared_data(modules, ROOT)}
     assert {"README.md", "prose/train.parquet", "prose/eval.parquet"} <= data
     assert "make_prose.py" not in data
     requirements = trimmed_requirements(modules, [], ROOT)
@@ -304,7 +304,7 @@ def test_every_ejected_family_runs_in_an_empty_environment(tmp_path, family):
 
 def test_the_interpreter_of_these_runs_cannot_read_the_repository(tmp_path):
     stage = tmp_path / "stage.py"
-    stage.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport shared.schedules\n")
+    stage.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport shared.optim.schedules\n")
     command = [sys.executable, "-c", RUN_AND_LOAD, str(stage), str(ROOT), "", ""]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1

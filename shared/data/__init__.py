@@ -1,0 +1,1 @@
+"""What update t sees, as a function of the seed and t."""

@@ -1,0 +1,1 @@
+"""Latents, captions, and images made of them."""

@@ -1,0 +1,198 @@
+"""Pictures from prompts with a pipeline of diffusers, each from a seed of its own."""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from shared.command_line import expect
+from shared.models.pretrained import load_diffusion_model
+
+# Samplers of any model that learned to predict noise or v. DDIM's own default is for pixels: it clips what is predicted
+# to [-1, 1], where latents are larger; Stable Diffusion's configuration of it does not.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "dpm": ("DPMSolverMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+def load_pipeline(name: str, field: str) -> Any:
+    """A text-to-image pipeline, of any architecture that the library has, in float32 from safetensors.
+
+    Nothing that comes with it is run. It shows no progress bars of its own.
+
+    Args:
+        name: a run folder, any folder of `save_pretrained`, or a Hub id.
+        field: the configuration field that `name` comes from, for the message.
+
+    Raises:
+        UsageError: it is not there, or makes no pictures from text.
+    """
+    with _only_errors():  # else the import says of each image processor that torchvision is not there
+        from diffusers import AutoPipelineForText2Image
+    with without_bars():
+        pipeline = load_diffusion_model(AutoPipelineForText2Image, name, field, trust_remote_code=False)
+    pipeline.set_progress_bar_config(disable=True)
+    if type(pipeline).__name__ == "PRXPipeline":
+        pipeline.transformer.register_forward_pre_hook(_one_timestep, with_kwargs=True)
+        if _run_fields(name).get("text_encoder", "scratch") != "scratch":  # trained on captions as they are
+            pipeline.text_preprocessor.clean_text = pipeline.text_preprocessor.basic_clean
+    return pipeline
+
+
+def make_pictures(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    negative_prompt: str,
+    batch_size: int,
+) -> Iterator[np.ndarray]:
+    """Make a picture of each prompt, which depends on its prompt and its seed alone, not on what else is in its batch.
+
+    On the same hardware it is the same to rounding, whatever the size of the batch. Progress is shown on a terminal.
+
+    Args:
+        pipeline: from `load_pipeline`, on any device.
+        prompts: of any number of pictures.
+        seeds: of each; the noise is drawn on the CPU, so that all devices have the same.
+        num_steps: of the scheduler.
+        guidance_scale: how far a picture follows the prompt's prediction beyond the empty one's (Ho and Salimans 2022);
+            1 = no guidance.
+        negative_prompt: what stands in for the empty prompt; "" = the empty prompt.
+        batch_size: pictures that are made at a time.
+
+    Yields:
+        uint8 (H, W, 3), one for each prompt, in order.
+    """
+    options: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale}
+    if "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
+        options["use_resolution_binning"] = False  # which knows the sizes of published models alone
+    with tqdm(total=len(prompts), desc="pictures", unit="picture", disable=None) as bar:
+        for first in range(0, len(prompts), batch_size):
+            batch = list(prompts[first : first + batch_size])
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]
+            if negative_prompt:
+                options["negative_prompt"] = [negative_prompt] * len(batch)
+            with _only_errors():  # `lost_text` tells of long prompts
+                made = pipeline(prompt=batch, generator=generators, **options).images
+            for picture in made:
+                yield np.asarray(picture.convert("RGB"))
+                bar.update()
+
+
+def set_scheduler(pipeline: Any, name: str) -> None:
+    """Make pictures by another sampler, with the noise schedule that the model was trained with.
+
+    Args:
+        pipeline: its scheduler is replaced.
+        name: one of `SCHEDULERS`.
+
+    Raises:
+        UsageError: there is no such sampler, or the model, such as one trained by flow matching, needs its own.
+    """
+    import diffusers
+
+    expect(name in SCHEDULERS, "scheduler", name, f'"" for the model\'s own, or one of {", ".join(SCHEDULERS)}')
+    class_name, options = SCHEDULERS[name]
+    own = type(pipeline.scheduler).__name__
+    fits = class_name in [known.__name__ for known in pipeline.scheduler.compatibles]
+    expect(fits, "scheduler", name, f'"", for this model can have no other than its own, {own}')
+    pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options)
+
+
+def check_steps(pipeline: Any, num_steps: int) -> None:
+    """Refuse more steps than the model was trained with timesteps.
+
+    Raises:
+        UsageError: naming num_steps.
+    """
+    most = pipeline.scheduler.config.get("num_train_timesteps", 1000)
+    expect(1 <= num_steps <= most, "num_steps", num_steps, f"from 1 to {most}, the model's timesteps")
+
+
+def check_guidance(name: str, guidance_scale: float) -> None:
+    """Refuse guidance of a model that has never seen the empty caption, as far as its run folder tells.
+
+    Args:
+        name: run folder, whose config.yaml is read if it is there, or whatever else holds the model.
+        guidance_scale: see `make_pictures`.
+
+    Raises:
+        UsageError: naming guidance_scale.
+    """
+    expect(guidance_scale >= 1, "guidance_scale", guidance_scale, "at least 1, which is no guidance")
+    is_guidable = _run_fields(name).get("caption_dropout") != 0
+    expected = f"1, for {name} was trained with caption_dropout 0 and has never seen the empty caption"
+    expect(guidance_scale == 1 or is_guidable, "guidance_scale", guidance_scale, expected)
+
+
+def _run_fields(name: str) -> dict[str, Any]:
+    """What a run folder's config.yaml says; empty for whatever else holds a model."""
+    file = Path(name) / "config.yaml"
+    fields = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return fields if isinstance(fields, dict) else {}
+
+
+def lost_text(pipeline: Any, prompt: str) -> str:
+    """The end of a prompt that none of the pipeline's text encoders reads; "" = all of it is read.
+
+    As text of whole tokens, so in a tokenizer's spelling, such as in small letters.
+    """
+    tokenizers = [part for part in pipeline.components.values() if hasattr(part, "model_max_length")]
+    tokenizer = max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length)
+    with _only_errors():
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    num_read = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    return tokenizer.decode(ids[num_read:]).strip()
+
+
+def _one_timestep(_: Any, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The one timestep of a batch; with guidance the pipeline of diffusers 0.42 gives two, which fit one prompt."""
+    return inputs, {**named, "timestep": named["timestep"][:1]}
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Logs of transformers and diffusers without warnings, where these are known to be harmless."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers and diffusers, and no notes to the programmer; what their logs say stays."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

@@ -1,0 +1,309 @@
+"""Pictures as latents of an autoencoder, encoded once: Parquet shards and a manifest that says what they are made of.
+
+A folder holds `data/SPLIT-00000-of-00010.parquet` and so on, which `datasets` reads as they are, `identity.json` from
+the start and `manifest.json` once all shards are there. A shard is written aside and renamed, and which pictures it
+holds follows from its number, so a run that was killed goes on with the shards that are missing, on any number of
+processes.
+
+The columns of a row: `index` of the picture in its split; `caption`; `height` and `width` of the latents; `mean` and
+`std` of the autoencoder's posterior as float16 bytes (C, h, w), and, if asked for, the same of the mirror image as
+`mirrored_mean` and `mirrored_std`; the caption's embedding as `text`, float16 bytes (L, D), if there is an encoder.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.command_line import UsageError, expect
+from shared.data.randomness import derive_seed, shuffled_indices
+from shared.images.files import HELD_OUT_SEED, VALIDATION_SPLITS, spread
+
+_SIDES = ["height", "width"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the cache and the pictures that it holds.
+
+    Attributes:
+        file: path below the cache's folder.
+        split: of the data set.
+        indices: positions of its pictures in the split.
+    """
+
+    file: str
+    split: str
+    indices: range
+
+
+def plan_shards(sizes: dict[str, int], pictures_per_shard: int) -> list[Shard]:
+    """All shards of a cache, in order.
+
+    Args:
+        sizes: number of pictures of each split.
+        pictures_per_shard: of all shards but the last of a split.
+    """
+    shards = []
+    for split, size in sizes.items():
+        starts = range(0, size, pictures_per_shard)
+        for number, start in enumerate(starts):
+            file = f"data/{split}-{number:05d}-of-{len(starts):05d}.parquet"
+            shards.append(Shard(file, split, range(start, min(start + pictures_per_shard, size))))
+    return shards
+
+
+def begin_cache(folder: Path, identity: dict[str, Any]) -> None:
+    """Make the folder, or see that it is one of the same identity. One process calls this before all others go on.
+
+    Raises:
+        UsageError: it holds something else, or a cache made of something else (the message names what differs).
+    """
+    name, file = f"output_dir: {str(folder)!r}", folder / "identity.json"
+    if file.is_file():
+        differences = _differences(identity, _read_json(file, name))
+        expect(not differences, "output_dir", str(folder), f"an empty folder or the same cache, not {differences}")
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UsageError(f"{name}: expected an empty folder or a cache of latents, it holds other files")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    _write_json(file, identity)
+
+
+def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], arrays: Sequence[str]) -> None:
+    """Write a shard that is there whole or not at all.
+
+    Args:
+        folder: of the cache.
+        shard: where it goes.
+        rows: values of the columns, arrays of any float type; there may be none.
+        arrays: names of the columns that hold arrays.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    plain = [
+        {
+            name: np.asarray(value, dtype=np.float16).tobytes() if isinstance(value, np.ndarray) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+    sides = [("height", pyarrow.int32()), ("width", pyarrow.int32())]
+    columns = [("index", pyarrow.int64()), ("caption", pyarrow.string()), *sides]
+    schema = pyarrow.schema([*columns, *((name, pyarrow.binary()) for name in arrays)])
+    aside = folder / "data" / f".{Path(shard.file).name}"
+    with pyarrow.parquet.ParquetWriter(aside, schema, compression="none") as writer:
+        if plain:  # `datasets` reads a file without a row group, and none whose first is empty
+            writer.write_table(pyarrow.Table.from_pylist(plain, schema=schema))
+    with aside.open("rb") as stream:
+        os.fsync(stream.fileno())  # else a power cut could leave the new name and not the content
+    aside.replace(folder / shard.file)
+
+
+def missing_shards(folder: Path, shards: Iterable[Shard]) -> list[Shard]:
+    """Those that are not written yet."""
+    return [shard for shard in shards if not (folder / shard.file).is_file()]
+
+
+def finish_cache(
+    folder: Path, identity: dict[str, Any], shards: list[Shard], max_bad_fraction: float
+) -> dict[str, Any]:
+    """Write the manifest of a cache whose shards are all there, and return it. One process calls this.
+
+    Raises:
+        UsageError: more than this share of the pictures is in no shard, since they could not be decoded.
+    """
+    import pyarrow.parquet
+
+    entries = [
+        {
+            "file": shard.file,
+            "rows": pyarrow.parquet.read_metadata(folder / shard.file).num_rows,
+            "pictures": len(shard.indices),
+            "bytes": (folder / shard.file).stat().st_size,
+            "sha256": _digest(folder / shard.file),
+        }
+        for shard in shards
+    ]
+    pictures, rows = (sum(entry[name] for entry in entries) for name in ("pictures", "rows"))
+    expected = f"at least {1 - rows / pictures:.3f}, the share of pictures that could not be decoded"
+    expect(pictures - rows <= max_bad_fraction * pictures, "max_bad_fraction", max_bad_fraction, expected)
+    manifest = {**identity, "pictures": pictures, "rows": rows, "shards": entries}
+    _write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def read_manifest(folder: Path, field: str) -> dict[str, Any]:
+    """What a complete cache says of itself.
+
+    Args:
+        folder: of the cache.
+        field: the configuration field that it comes from, for the message.
+
+    Raises:
+        UsageError: it is no cache or not complete, or a shard is lost or has another size.
+    """
+    name = f"{field}: {str(folder)!r}"
+    if not (folder / "manifest.json").is_file():
+        is_begun = (folder / "identity.json").is_file()
+        reason = "it is not complete, the command that made it goes on" if is_begun else "there is no manifest.json"
+        raise UsageError(f"{name}: expected a cache of latents, {reason}")
+    manifest = _read_json(folder / "manifest.json", name)
+    for entry in manifest["shards"]:
+        file = folder / entry["file"]
+        is_whole = file.is_file() and file.stat().st_size == entry["bytes"]
+        expect(is_whole, field, str(folder), f"the shards of its manifest, {entry['file']} is lost or changed")
+    return manifest
+
+
+def check_identity(manifest: dict[str, Any], identity: dict[str, Any], field: str, folder: Path) -> None:
+    """Refuse a cache that is made of something else.
+
+    Args:
+        manifest: see `read_manifest`.
+        identity: what it must say.
+        field: the configuration field that the folder comes from, for the message.
+        folder: of the cache.
+
+    Raises:
+        UsageError: it names what differs.
+    """
+    differences = _differences(identity, manifest)
+    expect(not differences, field, str(folder), f"a cache as configured, not {differences}")
+
+
+class Latents:
+    """The latents of a split, by row.
+
+    Args:
+        folder: of a complete cache.
+        manifest: its own.
+        split: of the data set.
+
+    Attributes:
+        has_mirrored: whether there are mirror images.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
+        import datasets
+
+        files = [entry["file"] for entry in manifest["shards"] if entry["file"].startswith(f"data/{split}-")]
+        paths = [str(folder / file) for file in files]
+        self._rows = datasets.load_dataset("parquet", data_files={"rows": paths}, split="rows")
+        self._channels, self._text_shape = manifest["latent_channels"], manifest["text_shape"]
+        self.has_mirrored: bool = manifest["mirrored"]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def subset(self, chosen: np.ndarray) -> "Latents":
+        """Those in the given rows."""
+        part = copy.copy(self)
+        part._rows = self._rows.select(chosen)
+        return part
+
+    def buckets(self) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+        """Each shape (C, h, w) that occurs, in order, and the rows that have it, int64 (N,)."""
+        columns = self._rows.select_columns(_SIDES).with_format("numpy")[:]
+        sides, numbers = np.unique(np.stack([columns[side] for side in _SIDES]), axis=1, return_inverse=True)
+        shapes = [(self._channels, height, width) for height, width in sides.T.tolist()]
+        return [(shape, np.flatnonzero(numbers.ravel() == number)) for number, shape in enumerate(shapes)]
+
+    def read(self, index: int, *, mirrored: bool) -> dict[str, Any]:
+        """A row's `caption`, and `mean` and `std` of the picture's posterior or its mirror image's: float16 (C, h, w).
+
+        Of a cache that has embeddings of captions also `text`, float16 (L, D).
+        """
+        row = self._rows[index]
+        shape, names = (self._channels, row["height"], row["width"]), ("mean", "std")
+        arrays = {name: row[f"mirrored_{name}" if mirrored else name] for name in names}
+        sample = {name: np.frombuffer(array, dtype=np.float16).reshape(shape) for name, array in arrays.items()}
+        if self._text_shape:
+            sample["text"] = np.frombuffer(row["text"], dtype=np.float16).reshape(self._text_shape)
+        return {"caption": row["caption"], **sample}
+
+    def captions(self) -> list[str]:
+        """Of all pictures."""
+        return list(self._rows["caption"])
+
+
+def open_splits(
+    folder: Path, manifest: dict[str, Any], split: str, eval_splits: str, eval_fraction: float
+) -> tuple[Latents, dict[str, Latents]]:
+    """Latents to train on, and those to evaluate on by the names of their splits.
+
+    Args:
+        folder: of a complete cache.
+        manifest: its own.
+        split: to train on.
+        eval_splits: comma-separated; "" = those whose names begin with validation, val or test.
+        eval_fraction: share of the samples that is held out where there is none.
+
+    Raises:
+        UsageError: a split is not there, or too few samples to hold some out.
+    """
+    names = list(manifest["data"])
+    expected = f"a split of the latents, there are: {', '.join(names)}"
+    expect(split in names, "data_split", split, expected)
+    asked = [name.strip() for name in eval_splits.split(",") if name.strip()]
+    for name in asked:
+        expect(name in names, "eval_splits", name, expected)
+    train, others = Latents(folder, manifest, split), [name for name in names if name != split]
+    asked = asked or [name for name in others if name.startswith(VALIDATION_SPLITS)]
+    if asked:
+        return train, {name: Latents(folder, manifest, name) for name in asked}
+    number = round(len(train) * eval_fraction)
+    expect(0 < number < len(train), "eval_fraction", eval_fraction, f"to split {len(train)} samples in two")
+    order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(HELD_OUT_SEED, "held out"))
+    return train.subset(np.sort(order[number:])), {"held_out": train.subset(np.sort(order[:number]))}
+
+
+def some_captions(splits: Iterable[Latents], number: int) -> list[str]:
+    """So many captions, evenly spread over each split, of each as many."""
+    every = [latents.captions() for latents in splits]
+    share = math.ceil(number / len(every))
+    return [captions[index] for captions in every for index in spread(len(captions), share)][:number]
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Changes when a weight of the module does, whatever file it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _differences(wanted: dict[str, Any], found: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value
+    )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_json(file: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{name}: expected a cache of latents, its {file.name} cannot be read")
+    return content
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(file)

@@ -1,0 +1,222 @@
+"""Encoding pictures and their captions into the shards of a latent cache."""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shared.data.batches import to_device
+from shared.data.updates import load_updates
+from shared.diffusion import latent_cache
+from shared.diffusion.captions import encode_text, text_identity, token_ids
+from shared.diffusion.latent_cache import Shard
+from shared.images.captioned import SAMPLE, CaptionedPictures, open_captioned
+from shared.images.crops import BucketCrops
+from shared.images.files import list_splits
+from shared.runtime.atomic_folder import written_aside
+
+_SAMPLE_SIDES, _SAMPLE_SHARD = (64, 64), 1024  # sides of the embedded emoji in pixels; pictures of a file
+
+logger = logging.getLogger(__name__)
+
+
+def cache_identity(
+    vae: Any,
+    text: tuple[Any, Any] | None,
+    splits: dict[str, CaptionedPictures],
+    *,
+    buckets: Sequence[tuple[int, int]],
+    mirrored: bool,
+    pictures_per_shard: int,
+) -> dict[str, Any]:
+    """What a cache is made of; another one must not be mixed with it.
+
+    Args:
+        vae: `diffusers.AutoencoderKL`.
+        text: tokenizer and encoder, see `captions.load_text_encoder`; None = the captions alone.
+        splits: pictures of each split.
+        buckets: heights and widths in pixels that pictures are cut to.
+        mirrored: whether mirror images are encoded as well.
+        pictures_per_shard: see `latent_cache.plan_shards`.
+    """
+    return {
+        "vae": latent_cache.weights_digest(vae),
+        "latent_channels": vae.config.latent_channels,
+        **(text_identity(*text) if text else {"text_encoder": None, "text_shape": None}),
+        "buckets": [list(bucket) for bucket in buckets],
+        "mirrored": mirrored,
+        "pictures_per_shard": pictures_per_shard,
+        "data": {split: pictures.fingerprint for split, pictures in splits.items()},
+    }
+
+
+def encode_shards(
+    folder: Path,
+    shards: Iterable[Shard],
+    splits: dict[str, CaptionedPictures],
+    vae: Any,
+    text: tuple[Any, Any] | None,
+    *,
+    buckets: Sequence[tuple[int, int]],
+    mirrored: bool,
+    batch_size: int,
+    num_workers: int,
+    shows_progress: bool,
+) -> int:
+    """Encode and write shards one after the other; a picture that cannot be decoded has no row and is named in the log.
+
+    Args:
+        folder: of the cache.
+        shards: those to write.
+        splits: pictures of each split.
+        vae: `diffusers.AutoencoderKL`, on the device that is to encode.
+        text: tokenizer and encoder, on that device; None = the captions alone.
+        buckets: heights and widths in pixels; each picture is cut to the one nearest to its aspect ratio.
+        mirrored: whether to encode the mirror images as well.
+        batch_size: pictures, or captions, that are encoded at a time.
+        num_workers: data worker processes; 0 = decode here.
+        shows_progress: whether this process shows a bar on the terminal.
+
+    Returns:
+        How many captions were cut, for they are longer than the text encoder takes.
+    """
+    prefixes = ["", "mirrored_"] if mirrored else [""]
+    arrays = [f"{prefix}{name}" for prefix in prefixes for name in ("mean", "std")] + (["text"] if text else [])
+    cut = 0
+    for shard in tqdm(list(shards), desc="encoding", unit="shard", disable=None if shows_progress else True):
+        pictures = splits[shard.split].subset(np.array(shard.indices))
+        crops = BucketCrops(pictures.files, buckets, batch_size)
+        found = _encode_pictures(crops, vae, prefixes, batch_size, num_workers)
+        for position in range(len(pictures)):
+            if position not in found:
+                logger.warning("%s cannot be decoded and is left out", pictures.files.name(position))
+        rows = [
+            {"index": shard.indices[position], "caption": pictures.captions[position], **found[position]}
+            for position in sorted(found)
+        ]
+        if text:
+            cut += _encode_captions(rows, *text, batch_size)
+        latent_cache.write_shard(folder, shard, rows, arrays)
+    return cut
+
+
+def _encode_pictures(
+    crops: BucketCrops, vae: Any, prefixes: Sequence[str], batch_size: int, num_workers: int
+) -> dict[int, dict[str, Any]]:
+    """Columns of the pictures by their position in the shard, those of mirror images where there is a prefix for it."""
+    found: dict[int, dict[str, Any]] = {}
+    items = load_updates(crops, range(len(crops)), num_workers, vae.device)
+    for batch in _full_batches(itertools.chain.from_iterable(items), batch_size):
+        pixels = to_device(batch, vae.device)["pixel_values"]
+        columns: dict[str, np.ndarray] = {}
+        for prefix in prefixes:
+            columns |= _posterior(vae, pixels.flip(2) if prefix else pixels, prefix)
+        height, width = columns["mean"].shape[2:]
+        for row, position in enumerate(batch["indices"].tolist()):
+            values = {name: column[row] for name, column in columns.items()}
+            found[position] = {"height": height, "width": width, **values}
+    return found
+
+
+def _full_batches(parts: Iterable[dict[str, Tensor]], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Join parts of at most `batch_size` pictures to batches of so many of one size; the last of a size may be less."""
+    waiting: dict[Any, dict[str, Tensor]] = {}
+    for part in parts:
+        size, joined = part["pixel_values"].shape[1:], part
+        if size in waiting:
+            joined = {name: torch.cat([values, part[name]]) for name, values in waiting.pop(size).items()}
+        if len(joined["indices"]) >= batch_size:
+            yield {name: values[:batch_size] for name, values in joined.items()}
+            joined = {name: values[batch_size:] for name, values in joined.items()}
+        if len(joined["indices"]):
+            waiting[size] = joined
+    yield from waiting.values()
+
+
+@torch.no_grad()
+def _posterior(vae: Any, pixels: Tensor, prefix: str) -> dict[str, np.ndarray]:
+    """Mean and standard deviation of uint8 pictures (B, H, W, 3): float16 (B, C, h, w) each."""
+    posterior = vae.encode(pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1).latent_dist
+    return {f"{prefix}{name}": getattr(posterior, name).half().cpu().numpy() for name in ("mean", "std")}
+
+
+def _encode_captions(rows: list[dict[str, Any]], tokenizer: Any, encoder: Any, batch_size: int) -> int:
+    """Add the column `text`, float16 (L, D), and say how many captions were cut."""
+    total = 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        ids, cut = token_ids(tokenizer, [row["caption"] for row in batch])
+        embeddings = encode_text(encoder, torch.from_numpy(ids).to(encoder.device)).half().cpu().numpy()
+        for row, embedding in zip(batch, embeddings, strict=True):
+            row["text"] = embedding
+        total += cut
+    return total
+
+
+def open_latents(
+    data: str, vae: Any, text: tuple[Any, Any] | None, *, cached: Path, cache_dir: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the latents to train on, and its manifest, which agrees with autoencoder and text encoder.
+
+    Args:
+        data: folder of a cache; sample = `cached`, which must be of the embedded emoji, or, if it is not there, their
+            latents made in `cache_dir`.
+        vae: see `sample_latents`.
+        text: see `sample_latents`.
+        cached: folder that may be there.
+        cache_dir: for data that is made once.
+
+    Raises:
+        UsageError: there is no complete cache, or one that is made of something else.
+    """
+    folder, identity = Path(data), dict[str, Any](vae=latent_cache.weights_digest(vae))
+    if text:
+        identity |= text_identity(*text)
+    if data == "sample":
+        folder = cached if cached.is_dir() else sample_latents(cache_dir, vae, text)
+        identity["data"] = {name: pictures.fingerprint for name, pictures in sample_splits().items()}
+    manifest = latent_cache.read_manifest(folder, "data")
+    latent_cache.check_identity(manifest, identity, "data", folder)
+    return folder, manifest
+
+
+def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> Path:
+    """The latents of the embedded emoji and of their mirror images, made in `cache_dir` unless they are there.
+
+    Args:
+        cache_dir: for data that is made once.
+        vae: `diffusers.AutoencoderKL`, on the device that is to encode.
+        text: tokenizer and encoder, on that device; None = the captions alone.
+
+    Returns:
+        The folder of a complete cache.
+    """
+    splits = sample_splits()
+    form: dict[str, Any] = {"buckets": [_SAMPLE_SIDES], "mirrored": True}
+    identity = cache_identity(vae, text, splits, **form, pictures_per_shard=_SAMPLE_SHARD)
+    folder = cache_dir / f"latents-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
+    if not folder.is_dir():
+        logger.warning("encoding the embedded emoji, once, into %s", folder)
+        with written_aside(folder) as aside:
+            latent_cache.begin_cache(aside, identity)
+            sizes = {name: len(pictures) for name, pictures in splits.items()}
+            shards = latent_cache.plan_shards(sizes, _SAMPLE_SHARD)
+            form |= {"batch_size": 32, "num_workers": 0, "shows_progress": True}
+            encode_shards(aside, shards, splits, vae, text, **form)
+            latent_cache.finish_cache(aside, identity, shards, max_bad_fraction=0.0)
+    return folder
+
+
+def sample_splits() -> dict[str, CaptionedPictures]:
+    """The embedded emoji."""
+    names, data = list_splits(str(SAMPLE), ""), str(SAMPLE)
+    usual: dict[str, Any] = {"config": "", "image_column": "", "caption_column": "", "max_bad_fraction": 0.0}
+    return {name: open_captioned(data, split=name, **usual) for name in names}

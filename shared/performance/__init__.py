@@ -1,0 +1,1 @@
+"""What training costs and how fast it goes."""

@@ -1,0 +1,315 @@
+"""Checkpoints that are complete or absent: written aside, flushed, named by a manifest, renamed, and only then pruned.
+
+`accelerator.save_state` writes what the engine needs; this module puts a manifest of sizes and SHA-256 sums around it,
+so that a torn or altered file is found before it is loaded, and nothing else is loaded. Generator states are left out:
+training is a function of (config, data, step), and those files are pickles.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException  # of BaseException, which `except Exception` misses
+
+from shared.command_line import NoUsableCheckpoint, UsageError, expect
+from shared.runtime.collectives import SHARDED_ENGINES, check_shared_folder, gather_objects
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TENSORS = "tensors.safetensors"
+
+
+def resume_run(accelerator: Any, run_dir: Path, resume: str, previous_phase: Path | None) -> tuple[int, dict[str, Any]]:
+    """Fill the prepared model and optimizer from the checkpoint to go on from. Every process calls this.
+
+    Args:
+        accelerator: its prepared model and optimizer are filled.
+        run_dir: the run folder, which all nodes must see; made here.
+        resume: see `find_checkpoint`.
+        previous_phase: run folder whose newest checkpoint this run begins with, at step 0; None = with the model and
+            optimizer as they are.
+
+    Returns:
+        step: optimizer updates done; 0 at the beginning.
+        state: what `save_checkpoint` was given; empty at the beginning.
+
+    Raises:
+        NoUsableCheckpoint, UsageError: see `find_checkpoint`, `load_checkpoint` and `check_shared_folder`.
+    """
+    checkpoint = find_checkpoint(accelerator, run_dir, resume)
+    before = None
+    if previous_phase and not checkpoint:
+        engine, before = accelerator.distributed_type.value, find_checkpoint(accelerator, previous_phase, "auto")
+        expect(bool(before), "init", str(previous_phase), "a run folder with checkpoints, for init_optimizer")
+        expect(engine not in SHARDED_ENGINES, "init_optimizer", True, f"False under {engine}, whose files can run code")
+    check_shared_folder(accelerator, run_dir)
+    if before:
+        load_checkpoint(accelerator, before)
+    return load_checkpoint(accelerator, checkpoint) if checkpoint else (0, {})
+
+
+def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Write `checkpoints/step_XXXXXXXX`, then remove the oldest beyond `keep`. Every process calls this.
+
+    Checkpoints of later steps, which are there after training went back to an earlier one, are removed as well.
+
+    Args:
+        accelerator: its prepared model and optimizer are what is saved.
+        run_dir: the run folder.
+        step: optimizer updates done so far.
+        state: anything else that resuming needs: JSON, and under the key tensors a dict of tensors.
+        keep: number of newest checkpoints to keep, this one included.
+    """
+    folder = run_dir / "checkpoints"
+    aside = folder / f".tmp_step_{step:08d}"
+    if accelerator.is_main_process:
+        for left_over in (*folder.glob(".tmp_step_*"), *folder.glob(".trash_step_*")):
+            shutil.rmtree(left_over, ignore_errors=True)  # of a save that was cut short; the disk may be full
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    _fault("before_save", step)
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights, which it saves once
+    accelerator.save_state(str(aside), safe_serialization=True)
+    _fault("after_state", step)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for generator_state in aside.glob("random_states_*.pkl"):
+            generator_state.unlink()
+        about = {"step": step, "processes": accelerator.num_processes, "engine": accelerator.distributed_type.value}
+        if tensors := state.get("tensors"):
+            save_file(tensors, aside / TENSORS)
+        plain = {key: value for key, value in state.items() if key != "tensors"}
+        (aside / STATE).write_text(json.dumps({**about, "state": plain}))
+        files = _flush_and_sum(aside)
+        _fault("before_manifest", step)
+        (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        _flush(aside / MANIFEST)
+        _flush(aside)
+        _fault("before_rename", step)
+        target = folder / f"step_{step:08d}"
+        if target.exists():
+            target.rename(folder / f".trash_{target.name}")
+        aside.rename(target)
+        _flush(folder)
+        _fault("after_rename", step)
+        _prune(run_dir, step, keep)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, damaged ones included."""
+    folders = [
+        path
+        for path in (run_dir / "checkpoints").glob("step_*")
+        if path.name[5:].isdecimal() and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or "" if every file is as its manifest says."""
+    try:
+        files = dict(_manifest(checkpoint))
+        expected = [(name, int(size), str(digest)) for name, (size, digest) in files.items()]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    if STATE not in files:
+        return f"{MANIFEST} does not name {STATE}"
+    for name, size, digest in expected:
+        try:
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if _sha256(checkpoint / name) != digest:
+                return f"{name} has another checksum"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
+    return ""
+
+
+def newest_usable_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose manifest holds; damaged ones are named in a warning and set aside as `.bad_*`.
+
+    Raises:
+        NoUsableCheckpoint: there are checkpoints, and all are damaged.
+    """
+    problems = []
+    for checkpoint in list_checkpoints(run_dir):
+        problem = damage(checkpoint)
+        if not problem:
+            return checkpoint
+        problems.append(f"{checkpoint.name}: {problem}")
+        logger.warning("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
+        bad = checkpoint.with_name(f".bad_{checkpoint.name}")
+        shutil.rmtree(bad, ignore_errors=True)
+        checkpoint.rename(bad)
+    set_aside = sorted(path.name for path in (run_dir / "checkpoints").glob(".bad_step_*"))
+    if set_aside:
+        raise NoUsableCheckpoint(
+            f"{run_dir}: every checkpoint is damaged ({'; '.join(problems or set_aside)}); "
+            "to start anew, choose another output_dir"
+        )
+    return None
+
+
+def find_checkpoint(accelerator: Any, run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, the same on every process.
+
+    Args:
+        accelerator: the main process looks, the others are told.
+        run_dir: the run folder.
+        resume: auto, never, or a checkpoint folder; one of another run counts only until this run has its own, so that
+            the same command goes on after an interruption.
+
+    Raises:
+        NoUsableCheckpoint: there are checkpoints, and all are damaged.
+        UsageError: the checkpoint folder is damaged, or is a sharded engine's (which holds pickles) from elsewhere.
+    """
+    found: Path | Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            found = _find(run_dir, resume, accelerator.distributed_type.value)
+        except (NoUsableCheckpoint, UsageError) as error:
+            found = error
+    found = gather_objects(accelerator, found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def load_checkpoint(accelerator: Any, checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """Load model and optimizer into the prepared objects. Every process calls this.
+
+    The optimizer keeps the learning rates and other settings that it was built with: they are the configuration's.
+    Files that the manifest does not name are not seen.
+
+    Args:
+        accelerator: its prepared model and optimizer are filled.
+        checkpoint: a folder in which `damage` found none.
+
+    Returns:
+        step: optimizer updates done.
+        state: what `save_checkpoint` was given.
+
+    Raises:
+        UsageError: it was written by another engine, by another number of processes under DeepSpeed, or for a model
+            or optimizer of another shape.
+    """
+    about = json.loads((checkpoint / STATE).read_text())
+    name = f"resume: {str(checkpoint)!r}"
+    engine, processes = accelerator.distributed_type.value, accelerator.num_processes
+    if about["engine"] != engine and {about["engine"], engine} & set(SHARDED_ENGINES):
+        raise UsageError(f"{name}: expected a checkpoint of {engine}, got {about['engine']}")
+    if engine == "DEEPSPEED" and about["processes"] != processes:
+        raise UsageError(
+            f"{name}: expected a checkpoint of {processes} processes, got one of {about['processes']}; "
+            "DeepSpeed's ds_to_universal converts it"
+        )
+    settings = _optimizer_settings(accelerator)
+    with tempfile.TemporaryDirectory(prefix="checkpoint_") as view:
+        _link_named_files(checkpoint, Path(view))
+        try:
+            accelerator.load_state(view)
+        except (RuntimeError, ValueError, KeyError, OSError, pickle.UnpicklingError, CheckpointException) as error:
+            reason = " ".join(str(error).replace(view, "").split())
+            raise UsageError(f"{name}: expected a checkpoint of this model and optimizer: {reason[:300]}") from error
+    for group, built in zip(_optimizer_groups(accelerator), settings, strict=True):
+        group.update(built)
+    if (checkpoint / TENSORS).is_file() and TENSORS in _manifest(checkpoint):
+        about["state"]["tensors"] = load_file(checkpoint / TENSORS)
+    return about["step"], about["state"]
+
+
+def _find(run_dir: Path, resume: str, engine: str) -> Path | None:
+    if resume in ("auto", "never"):
+        return newest_usable_checkpoint(run_dir)
+    checkpoint = Path(resume)
+    if checkpoint.resolve().parent.parent != run_dir.resolve():
+        if own := newest_usable_checkpoint(run_dir):
+            logger.warning("going on from %s, not from %s, where this run began", own, checkpoint)
+            return own
+        if engine in SHARDED_ENGINES:
+            raise UsageError(f"resume: {resume!r}: expected one of this run's own, a sharded checkpoint can run code")
+    if problem := damage(checkpoint):
+        raise UsageError(f"resume: {resume!r}: expected a checkpoint that is whole: {problem}")
+    return checkpoint
+
+
+def _optimizer_groups(accelerator: Any) -> list[dict[str, Any]]:
+    return [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
+
+
+def _optimizer_settings(accelerator: Any) -> list[dict[str, Any]]:
+    """What the configuration says of each group; `initial_lr` is torch's name for the rate before any schedule."""
+    groups = _optimizer_groups(accelerator)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    return [{"initial_lr": group["lr"], **group} for group in settings]
+
+
+def _link_named_files(checkpoint: Path, view: Path) -> None:
+    named = _manifest(checkpoint)
+    for path in checkpoint.rglob("*"):
+        name = path.relative_to(checkpoint)
+        if name.as_posix() in named:
+            (view / name).parent.mkdir(parents=True, exist_ok=True)
+            (view / name).symlink_to(path.resolve())
+
+
+def _manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    return json.loads((checkpoint / MANIFEST).read_text())["files"]
+
+
+def _flush_and_sum(folder: Path) -> dict[str, tuple[int, str]]:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        _flush(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = (path.stat().st_size, _sha256(path))
+    return files
+
+
+def _prune(run_dir: Path, step: int, keep: int) -> None:
+    checkpoints = list_checkpoints(run_dir)
+    later = [path for path in checkpoints if _step(path) > step]
+    for old in later + checkpoints[len(later) + keep :]:
+        trash = old.with_name(f".trash_{old.name}")
+        old.rename(trash)
+        _fault("mid_prune", step)
+    for trash in (run_dir / "checkpoints").glob(".trash_step_*"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _fault(point: str, step: int) -> None:
+    """Die here when FAULT is the point, or point:step; how the tests show that a save survives SIGKILL anywhere."""
+    if os.environ.get("FAULT") in (point, f"{point}:{step}"):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""Processes, disks and signals: the machine under a run."""

@@ -1,0 +1,350 @@
+"""Where text comes from: local files, folders of them, or a Hub data set; one string a document.
+
+Formats: .parquet; .jsonl (one object a line); .txt. The last two also as .gz, .xz and .zst. A .txt file holds
+documents between lines that say `<|endoftext|>`; without such a line in its first 16 MB it is read as documents of
+about 64 KiB cut at line ends, so that a book of any size needs no more memory than a page. Bytes that are not UTF-8
+are kept (PEP 383 surrogates) and come back exactly from the tokenizer.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from shared.command_line import UsageError
+from shared.data.hub_ids import is_hub_id
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+COMPRESSION_SUFFIXES = (".gz", ".xz", ".zst")
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+UNSEPARATED_CHARACTERS = 1 << 16
+_SEPARATOR_WITHIN = 1 << 24  # characters of a .txt in which a separator must come, or it counts as one without
+_READ_FOR_FINGERPRINT = 1 << 26  # bytes of a file up to which its content is read for the fingerprint
+_SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
+_SAMPLE = Path(__file__).parents[1] / "samples" / "prose"
+SAMPLES = {"sample": _SAMPLE / "train.parquet", "sample_eval": _SAMPLE / "eval.parquet"}
+
+
+class Texts(Protocol):
+    """Any iterable of documents that has a fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the documents do."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalTexts:
+    """Documents of local files, in the order of the files and of the records in them."""
+
+    name: str
+    files: tuple[Path, ...]
+    text_column: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed, renamed or resized, or when its content changes.
+
+        A small file's content is read, so that a copy or a new clone counts as the same; a large one's change shows in
+        the time when it was written.
+        """
+        versions = [(file.name, _version_of(file)) for file in self.files]
+        return hashlib.sha256(repr((versions, self.text_column)).encode()).hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self.files:
+            yield from _read_file(file, self.text_column)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubTexts:
+    """Documents of a Hub data set that has been downloaded, memory-mapped from its Arrow files."""
+
+    name: str
+    dataset: Any
+    text_column: str
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint that `datasets` derives from the data set's files, configuration and split."""
+        return hashlib.sha256(f"{self.dataset._fingerprint} {self.text_column}".encode()).hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[str]:
+        for record in self.dataset.select_columns([self.text_column]):
+            if record[self.text_column]:
+                yield record[self.text_column]
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """The first so many characters of a corpus, the last document cut."""
+
+    texts: Texts
+    characters: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the corpus or the number of characters does."""
+        return f"{self.texts.fingerprint} first {self.characters}"
+
+    def __iter__(self) -> Iterator[str]:
+        left = self.characters
+        for text in self.texts:
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def open_texts(data: str, *, config: str, split: str, text_column: str) -> LocalTexts | HubTexts:
+    """Find and check a corpus without reading all of it.
+
+    Args:
+        data: "sample", "sample_eval", a file, a folder, or a Hub id.
+        config: configuration of a Hub data set; "" = its only one.
+        split: split of a Hub data set.
+        text_column: column of the text; "" = the only column that holds text, or the one called text.
+
+    Raises:
+        UsageError: nothing is there, nothing is in it, or the column is not there.
+    """
+    path = local_path(data)
+    if path is None:
+        texts: LocalTexts | HubTexts = _open_hub_texts(data, config=config, split=split, text_column=text_column)
+    else:
+        files = tuple(list_files(path))
+        # The first file that holds a record tells the columns; a .txt file has none.
+        columns = next(filter(None, map(_columns_of, files)), None)
+        texts = LocalTexts(data, files, pick_text_column(data, columns, text_column) if columns else "")
+    if next(iter(texts), None) is None:
+        raise UsageError(f"data: {data!r}: expected at least one document, got none")
+    return texts
+
+
+def open_corpora(data: str, *, config: str, split: str, text_column: str) -> list[LocalTexts | HubTexts]:
+    """`open_texts` for each of several comma-separated names."""
+    names = [name.strip() for name in data.split(",")]
+    return [open_texts(name, config=config, split=split, text_column=text_column) for name in names]
+
+
+def local_path(data: str) -> Path | None:
+    """The file or folder that `data` names; None if there is none, then it may be a Hub id."""
+    path = SAMPLES.get(data) or Path(os.path.expanduser(data))
+    return path if data and os.path.exists(path) else None
+
+
+def list_files(path: Path) -> list[Path]:
+    """The readable files at `path`, a file or a folder, in sorted order.
+
+    Raises:
+        UsageError: the file's format is not known, or the folder holds no file of a known one.
+    """
+    known = " ".join(TEXT_SUFFIXES) + ", the first two also with " + " ".join(COMPRESSION_SUFFIXES)
+    if path.is_file():
+        if not _format_of(path):
+            raise UsageError(f"data: {str(path)!r}: expected a file that ends in one of {known}")
+        return [path]
+    visible = (
+        file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    files = sorted(file for file in visible if file.is_file() and _format_of(file))
+    if not files:
+        raise UsageError(f"data: {str(path)!r}: expected a folder with files that end in one of {known}")
+    return files
+
+
+def pick_text_column(data: str, columns: dict[str, bool], text_column: str) -> str:
+    """The column to read: the one asked for, the only one that holds text, or the one called text.
+
+    Args:
+        data: name for the message.
+        columns: column name -> whether it holds text.
+        text_column: what the user asked for; "" = find out.
+
+    Raises:
+        UsageError: it is not there, or several could be meant.
+    """
+    candidates = [name for name, holds_text in columns.items() if holds_text]
+    likely = "text" if "text" in candidates or len(candidates) != 1 else candidates[0]
+    column = text_column or likely
+    if column not in candidates:
+        there = ", ".join(candidates) or f"none of its columns is, they are {', '.join(columns)}"
+        raise UsageError(f"text_column: {text_column!r}: expected a column of {data!r} that holds text: {there}")
+    return column
+
+
+def text_columns(records: Iterable[dict[str, Any]]) -> dict[str, bool]:
+    """Column name -> whether it holds text, as far as the first records tell."""
+    types: dict[str, set[type]] = {}
+    for record in itertools.islice(records, _SAMPLED_RECORDS):
+        for name, value in record.items():
+            types.setdefault(name, set()).add(type(value))
+    return {name: found <= {str, type(None)} for name, found in types.items()}
+
+
+def _version_of(file: Path) -> tuple[object, ...]:
+    status = file.stat()
+    if status.st_size > _READ_FOR_FINGERPRINT:
+        return status.st_size, status.st_mtime_ns
+    with file.open("rb") as stream:
+        return status.st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _format_of(file: Path) -> str:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
+        return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in (".txt", ".jsonl") else ""
+    return suffixes[-1] if suffixes and suffixes[-1] in TEXT_SUFFIXES else ""
+
+
+def _columns_of(file: Path) -> dict[str, bool]:
+    if _format_of(file) == ".parquet":
+        schema = _parquet(file).schema_arrow
+        return {field.name: str(field.type) in ("string", "large_string", "string_view") for field in schema}
+    return text_columns(record for _, record in _records(file)) if _format_of(file) == ".jsonl" else {}
+
+
+def _read_file(file: Path, text_column: str) -> Iterator[str]:
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_txt}
+    return readers[_format_of(file)](file, text_column)
+
+
+def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
+    import pyarrow
+
+    pick_text_column(str(file), _columns_of(file), text_column)
+    try:
+        for batch in _parquet(file).iter_batches(batch_size=64, columns=[text_column]):
+            # As bytes: Arrow does not check that text is UTF-8.
+            for data in batch.column(0).cast("large_binary").to_pylist():
+                if data:
+                    yield data.decode("utf-8", "surrogateescape")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
+
+
+def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
+    for number, record in _records(file):
+        if text_column not in record:
+            raise UsageError(f"text_column: {text_column!r}: expected one of {list(record)} in {file}:{number}")
+        text = record[text_column]
+        if not isinstance(text, str | None):
+            found = type(text).__name__
+            raise UsageError(f"text_column: {text_column!r}: expected text in {file}:{number}, got {found}")
+        if text:
+            yield text
+
+
+def _read_txt(file: Path, text_column: str) -> Iterator[str]:
+    del text_column  # a text file has no columns
+    lines: list[str] = []
+    size, separated = 0, _begins_separated(file)
+    for line, is_separator in _txt_lines(file):
+        if not is_separator:
+            lines.append(line)
+            size += len(line)
+        if lines and (is_separator or (not separated and size >= UNSEPARATED_CHARACTERS)):
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+def _begins_separated(file: Path) -> bool:
+    size = 0
+    for line, is_separator in _txt_lines(file):
+        size += len(line)
+        if is_separator or size > _SEPARATOR_WITHIN:
+            return is_separator
+    return False
+
+
+def _txt_lines(file: Path) -> Iterator[tuple[str, bool]]:
+    """Lines, long ones in several parts, and whether each is a separator."""
+    begins = True
+    for line in _lines(file, UNSEPARATED_CHARACTERS):
+        yield line, begins and line.strip() == DOCUMENT_SEPARATOR
+        begins = line.endswith("\n")
+
+
+def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank."""
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            yield number, _record(file, number, line)
+
+
+def _lines(file: Path, longest: int = -1) -> Iterator[str]:
+    """Lines with their ends, every byte kept; one that is longer than `longest` characters comes in several parts."""
+    try:
+        with io.TextIOWrapper(_open(file), encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
+            while line := stream.readline(longest):
+                yield line
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
+
+
+def _open(file: Path) -> IO[bytes]:
+    """Decompressed bytes. Arrow's reader notices that a .zst was cut off, zstandard's takes that for the end."""
+    import pyarrow
+
+    suffix = file.suffix.lower()
+    if suffix == ".xz":
+        return lzma.open(file)
+    return pyarrow.input_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}.get(suffix))
+
+
+def _record(file: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"data: {file}:{number}: expected a JSON object, got {_one_line(error)}") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"data: {file}:{number}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"data: {str(file)!r}: expected a Parquet file, got {_one_line(error)}") from error
+
+
+def _open_hub_texts(data: str, *, config: str, split: str, text_column: str) -> HubTexts:
+    with hub_errors(data):
+        import datasets
+
+        dataset = datasets.load_dataset(data, config or None, split=split)
+    columns = {
+        name: getattr(feature, "dtype", "") in ("string", "large_string") for name, feature in dataset.features.items()
+    }
+    return HubTexts(name=data, dataset=dataset, text_column=pick_text_column(data, columns, text_column))
+
+
+@contextlib.contextmanager
+def hub_errors(data: str) -> Iterator[None]:
+    """Turn what goes wrong with the Hub data set `data` into a `UsageError`, a name that is no Hub id first of all."""
+    if not is_hub_id(data):
+        raise UsageError(f"data: {data!r}: expected sample, a file or folder that exists, or a Hub data set id")
+    try:
+        yield
+    except Exception as error:  # its many network, cache and format errors have no common class
+        expected = "a file or folder that exists, or a Hub data set that can be read"
+        raise UsageError(f"data: {data!r}: expected {expected}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

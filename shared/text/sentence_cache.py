@@ -1,0 +1,219 @@
+"""Documents as tokenised sentences on disk: written once by several processes, read memory-mapped ever after.
+
+    CACHE_DIR/sentences/KEY/{train,eval}/tokens.bin      every sentence, no special tokens
+                                        /sentences.bin   int64: where each sentence ends in tokens.bin
+                                        /documents.bin   int64: where each document ends in sentences.bin
+                           /summary.json
+
+The order of sentences, paragraphs and documents is kept. The key covers the data, the tokenizer and the settings, and a
+folder is complete or absent, as in `token_cache`.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from shared.command_line import UsageError
+from shared.runtime.atomic_folder import written_aside
+from shared.text import tokenization
+from shared.text.document_pool import map_documents
+from shared.text.documents import Texts
+from shared.text.token_cache import SPLITS, cache_key, content_share, map_file
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+LONGEST_SENTENCE = 1024  # tokens, more than any row holds; what is longer is no sentence and is cut
+_BLANK_LINE = re.compile(r"\n\s*\n")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SentenceCache:
+    """One split of a corpus.
+
+    Attributes:
+        folder: where it lies.
+        tokens: uint16 or uint32 (number of tokens,), memory-mapped.
+        sentence_ends: int64 (number of sentences,), memory-mapped; sentence s is
+            tokens[sentence_ends[s - 1]:sentence_ends[s]].
+        document_ends: int64 (number of documents,), memory-mapped; document d is the sentences
+            document_ends[d - 1]:document_ends[d], at least two.
+    """
+
+    folder: Path
+    tokens: np.ndarray
+    sentence_ends: np.ndarray
+    document_ends: np.ndarray
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the files itself; numpy would send it all tokens."""
+        return open_sentence_cache, (self.folder.parent, self.folder.name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the cache folder, which changes with data, tokenizer and settings."""
+        return self.folder.parent.name
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """The tokens of sentences `first` to `last` (exclusive), int64."""
+        start = int(self.sentence_ends[first - 1]) if first else 0
+        return self.tokens[start : int(self.sentence_ends[last - 1])].astype(np.int64)
+
+
+def split_corpus(
+    documents: Texts,
+    tokenizer: Any,
+    *,
+    language: str,
+    one_sentence_per_line: bool,
+    eval_fraction: float,
+    cache_dir: Path,
+    num_processes: int,
+) -> tuple[SentenceCache, SentenceCache]:
+    """Split a corpus into sentences and tokenise them, or find that done: documents to train on and to evaluate on.
+
+    Documents are held out by their content, as in `token_cache.build_token_cache`, two of them at least.
+
+    Args:
+        documents: texts with a `fingerprint`; a blank line ends a sentence too, a lone line end does not.
+        tokenizer: a fast transformers tokenizer.
+        language: code that the rules of splitting depend on, such as en.
+        one_sentence_per_line: lines are sentences, and blank lines end documents (the format of Devlin et al.'s code).
+        eval_fraction: share of the documents held out for evaluation; 1 = all.
+        cache_dir: this node's folder for tokenised data.
+        num_processes: splitting processes.
+
+    Raises:
+        UsageError: the corpus is unreadable, or a split has fewer than two documents of two sentences or more.
+    """
+    settings = (FORMAT_VERSION, language, one_sentence_per_line, eval_fraction)
+    key = cache_key(documents.fingerprint, tokenization.fingerprint(tokenizer), settings)
+    folder = cache_dir / "sentences" / key
+    if not folder.exists():
+        results = map_documents(
+            _split_batch,
+            documents,
+            start=_start_worker,
+            arguments=(tokenizer.backend_tokenizer.to_str(), language, one_sentence_per_line),
+            num_processes=num_processes,
+            description="splitting into sentences",
+        )
+        with written_aside(folder) as aside:
+            _write(aside, results, tokenization.num_ids(tokenizer), eval_fraction)
+    train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
+    _report_oddities(folder)
+    return train, held_out
+
+
+def open_sentence_cache(folder: Path, split: str) -> SentenceCache:
+    """Map one split of a cache folder into memory."""
+    dtype = np.dtype(json.loads((folder / "summary.json").read_text())["dtype"])
+    types = {"tokens": dtype, "sentences": np.int64, "documents": np.int64}
+    files = [map_file(folder / split / f"{name}.bin", numbers) for name, numbers in types.items()]
+    return SentenceCache(folder / split, *(file.view(np.ndarray) for file in files))  # memmap's own indexing is slow
+
+
+def _write(
+    folder: Path, results: Iterable[list[tuple[list[np.ndarray], float]]], num_ids: int, eval_fraction: float
+) -> None:
+    dtype = np.dtype(np.uint16 if num_ids <= 1 << 16 else np.uint32)
+    writers = {split: _SplitWriter(folder / split, dtype) for split in SPLITS}
+    held_out_shares: set[float] = set()
+    num_single = num_cut = 0
+    for documents in results:
+        for sentences, share in documents:
+            whole = [piece for sentence in sentences for piece in np.split(sentence, _cuts(len(sentence)))]
+            num_cut += len(whole) - len(sentences)
+            if len(whole) < 2:
+                num_single += len(whole)
+                continue
+            if eval_fraction > 0 and len(held_out_shares) < 2:
+                held_out_shares.add(share)
+            is_held_out = share < eval_fraction or share in held_out_shares
+            writers["eval" if is_held_out else "train"].add(whole)
+    counts = {split: writer.close() for split, writer in writers.items()}
+    needed = {"train": eval_fraction < 1, "eval": eval_fraction > 0}
+    for split in SPLITS:
+        if needed[split] and counts[split] < 2:
+            raise UsageError(
+                f"data: expected at least 2 documents of 2 sentences or more to {split} on, for a next sentence from "
+                f"another document, got {counts[split]} ({num_single} have one sentence; equal ones stay together)"
+            )
+    summary = {"dtype": dtype.name, "documents": counts, "of_one_sentence": num_single, "cut": num_cut}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def _cuts(length: int) -> list[int]:
+    return list(range(LONGEST_SENTENCE, length, LONGEST_SENTENCE))
+
+
+def _report_oddities(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    if summary["of_one_sentence"]:
+        logger.warning("%d documents have one sentence and are left out", summary["of_one_sentence"])
+    if summary["cut"]:
+        logger.info("sentences of more than %d tokens were cut, %d times", LONGEST_SENTENCE, summary["cut"])
+
+
+class _SplitWriter:
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        folder.mkdir()
+        self._dtype = dtype
+        names = ("tokens", "sentences", "documents")
+        self._files: dict[str, IO[bytes]] = {name: (folder / f"{name}.bin").open("wb") for name in names}
+        self._tokens = self._sentences = self._documents = 0
+
+    def add(self, sentences: list[np.ndarray]) -> None:
+        ends = self._tokens + np.cumsum([len(sentence) for sentence in sentences])
+        self._files["tokens"].write(np.concatenate(sentences).astype(self._dtype).tobytes())
+        self._files["sentences"].write(ends.astype(np.int64).tobytes())
+        self._tokens = int(ends[-1])
+        self._sentences += len(sentences)
+        self._documents += 1
+        self._files["documents"].write(np.array(self._sentences, dtype=np.int64).tobytes())
+
+    def close(self) -> int:
+        for file in self._files.values():
+            file.close()
+        return self._documents
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer_json: str, language: str, one_sentence_per_line: bool) -> None:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer_json)
+    backend.encode_special_tokens = True  # a text that spells [SEP] has no separator there
+    _worker.update(backend=backend, language=language, one_sentence_per_line=one_sentence_per_line)
+
+
+def _split_batch(texts: list[str]) -> list[list[tuple[list[np.ndarray], float]]]:
+    """For each text its documents, several where blank lines end them: sentences of at least a token, content share."""
+    return [[_encode(sentences) for sentences in _documents(_readable(text))] for text in texts]
+
+
+def _documents(text: str) -> list[list[str]]:
+    if _worker["one_sentence_per_line"]:
+        return [document.splitlines() for document in _BLANK_LINE.split(text)]
+    import sentencex
+
+    return [sentencex.segment(_worker["language"], text)]
+
+
+def _encode(sentences: list[str]) -> tuple[list[np.ndarray], float]:
+    encodings = _worker["backend"].encode_batch_fast(sentences, add_special_tokens=False)
+    ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings if encoding.ids]
+    return ids, content_share("\n".join(sentences).encode())
+
+
+def _readable(text: str) -> str:
+    """Bytes that are no UTF-8 become the replacement character: sentences and words have no bytes."""
+    return tokenization.to_bytes(text).decode("utf-8", "replace")

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+import torch
+
+from shared.data.batches import IGNORED
+from shared.metrics.classification import (
+    Answers,
+    answers_of,
+    count_confusions,
+    describe_confusions,
+    join_answers,
+    surest_mistakes,
+)
+
+LABELS = np.array([0, 0, 0, 1, 1, 2, 2])
+GUESSES = np.array([0, 1, 1, 1, 2, 2, 2])
+PROBABILITIES = np.array([0.9, 0.4, 0.8, 0.7, 0.6, 1.0, 0.5])
+NAMES = ["cat", "dog", "cow", "hen"]
+
+
+def answers(labels: np.ndarray, guesses: np.ndarray) -> Answers:
+    return Answers(np.arange(7), labels, guesses[:, None], PROBABILITIES)
+
+
+def test_confusions_are_counted_by_class_and_guess() -> None:
+    assert count_confusions(LABELS, GUESSES, 4).tolist() == [[1, 2, 0, 0], [0, 1, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
+
+
+def test_the_most_frequent_come_first() -> None:
+    text = describe_confusions(answers(LABELS, GUESSES), NAMES)
+    assert text.splitlines() == ["cat taken for dog: 2 of 3", "dog taken for cow: 1 of 2"]
+    assert describe_confusions(answers(LABELS, LABELS), NAMES) == "no mistake"
+
+
+def test_the_surest_mistakes_come_first() -> None:
+    assert surest_mistakes(answers(LABELS, GUESSES), 5).tolist() == [2, 4, 1]
+    assert surest_mistakes(answers(LABELS, GUESSES), 2).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+def test_answers_of_batches_are_those_of_all_pictures(classes: int) -> None:
+    probabilities = torch.rand(9, classes, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    labels = torch.tensor([0, 1, 2, IGNORED, 0, 1, 2, 0, IGNORED])
+    whole = {"indices": torch.arange(9), "labels": labels}
+    halves = [{name: values[part] for name, values in whole.items()} for part in (slice(0, 4), slice(4, 9))]
+    joined = join_answers([answers_of(probabilities[:4], halves[0]), answers_of(probabilities[4:], halves[1])])
+    assert joined.indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert joined.guesses.shape == (7, min(5, classes))
+    assert joined.guesses[:, 0].tolist() == probabilities.argmax(-1)[joined.indices].tolist()
+    right = [int(probabilities[i].argmax()) == int(labels[i]) for i in joined.indices]
+    assert joined.top1() == pytest.approx(np.mean(right))
+    ranks = (probabilities > probabilities.gather(1, labels.clamp(min=0)[:, None])).sum(-1)[joined.indices]
+    assert joined.top5() == pytest.approx((ranks < 5).float().mean().item())

@@ -1,0 +1,48 @@
+"""Figures are drawn from whatever a run holds."""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.metrics import figures
+from shared.metrics.figures import loss_curve
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [],
+        [{"step": 1, "perf/mfu": 0.5}],
+        [{"step": 1, "train/loss": 3.0}],
+        [{"step": 1, "eval/loss": 3.0}],
+        [{"step": 1, "train/loss": math.nan}, {"step": 2, "train/loss": 3.0, "eval/loss": math.nan}],
+        [{"step": step, "train/loss": 1 / step, "eval/loss": 2 / step} for step in range(1, 50)],
+    ],
+)
+def test_a_picture_comes_out(tmp_path, entries):
+    path = tmp_path / "figures" / "loss.png"
+    for _ in range(2):
+        with warnings.catch_warnings(action="error"):
+            loss_curve(entries, path)
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_drawn_curve_differs_from_none(tmp_path):
+    loss_curve([], tmp_path / "empty.png")
+    loss_curve([{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}], tmp_path / "curve.png")
+    assert (tmp_path / "empty.png").read_bytes() != (tmp_path / "curve.png").read_bytes()
+
+
+def test_confusion_matrix_and_grid_are_drawn(tmp_path: Path) -> None:
+    from PIL import Image
+
+    figures.confusion_matrix(np.array([[3, 1], [0, 0]]), ["a $class$", "other"], tmp_path / "new" / "matrix.png")
+    for number, rows in ((0, 1), (5, 2), (16, 4)):
+        shown = [np.full((6, 8, 3), 40 * index % 256, dtype=np.uint8) for index in range(number)]
+        figures.picture_grid(shown, ["$5 title"] * number, tmp_path / "grid.png")
+        assert Image.open(tmp_path / "grid.png").size == (960, 276 * rows)
+    with Image.open(tmp_path / "new" / "matrix.png") as image:
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10

@@ -1,0 +1,54 @@
+import copy
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from shared.models.batch_statistics import RunningStatistics
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+
+
+def test_one_batch_an_update_is_torch_s_own_average() -> None:
+    ours, torchs = model(), model()
+    statistics, accelerator = RunningStatistics(ours), Accelerator(cpu=True)
+    for step in range(5):
+        batch = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+        statistics.begin_update()
+        ours(batch)
+        statistics.end_update(accelerator)
+        torchs(batch)
+    for name, value in torchs.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+def test_order_and_repetition_of_micro_batches_change_nothing() -> None:
+    """Gradient checkpointing sees each micro-batch twice."""
+    accelerator = Accelerator(cpu=True)
+    batches = [torch.randn(4, 3, 6, 6) for _ in range(3)]
+    results = []
+    for order in ((0, 1, 2), (2, 0, 1), (0, 0, 1, 1, 2, 2)):
+        network = model()
+        statistics = RunningStatistics(network)
+        statistics.begin_update()
+        for index in order:
+            network(batches[index])
+        statistics.end_update(accelerator)
+        results.append(network.state_dict())
+    for other in results[1:]:
+        for name in ("1.running_mean", "1.running_var", "4.running_mean"):
+            torch.testing.assert_close(other[name], results[0][name])
+
+
+def test_an_update_can_be_undone() -> None:
+    network = model()
+    before = copy.deepcopy(network.state_dict())
+    statistics = RunningStatistics(network)
+    statistics.begin_update()
+    network(torch.full((2, 3, 6, 6), torch.nan))
+    statistics.undo_update()
+    assert all(torch.equal(network.state_dict()[name], before[name]) for name in before if "running" in name)

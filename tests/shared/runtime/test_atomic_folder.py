@@ -1,0 +1,85 @@
+"""A folder is complete or absent, however its writing ends."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from shared.runtime.atomic_folder import one_at_a_time, written_aside
+
+
+def write(folder: Path, content: str) -> None:
+    with written_aside(folder) as aside:
+        (aside / "nested").mkdir()
+        (aside / "nested" / "file").write_text(content)
+        assert aside.name.startswith(".")
+        assert aside.parent == folder.parent
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with written_aside(folder) as aside:
+        (aside / "file").write_text("x")
+        assert not folder.exists()
+    assert os.listdir(folder) == ["file"]
+    assert os.listdir(folder.parent) == ["b"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with written_aside(tmp_path / "a") as aside:
+            (aside / "file").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_slower_of_two_runs_keeps_what_the_faster_one_wrote(tmp_path: Path) -> None:
+    with written_aside(tmp_path / "a") as aside:
+        (aside / "file").write_text("slow")
+        write(tmp_path / "a", "fast")
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "nested" / "file").read_text() == "fast"
+
+
+def test_a_rename_that_fails_for_another_reason_is_said(tmp_path: Path) -> None:
+    def vanish() -> None:
+        with written_aside(tmp_path / "a") as aside:
+            aside.rmdir()
+
+    with pytest.raises(FileNotFoundError):
+        vanish()
+
+
+def test_what_killed_runs_left_is_removed_after_a_week(tmp_path: Path) -> None:
+    for name in (".a.old", ".a.new", ".b.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+        if name.endswith("old"):
+            os.utime(tmp_path / name, (1, 1))
+    write(tmp_path / "a", "x")
+    assert sorted(os.listdir(tmp_path)) == [".a.new", ".b.old", "a"]
+
+
+def build_once(folder: Path) -> None:
+    with one_at_a_time(folder):
+        if not folder.exists():
+            (folder.parent / f"built_by_{os.getpid()}").touch()
+            time.sleep(0.3)
+            folder.mkdir()
+
+
+def test_of_several_processes_one_builds_and_the_others_find(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=build_once, args=(tmp_path / "deep" / "a",)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert len([name for name in os.listdir(tmp_path / "deep") if name.startswith("built_by")]) == 1

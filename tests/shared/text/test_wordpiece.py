@@ -1,0 +1,68 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, BertTokenizer
+
+from shared.command_line import UsageError
+from shared.text.documents import open_texts
+from shared.text.tokenization import train_byte_level_bpe
+from shared.text.wordpiece import SPECIAL_TOKENS, continues_word, load_or_train, load_wordpiece, train_wordpiece
+
+
+@pytest.fixture(scope="module")
+def wordpiece(prose: list[str]) -> Any:
+    return train_wordpiece(prose, vocab_size=2000, seq_length=64, lowercase=True)
+
+
+def test_it_is_the_library_s_tokenizer_and_survives_its_folder(wordpiece: Any, tmp_path: Path) -> None:
+    wordpiece.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(loaded, BertTokenizer)
+    assert len(loaded) == 2000
+    assert loaded.model_max_length == 64
+    pair = loaded("The President", "of the Étates")
+    assert loaded.decode(pair["input_ids"]) == "[CLS] the president [SEP] of the etates [SEP]"
+    assert pair["token_type_ids"] == wordpiece("The President", "of the Étates")["token_type_ids"]
+    assert loaded.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4]
+
+
+def test_case_is_kept_if_asked(prose: list[str], tmp_path: Path) -> None:
+    train_wordpiece(prose, vocab_size=2000, seq_length=64, lowercase=False).save_pretrained(tmp_path)
+    loaded = load_wordpiece(str(tmp_path))
+    assert loaded.decode(loaded("The President", add_special_tokens=False)["input_ids"]) == "The President"
+
+
+def test_prose_has_few_unknown_words(wordpiece: Any, prose: list[str]) -> None:
+    ids = wordpiece(prose[5])["input_ids"]
+    assert ids.count(wordpiece.unk_token_id) == 0
+
+
+def test_a_vocabulary_smaller_than_the_alphabet_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"vocab_size: 20: expected at least \d\d, the characters of the text"):
+        train_wordpiece(["abcdefghijklmnopqrstuvwxyz " * 3], vocab_size=20, seq_length=64, lowercase=True)
+
+
+def test_it_is_trained_once_and_found_again(tmp_path: Path) -> None:
+    texts = open_texts("sample_eval", config="", split="", text_column="text")
+    options: dict[str, Any] = {"seq_length": 64, "lowercase": True, "cache_dir": tmp_path}
+    first = load_or_train("", texts, vocab_size=500, **options)
+    [folder] = (tmp_path / "tokenizers").iterdir()
+    written = (folder / "tokenizer.json").stat().st_mtime_ns
+    assert load_or_train("", texts, vocab_size=500, **options).get_vocab() == first.get_vocab()
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == written
+    assert len(load_or_train("", texts, vocab_size=600, **options)) == 600
+    assert load_or_train(str(folder), texts, vocab_size=600, **options).get_vocab() == first.get_vocab()
+
+
+def test_a_tokenizer_without_berts_tokens_is_refused(tmp_path: Path) -> None:
+    train_byte_level_bpe(["some words"], 300, 64).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="expected one with a cls_token"):
+        load_wordpiece(str(tmp_path))
+
+
+def test_continuations_are_told_from_words(wordpiece: Any) -> None:
+    continues = continues_word(wordpiece)
+    tokens = wordpiece.convert_ids_to_tokens(list(range(len(wordpiece))))
+    assert [bool(flag) for flag in continues] == [token.startswith("##") for token in tokens]
+    assert 100 < continues.sum() < 1900
