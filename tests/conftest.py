@@ -131,7 +131,7 @@ def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     symbols, merges = sorted(ByteLevel.alphabet()), []
-    for word in ("train", "test", "picture", "cat"):
+    for word in ("train", "test", "image", "cat"):
         letters = [*word[:-1], f"{word[-1]}</w>"]
         merges += [("".join(letters[:end]), letters[end]) for end in range(1, len(letters))]
     merged = dict.fromkeys(first + second for first, second in merges)
@@ -162,7 +162,7 @@ def evaluate() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of noisy pictures of 24 x 20 pixels, a bar at another height for each of three classes."""
+    """Class folders of noisy images of 24 x 20 pixels, a bar at another height for each of three classes."""
     import numpy as np
     from PIL import Image
 

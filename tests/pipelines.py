@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of the library, tiny and with random weights, whose pictures have 16 x 16 pixels."""
+"""Text-to-image pipelines of the library, tiny and with random weights, whose images have 16 x 16 pixels."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import transformers
 
 from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 
-CAPTIONS = ["red apple", "green pear", "a red cat sees a green dog", "train picture 1", "test picture 2"]
+CAPTIONS = ["red apple", "green pear", "a red cat sees a green dog", "train image 1", "test image 2"]
 LENGTH = 12  # tokens of a prompt, start and end included
 LONG_PROMPT = "red apple green pear a red cat sees a green dog red pear"  # a token for each word
 WIDTH = 16  # of the text encoders

@@ -65,15 +65,15 @@ def test_commands_of_the_text_to_image_readme_run_in_order(tmp_path: Path) -> No
     entries = run_commands("text_to_image", tmp_path)
     assert entries[-1]["eval/psnr"] >= 24
     manifest = json.loads((tmp_path / "outputs" / "latents" / "manifest.json").read_text())
-    assert (manifest["pictures"], manifest["rows"]) == (5099, 5099)
+    assert (manifest["images"], manifest["rows"]) == (5099, 5099)
     lines = (tmp_path / "outputs" / "text_to_image" / "metrics.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, lines) if "eval/loss" in entry]
     for split in ("train", "test_unseen_concept", "test_unseen_combination"):
         losses = [entry[f"eval/loss_{split}"] for entry in entries]
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] < 0.3
-    pictures = list((tmp_path / "outputs" / "pictures").glob("*-3d-fluent-emoji-red-apple.png"))
-    assert len(pictures) == 4
+    images = list((tmp_path / "outputs" / "images").glob("*-3d-fluent-emoji-red-apple.png"))
+    assert len(images) == 4
 
 
 def run_commands(family: str, folder: Path) -> list[dict[str, float]]:

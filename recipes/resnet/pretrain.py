@@ -1,4 +1,4 @@
-"""Train a ResNet on labelled pictures with the short recipe: SGD, label smoothing, growing pictures.
+"""Train a ResNet on labelled images with the short recipe: SGD, label smoothing, growing images.
 
 Papers: He et al. 2016 (ResNet), Goyal et al. 2017 (large batches), Szegedy et al. 2016 (random crops, label smoothing),
 He et al. 2019 (bag of tricks), Touvron et al. 2019 (test larger than trained), Leclerc et al. 2023 (FFCV, whose runs of
@@ -10,7 +10,7 @@ minutes; recipes/resnet/README.md has the measured results and what differs from
         --config recipes/resnet/configs/resnet50_16_epochs.yaml
 """
 
-# Shapes: B pictures of a micro-batch, S side of a picture, C classes, N pictures evaluated.
+# Shapes: B images of a micro-batch, S side of an image, C classes, N images evaluated.
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -46,7 +46,7 @@ class Config(fields.RunControl):
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     streaming: bool = False
-    """Read pictures as they arrive, in one data worker, instead of storing the data set; see the README."""
+    """Read images as they arrive, in one data worker, instead of storing the data set; see the README."""
     data_split: str = "train"
     """Split to train on."""
     eval_split: str = ""
@@ -54,11 +54,11 @@ class Config(fields.RunControl):
     eval_fraction: float = 0.05
     """Share of each class held out where there is no split to evaluate on."""
     image_column: str = ""
-    """Column of the pictures. "" = the only one that holds pictures."""
+    """Column of the images. "" = the only one that holds images."""
     label_column: str = ""
     """Column of the classes. "" = the only one with a list of classes, or the one called label or cls."""
     max_bad_fraction: float = 0.01
-    """Share of the pictures that may turn out damaged before the run stops; they are replaced, and named in the log."""
+    """Share of the images that may turn out damaged before the run stops; they are replaced, and named in the log."""
 
     image_size: int = 20
     """Side of the crops at the start, in pixels."""
@@ -77,7 +77,7 @@ class Config(fields.RunControl):
     enlarge: int = 2
     """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
     min_crop_area: float = 0.8
-    """Least share of a picture's area that a random crop takes."""
+    """Least share of an image's area that a random crop takes."""
     label_smoothing: float = 0.1
     """Share of the target that all classes get alike. 0 = none."""
 
@@ -93,9 +93,9 @@ class Config(fields.RunControl):
     """scratch, or a run folder or Hub id to start from: its weights; with other classes its head is new."""
 
     global_batch_size: int = 128
-    """Pictures of one update, over all processes and micro-batches."""
+    """Images of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
-    """Pictures of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
+    """Images of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
     max_steps: int = 3000
     """Optimizer updates."""
     learning_rate: float = 0.5
@@ -135,12 +135,12 @@ from shared.data.shards import StreamState, resumed_state
 from shared.data.updates import load_updates
 from shared.images import files as image_files
 from shared.images import labelled
-from shared.images.bad_images import BadPictures, candidates
+from shared.images.bad_images import BadImages, candidates
 from shared.images.crops import CROP_DRAWS, CenterCrops, random_crop
-from shared.images.decoded_cache import PictureCache
-from shared.images.decoding import BadPicture, EncodedPicture
-from shared.images.labelled import SAMPLE, LabelledPictures
-from shared.images.streaming import HELD_OUT_FROM, PictureStream, StreamedPicture, open_picture_stream, store
+from shared.images.decoded_cache import ImageCache
+from shared.images.decoding import BadImage, EncodedImage
+from shared.images.labelled import SAMPLE, LabelledImages
+from shared.images.streaming import HELD_OUT_FROM, ImageStream, StreamedImage, open_image_stream, store
 from shared.metrics import figures
 from shared.metrics.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
 from shared.models.averaged_weights import AveragedWeights
@@ -165,7 +165,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channe
 NUM_SHOWN = 16
 USAGE = """from transformers import pipeline
 
-print(pipeline("image-classification", "path/of/this/folder")("picture.jpg"))"""
+print(pipeline("image-classification", "path/of/this/folder")("image.jpg"))"""
 
 
 def check_config(cfg: Config) -> None:
@@ -195,11 +195,11 @@ def check_config(cfg: Config) -> None:
 # Data
 
 
-def open_data(cfg: Config, accelerator: Any) -> tuple[LabelledPictures | PictureStream, LabelledPictures]:
-    """The pictures to train on and to evaluate on."""
+def open_data(cfg: Config, accelerator: Any) -> tuple[LabelledImages | ImageStream, LabelledImages]:
+    """The images to train on and to evaluate on."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
-    open_split = open_picture_stream if cfg.streaming else labelled.open_pictures
+    open_split = open_image_stream if cfg.streaming else labelled.open_images
     with collectives.node_main_first(accelerator):
         train = open_split(source, config=cfg.data_config, split=cfg.data_split, **columns)
         if not cfg.streaming:
@@ -232,17 +232,17 @@ class CroppedUpdates(Dataset):
 
     Args:
         cfg: of the run.
-        train: pictures to train on.
-        micro_batch_size: pictures of a micro-batch.
+        train: images to train on.
+        micro_batch_size: images of a micro-batch.
         order: seed, global_batch_size, rank and num_processes.
     """
 
-    def __init__(self, cfg: Config, train: LabelledPictures, micro_batch_size: int, order: dict[str, int]) -> None:
+    def __init__(self, cfg: Config, train: LabelledImages, micro_batch_size: int, order: dict[str, int]) -> None:
         self._cfg, self._train, self._micro_batch_size, self._order = cfg, train, micro_batch_size, order
-        self._cache = PictureCache(train.files)
+        self._cache = ImageCache(train.files)
 
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[str], None]:
-        """The micro-batches of update `step`, the names of pictures that could not be decoded, and no state."""
+        """The micro-batches of update `step`, the names of images that could not be decoded, and no state."""
         size, bad = image_size_at(self._cfg, step), []
         _, epochs, indices = np.transpose(samples_of_update(step, [len(self._train)], [1.0], **self._order))
         draws = uniform_numbers(derive_seed(self._cfg.seed, "crop"), epochs, indices, count=CROP_DRAWS).tolist()
@@ -251,24 +251,24 @@ class CroppedUpdates(Dataset):
         return micro_batches(rows, self._micro_batch_size), bad, None
 
     def _read(self, epoch: int, index: int, draws: list[float], size: int, bad: list[str]) -> dict[str, np.ndarray]:
-        """A crop of the picture, or of the first replacement that can be decoded; what cannot goes to `bad`."""
+        """A crop of the image, or of the first replacement that can be decoded; what cannot goes to `bad`."""
         for candidate in candidates(index, len(self._train), self._cfg.seed, epoch):
             try:
                 pixels = random_crop(self._cache.open(candidate), size, self._cfg.min_crop_area, draws)
-            except BadPicture:
+            except BadImage:
                 bad.append(self._train.files.name(candidate))
                 continue
             return {"pixel_values": pixels, "labels": self._train.labels[candidate]}
-        raise cli.UsageError(f"data: {self._cfg.data!r}: expected pictures that can be decoded")
+        raise cli.UsageError(f"data: {self._cfg.data!r}: expected images that can be decoded")
 
 
 class StreamedCrops(IterableDataset):
-    """The same for pictures that are read as they arrive: endless updates, from `step` on.
+    """The same for images that are read as they arrive: endless updates, from `step` on.
 
     Args:
         cfg: of the run.
-        train: pictures to train on.
-        micro_batch_size: pictures of a micro-batch.
+        train: images to train on.
+        micro_batch_size: images of a micro-batch.
         order: seed, global_batch_size, rank and num_processes.
         step: first update.
         states: of every process, as a checkpoint kept them; empty = from the start.
@@ -277,7 +277,7 @@ class StreamedCrops(IterableDataset):
     def __init__(
         self,
         cfg: Config,
-        train: PictureStream,
+        train: ImageStream,
         micro_batch_size: int,
         order: dict[str, int],
         step: int,
@@ -289,36 +289,36 @@ class StreamedCrops(IterableDataset):
         self._start = {"seed": derive_seed(cfg.seed, "stream"), "rank": order["rank"], "state": state}
 
     def __iter__(self) -> Iterator[tuple[list[dict[str, np.ndarray]], list[str], StreamState]]:
-        """The micro-batches of each update, the names of pictures that could not be decoded, the state after it."""
+        """The micro-batches of each update, the names of images that could not be decoded, the state after it."""
         arriving, state = self._train.read(**self._start), self._start["state"]
         for step in itertools.count(self._step):
             size = image_size_at(self._cfg, step)
             rows: list[dict[str, np.ndarray]] = []
             bad: list[str] = []
             while len(rows) < self._share:
-                picture, state = next(arriving)
-                cropped = self._crop(picture, state["epoch"], size)
+                image, state = next(arriving)
+                cropped = self._crop(image, state["epoch"], size)
                 rows += cropped
-                bad += [] if cropped else [picture.name]
+                bad += [] if cropped else [image.name]
                 is_endless = len(bad) > 100 + self._share
-                cli.expect(not is_endless, "data", self._cfg.data, "pictures that can be decoded")
+                cli.expect(not is_endless, "data", self._cfg.data, "images that can be decoded")
             yield micro_batches(rows, self._micro_batch_size), bad, state
 
-    def _crop(self, picture: StreamedPicture, epoch: int, size: int) -> list[dict[str, np.ndarray]]:
-        """A crop as a function of the seed, the pass and the picture's bytes; none if they cannot be decoded."""
-        where = (np.array([epoch]), np.array([picture.key]))
+    def _crop(self, image: StreamedImage, epoch: int, size: int) -> list[dict[str, np.ndarray]]:
+        """A crop as a function of the seed, the pass and the image's bytes; none if they cannot be decoded."""
+        where = (np.array([epoch]), np.array([image.key]))
         [draws] = uniform_numbers(derive_seed(self._cfg.seed, "crop"), *where, count=CROP_DRAWS).tolist()
         try:
-            pixels = random_crop(EncodedPicture(picture.data), size, self._cfg.min_crop_area, draws)
-        except BadPicture:
+            pixels = random_crop(EncodedImage(image.data), size, self._cfg.min_crop_area, draws)
+        except BadImage:
             return []
-        return [{"pixel_values": pixels, "labels": np.array(picture.label)}]
+        return [{"pixel_values": pixels, "labels": np.array(image.label)}]
 
 
 def open_updates(
     cfg: Config, accelerator: Any, train: Any, micro_batch_size: int, step: int, states: list[StreamState]
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[str], StreamState | None]]:
-    """Updates from `step` on: each this process's micro-batches, the names of bad pictures, and its stream's state."""
+    """Updates from `step` on: each this process's micro-batches, the names of bad images, and its stream's state."""
     rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
     if cfg.streaming:
@@ -328,7 +328,7 @@ def open_updates(
     return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
-def center_crops(cfg: Config, held_out: LabelledPictures, batch_size: int) -> CenterCrops:
+def center_crops(cfg: Config, held_out: LabelledImages, batch_size: int) -> CenterCrops:
     """What is evaluated, by batch."""
     return CenterCrops(held_out, cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction, batch_size)
 
@@ -398,7 +398,7 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 
 
 def model_input(pixels: Tensor, enlarge: int) -> Tensor:
-    """Normalised, enlarged pictures, float32 (B, 3, E * S, E * S), channels-last, of uint8 (B, S, S, 3)."""
+    """Normalised, enlarged images, float32 (B, 3, E * S, E * S), channels-last, of uint8 (B, S, S, 3)."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     scaled = torch.addcmul(-mean / std, pixels.permute(0, 3, 1, 2).to(torch.float32), 1 / (255 * std))
     return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
@@ -421,9 +421,9 @@ def loss_sum(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    cfg: Config, accelerator: Any, model: Any, held_out: LabelledPictures, batch_size: int
+    cfg: Config, accelerator: Any, model: Any, held_out: LabelledImages, batch_size: int
 ) -> tuple[dict[str, float], Answers]:
-    """Loss (nats, labels not smoothed) and accuracies over every picture once, and the answer to each."""
+    """Loss (nats, labels not smoothed) and accuracies over every image once, and the answer to each."""
     model.eval()
     processes = accelerator.num_processes
     steps = range(accelerator.process_index, math.ceil(len(held_out) / batch_size / processes) * processes, processes)
@@ -505,7 +505,7 @@ def main(cfg: Config) -> None:
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
     skipped = SkippedUpdates(state, cfg.max_bad_updates)
     average = AveragedWeights(accelerator, model, cfg.ema_decay, state.get("tensors", {}))
-    bad = BadPictures(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_pictures", []))
+    bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     with collectives.raise_together(accelerator):
@@ -515,7 +515,7 @@ def main(cfg: Config) -> None:
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_picture"], peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_image"], peak(accelerator) * accelerator.num_processes)
     seconds_before, processor = state.get("training_seconds", 0.0), build_processor(cfg)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -540,7 +540,7 @@ def main(cfg: Config) -> None:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
             metrics |= throughput.read("images")
-            metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_pictures": bad.number()}
+            metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_images": bad.number()}
         seconds = seconds_before + throughput.training_seconds
         if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
             with throughput.pause(), average.in_place():
@@ -551,7 +551,7 @@ def main(cfg: Config) -> None:
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, **skipped.state()}
-                state |= {"bad_pictures": bad.gather(), "tensors": average.tensors()}
+                state |= {"bad_images": bad.gather(), "tensors": average.tensors()}
                 if stream:
                     state["streams"] = collectives.gather_objects(accelerator, stream)
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
@@ -570,7 +570,7 @@ def main(cfg: Config) -> None:
         export_model(accelerator, model, processor, run_dir)
         _, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
     sides = [image_size_at(cfg, earlier) / cfg.final_image_size for earlier in range(step)]
-    flops = facts["flops_per_picture"] * cfg.global_batch_size * sum(side**2 for side in sides)
+    flops = facts["flops_per_image"] * cfg.global_batch_size * sum(side**2 for side in sides)
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     drawn = {}
     if accelerator.is_main_process:
@@ -582,15 +582,15 @@ def main(cfg: Config) -> None:
     accelerator.end_training()
 
 
-def describe(cfg: Config, accelerator: Any, model: Any, train: LabelledPictures | PictureStream) -> dict[str, Any]:
+def describe(cfg: Config, accelerator: Any, model: Any, train: LabelledImages | ImageStream) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
     side = cfg.enlarge * cfg.final_image_size
-    size = train.num_pictures if isinstance(train, PictureStream) else len(train)
+    size = train.num_images if isinstance(train, ImageStream) else len(train)
     return {
         "parameters": model.num_parameters(),
         "classes": len(train.class_names),
-        "flops_per_picture": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
-        "pictures_per_update": cfg.global_batch_size,
+        "flops_per_image": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
+        "images_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(size / cfg.global_batch_size, 1) if size else "unknown, streamed",
         **summary.describe_engine(accelerator),
     }
@@ -607,7 +607,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
         facts = describe(cfg, accelerator, model, train)
         costs = dry_run.costs(accelerator, model, {"pixel_values": pixels}, 4.0 if cfg.momentum else 0.0)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
-    if dry_run.can_time(accelerator, facts["flops_per_picture"] * len(pixels), costs["memory: total"]):
+    if dry_run.can_time(accelerator, facts["flops_per_image"] * len(pixels), costs["memory: total"]):
         model = build_model(cfg, train.class_names)
         inputs = {"pixel_values": pixels, "labels": last["labels"]}
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
@@ -617,9 +617,9 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
     if accelerator.is_main_process:
         (first, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0, []))
         names = [train.class_names[label] for label in first["labels"][:NUM_SHOWN]]
-        grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "pictures.png"
-        figures.picture_grid(list(first["pixel_values"][:NUM_SHOWN].numpy()), names, grid)
-        accelerator.print(f"training pictures as the model sees them: {grid}")
+        grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "images.png"
+        figures.image_grid(list(first["pixel_values"][:NUM_SHOWN].numpy()), names, grid)
+        accelerator.print(f"training images as the model sees them: {grid}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a ResNet on labelled pictures with the long recipe: LAMB, binary cross-entropy, mixed pictures.
+"""Train a ResNet on labelled images with the long recipe: LAMB, binary cross-entropy, mixed images.
 
 Papers: Wightman et al. 2021 (ResNet Strikes Back, whose procedures A1, A2 and A3 the configs are), You et al. 2020
 (LAMB), Cubuk et al. 2020 (RandAugment), Zhang et al. 2018 (mixup), Yun et al. 2019 (cutmix), Huang et al. 2016
@@ -11,7 +11,7 @@ what differs from the papers.
         --config recipes/resnet/configs/resnet50_rsb_a3.yaml
 """
 
-# Shapes: B pictures of a micro-batch, S side of a picture, C classes, N pictures evaluated.
+# Shapes: B images of a micro-batch, S side of an image, C classes, N images evaluated.
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +47,7 @@ class Config(fields.RunControl):
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     streaming: bool = False
-    """Read pictures as they arrive, in one data worker, instead of storing the data set; see the README."""
+    """Read images as they arrive, in one data worker, instead of storing the data set; see the README."""
     data_split: str = "train"
     """Split to train on."""
     eval_split: str = ""
@@ -55,11 +55,11 @@ class Config(fields.RunControl):
     eval_fraction: float = 0.05
     """Share of each class held out where there is no split to evaluate on."""
     image_column: str = ""
-    """Column of the pictures. "" = the only one that holds pictures."""
+    """Column of the images. "" = the only one that holds images."""
     label_column: str = ""
     """Column of the classes. "" = the only one with a list of classes, or the one called label or cls."""
     max_bad_fraction: float = 0.01
-    """Share of the pictures that may turn out damaged before the run stops; they are replaced, and named in the log."""
+    """Share of the images that may turn out damaged before the run stops; they are replaced, and named in the log."""
 
     image_size: int = 28
     """Side of the random crops, in pixels."""
@@ -70,9 +70,9 @@ class Config(fields.RunControl):
     enlarge: int = 2
     """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
     min_crop_area: float = 0.8
-    """Least share of a picture's area that a random crop takes."""
+    """Least share of an image's area that a random crop takes."""
     repeats: int = 1
-    """Crops of the same picture, one after the other (repeated augmentation); an epoch is as much longer. 1 = one."""
+    """Crops of the same image, one after the other (repeated augmentation); an epoch is as much longer. 1 = one."""
     rand_augment_operations: int = 2
     """Operations of RandAugment for each crop. 0 = none."""
     rand_augment_magnitude: float = 2.0
@@ -84,7 +84,7 @@ class Config(fields.RunControl):
     cutmix_alpha: float = 1.0
     """The same for cutmix; with both, each micro-batch gets one of them. 0 = no cutmix."""
     target_threshold: float = 0.2
-    """A class of a mixed picture is a target where its share is larger; the paper has every class, which is 0."""
+    """A class of a mixed image is a target where its share is larger; the paper has every class, which is 0."""
     label_smoothing: float = 0.0
     """Share that targets of binary cross-entropy give up to all classes alike. 0 = none."""
 
@@ -100,9 +100,9 @@ class Config(fields.RunControl):
     """scratch, or a run folder or Hub id to start from: its weights; with other classes its head is new."""
 
     global_batch_size: int = 128
-    """Pictures of one update, over all processes and micro-batches."""
+    """Images of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
-    """Pictures of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
+    """Images of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
     max_steps: int = 1500
     """Optimizer updates."""
     learning_rate: float = 0.01
@@ -114,7 +114,7 @@ class Config(fields.RunControl):
     warmup_steps: int = 100
     """Updates over which the rate rises linearly; then it falls to 0 as a cosine."""
     stochastic_depth: float = 0.0
-    """Share of the pictures for which the last block is skipped; less in the blocks before it. 0 = none."""
+    """Share of the images for which the last block is skipped; less in the blocks before it. 0 = none."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -139,13 +139,13 @@ from shared.data.shards import StreamState, resumed_state
 from shared.data.updates import load_updates
 from shared.images import files as image_files
 from shared.images import labelled
-from shared.images.bad_images import BadPictures, candidates
+from shared.images.bad_images import BadImages, candidates
 from shared.images.crops import CROP_DRAWS, CenterCrops, random_crop
-from shared.images.decoded_cache import PictureCache
-from shared.images.decoding import BadPicture, EncodedPicture
-from shared.images.labelled import SAMPLE, LabelledPictures
+from shared.images.decoded_cache import ImageCache
+from shared.images.decoding import BadImage, EncodedImage
+from shared.images.labelled import SAMPLE, LabelledImages
 from shared.images.rand_augment import MAX_MAGNITUDE, rand_augment
-from shared.images.streaming import HELD_OUT_FROM, PictureStream, StreamedPicture, open_picture_stream, store
+from shared.images.streaming import HELD_OUT_FROM, ImageStream, StreamedImage, open_image_stream, store
 from shared.metrics import figures
 from shared.metrics.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
 from shared.models.batch_statistics import RunningStatistics
@@ -169,7 +169,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channe
 NUM_SHOWN = 16
 USAGE = """from transformers import pipeline
 
-print(pipeline("image-classification", "path/of/this/folder")("picture.jpg"))"""
+print(pipeline("image-classification", "path/of/this/folder")("image.jpg"))"""
 
 
 def check_config(cfg: Config) -> None:
@@ -188,7 +188,7 @@ def check_config(cfg: Config) -> None:
         cli.expect(0 < getattr(cfg, field) <= 1, field, getattr(cfg, field), "a share in (0, 1]")
     for field in ("label_smoothing", "stochastic_depth", "max_bad_fraction"):
         cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
-    # Half or more, and a picture of two equal halves would have no class at all.
+    # Half or more, and an image of two equal halves would have no class at all.
     cli.expect(0 <= cfg.target_threshold < 0.5, "target_threshold", cfg.target_threshold, "a share in [0, 0.5)")
     cli.expect(0 < cfg.eval_fraction < 1, "eval_fraction", cfg.eval_fraction, "a share in (0, 1)")
     stages = len(cli.whole_numbers("depths", cfg.depths))
@@ -200,11 +200,11 @@ def check_config(cfg: Config) -> None:
 # Data
 
 
-def open_data(cfg: Config, accelerator: Any) -> tuple[LabelledPictures | PictureStream, LabelledPictures]:
-    """The pictures to train on and to evaluate on."""
+def open_data(cfg: Config, accelerator: Any) -> tuple[LabelledImages | ImageStream, LabelledImages]:
+    """The images to train on and to evaluate on."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
-    open_split = open_picture_stream if cfg.streaming else labelled.open_pictures
+    open_split = open_image_stream if cfg.streaming else labelled.open_images
     with collectives.node_main_first(accelerator):
         train = open_split(source, config=cfg.data_config, split=cfg.data_split, **columns)
         if not cfg.streaming:
@@ -236,20 +236,20 @@ class CroppedUpdates(Dataset):
 
     Args:
         cfg: of the run.
-        train: pictures to train on.
-        micro_batch_size: pictures of a micro-batch.
+        train: images to train on.
+        micro_batch_size: images of a micro-batch.
         order: seed, global_batch_size, rank and num_processes.
     """
 
-    def __init__(self, cfg: Config, train: LabelledPictures, micro_batch_size: int, order: dict[str, int]) -> None:
+    def __init__(self, cfg: Config, train: LabelledImages, micro_batch_size: int, order: dict[str, int]) -> None:
         self._cfg, self._train, self._micro_batch_size, self._order = cfg, train, micro_batch_size, order
-        self._cache = PictureCache(train.files)
+        self._cache = ImageCache(train.files)
 
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[str], None]:
-        """The micro-batches of update `step`, the names of pictures that could not be decoded, and no state."""
+        """The micro-batches of update `step`, the names of images that could not be decoded, and no state."""
         order, bad = dict(self._order), []
         seed = order.pop("seed")
-        # Berman et al. 2019: a picture stands in the order once for all of its crops.
+        # Berman et al. 2019: an image stands in the order once for all of its crops.
         places, copies = np.divmod(positions_of_update(step, **order), self._cfg.repeats)
         _, epochs, indices = np.transpose(samples_at(places, [len(self._train)], [1.0], seed))
         draws = uniform_numbers(derive_seed(self._cfg.seed, "crop"), epochs, indices, copies, count=CROP_DRAWS).tolist()
@@ -258,27 +258,27 @@ class CroppedUpdates(Dataset):
         return micro_batches(rows, self._micro_batch_size), bad, None
 
     def _read(self, epoch: int, index: int, copy: int, draws: list[float], bad: list[str]) -> dict[str, np.ndarray]:
-        """A crop of the picture, or of the first replacement that can be decoded; what cannot goes to `bad`."""
+        """A crop of the image, or of the first replacement that can be decoded; what cannot goes to `bad`."""
         cfg = self._cfg
         for candidate in candidates(index, len(self._train), cfg.seed, epoch):
             try:
-                picture = self._cache.open(candidate)
-                pixels = random_crop(picture, cfg.image_size, cfg.min_crop_area, draws)
-            except BadPicture:
+                image = self._cache.open(candidate)
+                pixels = random_crop(image, cfg.image_size, cfg.min_crop_area, draws)
+            except BadImage:
                 bad.append(self._train.files.name(candidate))
                 continue
             pixels = augment(cfg, pixels, epoch, index, copy)
             return {"pixel_values": pixels, "labels": self._train.labels[candidate]}
-        raise cli.UsageError(f"data: {cfg.data!r}: expected pictures that can be decoded")
+        raise cli.UsageError(f"data: {cfg.data!r}: expected images that can be decoded")
 
 
 class StreamedCrops(IterableDataset):
-    """The same for pictures that are read as they arrive: endless updates.
+    """The same for images that are read as they arrive: endless updates.
 
     Args:
         cfg: of the run.
-        train: pictures to train on.
-        micro_batch_size: pictures of a micro-batch.
+        train: images to train on.
+        micro_batch_size: images of a micro-batch.
         order: seed, global_batch_size, rank and num_processes.
         states: of every process, as a checkpoint kept them; empty = from the start.
     """
@@ -286,7 +286,7 @@ class StreamedCrops(IterableDataset):
     def __init__(
         self,
         cfg: Config,
-        train: PictureStream,
+        train: ImageStream,
         micro_batch_size: int,
         order: dict[str, int],
         states: list[StreamState],
@@ -297,40 +297,40 @@ class StreamedCrops(IterableDataset):
         self._start = {"seed": derive_seed(cfg.seed, "stream"), "rank": order["rank"], "state": state}
 
     def __iter__(self) -> Iterator[tuple[list[dict[str, np.ndarray]], list[str], StreamState]]:
-        """The micro-batches of each update, the names of pictures that could not be decoded, the state after it."""
+        """The micro-batches of each update, the names of images that could not be decoded, the state after it."""
         arriving, state = self._train.read(**self._start), self._start["state"]
         while True:
             rows: list[dict[str, np.ndarray]] = []
             bad: list[str] = []
             while len(rows) < self._share:
-                picture, state = next(arriving)
-                cropped = self._crops(picture, state["epoch"])
+                image, state = next(arriving)
+                cropped = self._crops(image, state["epoch"])
                 rows += cropped
-                bad += [] if cropped else [picture.name]
+                bad += [] if cropped else [image.name]
                 is_endless = len(bad) > 100 + self._share
-                cli.expect(not is_endless, "data", self._cfg.data, "pictures that can be decoded")
+                cli.expect(not is_endless, "data", self._cfg.data, "images that can be decoded")
             yield micro_batches(rows[: self._share], self._micro_batch_size), bad, state
 
-    def _crops(self, picture: StreamedPicture, epoch: int) -> list[dict[str, np.ndarray]]:
-        """Crops as functions of the seed, the pass and the picture's bytes; none if they cannot be decoded."""
+    def _crops(self, image: StreamedImage, epoch: int) -> list[dict[str, np.ndarray]]:
+        """Crops as functions of the seed, the pass and the image's bytes; none if they cannot be decoded."""
         cfg, rows = self._cfg, []
         for copy in range(cfg.repeats):
-            where = (np.array([epoch]), np.array([picture.key]), np.array([copy]))
+            where = (np.array([epoch]), np.array([image.key]), np.array([copy]))
             [draws] = uniform_numbers(derive_seed(cfg.seed, "crop"), *where, count=CROP_DRAWS).tolist()
             try:
-                encoded = EncodedPicture(picture.data)
+                encoded = EncodedImage(image.data)
                 pixels = random_crop(encoded, cfg.image_size, cfg.min_crop_area, draws)
-            except BadPicture:
+            except BadImage:
                 return []
-            pixels = augment(cfg, pixels, epoch, picture.key, copy)
-            rows.append({"pixel_values": pixels, "labels": np.array(picture.label)})
+            pixels = augment(cfg, pixels, epoch, image.key, copy)
+            rows.append({"pixel_values": pixels, "labels": np.array(image.label)})
         return rows
 
 
 def open_updates(
     cfg: Config, accelerator: Any, train: Any, micro_batch_size: int, step: int, states: list[StreamState]
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[str], StreamState | None]]:
-    """Updates from `step` on: each this process's micro-batches, the names of bad pictures, and its stream's state."""
+    """Updates from `step` on: each this process's micro-batches, the names of bad images, and its stream's state."""
     rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
     if cfg.streaming:
@@ -340,7 +340,7 @@ def open_updates(
     return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
-def center_crops(cfg: Config, held_out: LabelledPictures, batch_size: int) -> CenterCrops:
+def center_crops(cfg: Config, held_out: LabelledImages, batch_size: int) -> CenterCrops:
     """What is evaluated, by batch."""
     return CenterCrops(held_out, cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction, batch_size)
 
@@ -358,14 +358,14 @@ class ResNetForImageClassification(transformers.ResNetForImageClassification):
 
 
 class StochasticDepth(torch.nn.Module):
-    """Leave out the branch it stands at the end of, for some pictures in training (Huang et al. 2016, section 3)."""
+    """Leave out the branch it stands at the end of, for some images in training (Huang et al. 2016, section 3)."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
         self._share = share
 
     def forward(self, branch: Tensor) -> Tensor:
-        """(B, C, H, W): zero for a share of the pictures, the others larger, so that the mean stays."""
+        """(B, C, H, W): zero for a share of the images, the others larger, so that the mean stays."""
         if not self.training:
             return branch
         kept = torch.rand(len(branch), 1, 1, 1, device=branch.device) >= self._share
@@ -439,7 +439,7 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 
 
 def model_input(pixels: Tensor, enlarge: int) -> Tensor:
-    """Normalised, enlarged pictures, float32 (B, 3, E * S, E * S), channels-last, of (B, S, S, 3) from 0 to 255."""
+    """Normalised, enlarged images, float32 (B, 3, E * S, E * S), channels-last, of (B, S, S, 3) from 0 to 255."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     scaled = torch.addcmul(-mean / std, pixels.permute(0, 3, 1, 2).to(torch.float32), 1 / (255 * std))
     return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
@@ -451,7 +451,7 @@ def forward(model: Any, pixels: Tensor, enlarge: int) -> Tensor:
 
 
 def mix(pixels: Tensor, mixup_alpha: float, cutmix_alpha: float, draw: np.random.Generator) -> tuple[Tensor, float]:
-    """Mix each picture with the one at the same place from the other end of the micro-batch, in one of two ways.
+    """Mix each image with the one at the same place from the other end of the micro-batch, in one of two ways.
 
     Mixup blends them (Zhang et al. 2018); cutmix puts a box of one into the other (Yun et al. 2019, section 3.1).
 
@@ -462,7 +462,7 @@ def mix(pixels: Tensor, mixup_alpha: float, cutmix_alpha: float, draw: np.random
         draw: where the randomness comes from.
 
     Returns:
-        Pixels, float32 where they are blended, and the share of each picture that is still its own.
+        Pixels, float32 where they are blended, and the share of each image that is still its own.
     """
     kinds = [kind for kind, alpha in (("mixup", mixup_alpha), ("cutmix", cutmix_alpha)) if alpha]
     if not kinds:
@@ -481,9 +481,9 @@ def mix(pixels: Tensor, mixup_alpha: float, cutmix_alpha: float, draw: np.random
 
 
 def mixed_targets(labels: Tensor, share: float, num_classes: int, threshold: float) -> Tensor:
-    """1 for each class whose share of the picture is above the threshold, float32 (B, C).
+    """1 for each class whose share of the image is above the threshold, float32 (B, C).
 
-    A picture has several classes, whatever their shares (Wightman et al. 2021, section 3).
+    An image has several classes, whatever their shares (Wightman et al. 2021, section 3).
     """
     targets = one_hot(labels, num_classes)
     shares = targets * share + targets.flip(0) * (1 - share)
@@ -491,7 +491,7 @@ def mixed_targets(labels: Tensor, share: float, num_classes: int, threshold: flo
 
 
 def loss_sum(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Binary cross-entropy in nats of each picture, the mean over classes, summed over pictures.
+    """Binary cross-entropy in nats of each image, the mean over classes, summed over images.
 
     Args:
         logits: (B, C).
@@ -509,9 +509,9 @@ def loss_sum(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    cfg: Config, accelerator: Any, model: Any, held_out: LabelledPictures, batch_size: int
+    cfg: Config, accelerator: Any, model: Any, held_out: LabelledImages, batch_size: int
 ) -> tuple[dict[str, float], Answers]:
-    """Loss (nats, nothing mixed or smoothed) and accuracies over every picture once, and the answer to each."""
+    """Loss (nats, nothing mixed or smoothed) and accuracies over every image once, and the answer to each."""
     model.eval()
     processes = accelerator.num_processes
     steps = range(accelerator.process_index, math.ceil(len(held_out) / batch_size / processes) * processes, processes)
@@ -603,7 +603,7 @@ def main(cfg: Config) -> None:
 
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
     skipped = SkippedUpdates(state, cfg.max_bad_updates)
-    bad = BadPictures(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_pictures", []))
+    bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, step, state.get("streams", []))
     record = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     with collectives.raise_together(accelerator):
@@ -613,7 +613,7 @@ def main(cfg: Config) -> None:
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_picture"], peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_image"], peak(accelerator) * accelerator.num_processes)
     seconds_before, processor = state.get("training_seconds", 0.0), build_processor(cfg)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -635,7 +635,7 @@ def main(cfg: Config) -> None:
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
-            metrics |= {"train/bad_pictures": bad.number(), **throughput.read("images")}
+            metrics |= {"train/bad_images": bad.number(), **throughput.read("images")}
         seconds = seconds_before + throughput.training_seconds
         if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
             with throughput.pause():
@@ -645,7 +645,7 @@ def main(cfg: Config) -> None:
         with throughput.pause():
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, "bad_pictures": bad.gather(), **skipped.state()}
+                state = {"training_seconds": seconds, "bad_images": bad.gather(), **skipped.state()}
                 if stream:
                     state["streams"] = collectives.gather_objects(accelerator, stream)
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
@@ -662,7 +662,7 @@ def main(cfg: Config) -> None:
 
     export_model(accelerator, model, processor, run_dir)
     _, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
-    flops = facts["flops_per_picture"] * cfg.global_batch_size * step
+    flops = facts["flops_per_image"] * cfg.global_batch_size * step
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     drawn = {}
     if accelerator.is_main_process:
@@ -674,15 +674,15 @@ def main(cfg: Config) -> None:
     accelerator.end_training()
 
 
-def describe(cfg: Config, accelerator: Any, model: Any, train: LabelledPictures | PictureStream) -> dict[str, Any]:
+def describe(cfg: Config, accelerator: Any, model: Any, train: LabelledImages | ImageStream) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
     side = cfg.enlarge * cfg.image_size
-    size = train.num_pictures if isinstance(train, PictureStream) else len(train)
+    size = train.num_images if isinstance(train, ImageStream) else len(train)
     return {
         "parameters": model.num_parameters(),
         "classes": len(train.class_names),
-        "flops_per_picture": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
-        "pictures_per_update": cfg.global_batch_size,
+        "flops_per_image": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
+        "images_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(size / cfg.global_batch_size, 1) if size else "unknown, streamed",
         **summary.describe_engine(accelerator),
     }
@@ -699,7 +699,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
         facts = describe(cfg, accelerator, model, train)
         costs = dry_run.costs(accelerator, model, {"pixel_values": pixels}, optimizer_bytes_per_parameter=8)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
-    if dry_run.can_time(accelerator, facts["flops_per_picture"] * len(pixels), costs["memory: total"]):
+    if dry_run.can_time(accelerator, facts["flops_per_image"] * len(pixels), costs["memory: total"]):
         model = build_model(cfg, train.class_names)
         inputs = {"pixel_values": pixels, "labels": last["labels"]}
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
@@ -709,9 +709,9 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
     if accelerator.is_main_process:
         (first, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0, []))
         names = [train.class_names[label] for label in first["labels"][:NUM_SHOWN]]
-        grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "pictures.png"
-        figures.picture_grid(list(first["pixel_values"][:NUM_SHOWN].numpy()), names, grid)
-        accelerator.print(f"training pictures as the model sees them: {grid}")
+        grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "images.png"
+        figures.image_grid(list(first["pixel_values"][:NUM_SHOWN].numpy()), names, grid)
+        accelerator.print(f"training images as the model sees them: {grid}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Encode captioned pictures once with a trained autoencoder, so that training never does.
+"""Encode captioned images once with a trained autoencoder, so that training never does.
 
 Rombach et al. 2022 train on latents; encoding them at every step costs about 1.4 times the time and money (MosaicML
 2023, training Stable Diffusion from scratch). A run that was stopped or killed goes on with the same command, on any
-number of processes, with no picture lost or doubled.
+number of processes, with no image lost or doubled.
 
     accelerate launch recipes/text_to_image/cache_latents.py
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/cache_latents.py \
@@ -33,36 +33,36 @@ class Config:
     """Folder of the cache; on several nodes it must be one that all of them see."""
 
     data: str = "sample"
-    """sample, a .parquet or .tar file, a folder of them or of pictures with metadata.jsonl, or a Hub data set id."""
+    """sample, a .parquet or .tar file, a folder of them or of images with metadata.jsonl, or a Hub data set id."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     data_splits: str = ""
     """Splits to encode, comma-separated. "" = all."""
     image_column: str = ""
-    """Column of the pictures. "" = the only one that holds pictures."""
+    """Column of the images. "" = the only one that holds images."""
     caption_column: str = ""
     """Column of the captions. "" = the one called caption, text or txt."""
     max_bad_fraction: float = 0.01
-    """Share of the pictures that may be damaged, and of the captions that may be empty; they are left out."""
+    """Share of the images that may be damaged, and of the captions that may be empty; they are left out."""
 
     vae: str = ""
     """Run folder of train_vae.py, or Hub id of an autoencoder. "" = outputs/vae, or the shipped one if that is not
     there."""
     image_size: int = 64
-    """Side of the pictures in pixels, cut as the largest square in the middle."""
+    """Side of the images in pixels, cut as the largest square in the middle."""
     bucket_multiple: int = 0
-    """Cut pictures not to squares but to rectangles of about that area, each to the one nearest to its aspect
+    """Cut images not to squares but to rectangles of about that area, each to the one nearest to its aspect
     ratio, whose sides are multiples of so many pixels; 64 in SDXL. 0 = squares."""
     mirrored: bool = True
-    """Encode the mirror images as well, from which training then takes half of the pictures."""
+    """Encode the mirror images as well, from which training then takes half of the images."""
     text_encoder: str = ""
     """Run folder or Hub id of a frozen CLIP text encoder, or of a pipeline that has one, to encode the captions as
     well; each takes 118 KB with CLIP ViT-L/14. "" = none, the captions alone."""
 
     batch_size: int = 32
-    """Pictures, or captions, that are encoded at a time."""
-    pictures_per_shard: int = 1024
-    """Pictures of one file; what a killed run has to do again, at most, on each process."""
+    """Images, or captions, that are encoded at a time."""
+    images_per_shard: int = 1024
+    """Images of one file; what a killed run has to do again, at most, on each process."""
     num_workers: int = 1
     """Data worker processes for each process. 0 = decode in the process that encodes."""
     timeout_minutes: float = 600
@@ -80,7 +80,7 @@ from shared.diffusion.captions import load_text_encoder
 from shared.diffusion.latent_encoding import cache_identity, encode_shards
 from shared.images import files as image_files
 from shared.images.aspect_ratios import aspect_ratio_buckets
-from shared.images.captioned import SAMPLE, CaptionedPictures, open_captioned
+from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
 from shared.models.pretrained import load_diffusion_model
 from shared.runtime import collectives, launch
 
@@ -89,7 +89,7 @@ TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong from the fields alone."""
-    for field in ("image_size", "batch_size", "pictures_per_shard"):
+    for field in ("image_size", "batch_size", "images_per_shard"):
         cli.expect_at_least(cfg, 1, field)
     cli.expect_at_least(cfg, 0, "num_workers", "bucket_multiple")
     cli.expect(0 <= cfg.max_bad_fraction < 1, "max_bad_fraction", cfg.max_bad_fraction, "a share in [0, 1)")
@@ -101,14 +101,14 @@ def check_config(cfg: Config) -> None:
 
 
 def plan_buckets(cfg: Config) -> list[tuple[int, int]]:
-    """Heights and widths in pixels that pictures are cut to."""
+    """Heights and widths in pixels that images are cut to."""
     if cfg.bucket_multiple:
         return aspect_ratio_buckets(cfg.image_size, cfg.bucket_multiple)
     return [(cfg.image_size, cfg.image_size)]
 
 
-def open_data(cfg: Config, buckets: list[tuple[int, int]], accelerator: Any) -> dict[str, CaptionedPictures]:
-    """The pictures of each split."""
+def open_data(cfg: Config, buckets: list[tuple[int, int]], accelerator: Any) -> dict[str, CaptionedImages]:
+    """The images of each split."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     options = {"config": cfg.data_config, "image_column": cfg.image_column, "caption_column": cfg.caption_column}
     with collectives.node_main_first(accelerator):
@@ -116,8 +116,8 @@ def open_data(cfg: Config, buckets: list[tuple[int, int]], accelerator: Any) -> 
         names = names or image_files.list_splits(source, cfg.data_config)
         options["max_bad_fraction"] = cfg.max_bad_fraction
         splits = {name: open_captioned(source, split=name, **options) for name in names}
-        for pictures in splits.values():
-            image_files.check_buckets(source, pictures.files, buckets)
+        for images in splits.values():
+            image_files.check_buckets(source, images.files, buckets)
     return splits
 
 
@@ -147,8 +147,8 @@ def main(cfg: Config) -> None:
     if text:
         text[1].to(accelerator.device)
     form = {"buckets": buckets, "mirrored": cfg.mirrored}
-    identity = cache_identity(vae, text, splits, **form, pictures_per_shard=cfg.pictures_per_shard)
-    shards = latent_cache.plan_shards({name: len(split) for name, split in splits.items()}, cfg.pictures_per_shard)
+    identity = cache_identity(vae, text, splits, **form, images_per_shard=cfg.images_per_shard)
+    shards = latent_cache.plan_shards({name: len(split) for name, split in splits.items()}, cfg.images_per_shard)
     with collectives.raise_together(accelerator):
         if accelerator.is_main_process:
             latent_cache.begin_cache(folder, identity)
@@ -161,8 +161,8 @@ def main(cfg: Config) -> None:
     with collectives.raise_together(accelerator):
         if accelerator.is_main_process:
             manifest = latent_cache.finish_cache(folder, identity, shards, cfg.max_bad_fraction)
-            left = manifest["pictures"] - manifest["rows"]
-            accelerator.print(f"{manifest['rows']:,} pictures in {len(shards)} shards, {left} left out: {folder}/")
+            left = manifest["images"] - manifest["rows"]
+            accelerator.print(f"{manifest['rows']:,} images in {len(shards)} shards, {left} left out: {folder}/")
             if cut:
                 accelerator.print(f"{cut:,} captions of this run were cut to {manifest['text_shape'][0]} tokens")
     accelerator.end_training()

@@ -1,13 +1,13 @@
-"""Measure a text-to-image model on captions that it was not trained on: are its pictures like true ones, and which?
+"""Measure a text-to-image model on captions that it was not trained on: are its images like true ones, and which?
 
-It makes one picture for each caption and compares, in the features of a classifier, how all of them are spread
-(Heusel et al. 2017: Frechet distance) and whether each is nearer to the true picture of its caption than to the others.
-The autoencoder's reconstructions of the true pictures show what its diffusion model could reach at best.
+It makes one image for each caption and compares, in the features of a classifier, how all of them are spread
+(Heusel et al. 2017: Frechet distance) and whether each is nearer to the true image of its caption than to the others.
+The autoencoder's reconstructions of the true images show what its diffusion model could reach at best.
 
     python recipes/text_to_image/evaluate.py
-    python recipes/text_to_image/evaluate.py --data_split test_unseen_concept --max_pictures 300
+    python recipes/text_to_image/evaluate.py --data_split test_unseen_concept --max_images 300
     python recipes/text_to_image/evaluate.py --model outputs/sd1 --data me/captioned --image_size 256 \
-        --features inception --max_pictures 10000
+        --features inception --max_images 10000
 """
 
 import sys
@@ -35,35 +35,35 @@ class Config:
     """Folder for evaluation.json and figures/evaluation.png. "" = the model's, if that is a folder."""
 
     data: str = "sample"
-    """sample, a .parquet or .tar file, a folder of them or of pictures with metadata.jsonl, or a Hub data set id."""
+    """sample, a .parquet or .tar file, a folder of them or of images with metadata.jsonl, or a Hub data set id."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     data_split: str = ""
-    """Split of held-out pictures. "" = test_unseen_combination of the sample, else the first whose name begins with
+    """Split of held-out images. "" = test_unseen_combination of the sample, else the first whose name begins with
     validation, val or test."""
     image_column: str = ""
-    """Column of the pictures. "" = the only one that holds pictures."""
+    """Column of the images. "" = the only one that holds images."""
     caption_column: str = ""
     """Column of the captions. "" = the one called caption, text or txt."""
     max_bad_fraction: float = 0.01
     """Share of the captions that may be empty; they are left out."""
     image_size: int = 64
-    """Side of the model's pictures in pixels; true ones are cut to it as the largest square in the middle."""
-    max_pictures: int = 200
-    """Captions that a picture is made for, at most, spread over the split."""
+    """Side of the model's images in pixels; true ones are cut to it as the largest square in the middle."""
+    max_images: int = 200
+    """Captions that an image is made for, at most, spread over the split."""
 
     seed: int = 0
-    """The same seed gives the same pictures, whatever the batch size."""
+    """The same seed gives the same images, whatever the batch size."""
     num_steps: int = 25
-    """Steps in which a picture is made."""
+    """Steps in which an image is made."""
     guidance_scale: float = 4.0
-    """How far pictures follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
+    """How far images follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
     batch_size: int = 25
-    """Pictures that are made, or looked at, at a time."""
+    """Images that are made, or looked at, at a time."""
     others_split: str = ""
-    """Split whose pictures can also be taken for those of the captions. "" = train of the sample, else none."""
+    """Split whose images can also be taken for those of the captions. "" = train of the sample, else none."""
     features: str = ""
-    """Whose features pictures are compared in: a run folder of recipes/resnet or Hub id of a ResNet classifier, or
+    """Whose features images are compared in: a run folder of recipes/resnet or Hub id of a ResNet classifier, or
     inception. "" = a classifier of the embedded emoji that lies in assets."""
 
 
@@ -84,7 +84,7 @@ from shared.diffusion.generation import (
     check_steps,
     load_pipeline,
     lost_text,
-    make_pictures,
+    make_images,
     without_bars,
 )
 from shared.images.captioned import SAMPLE, open_captioned
@@ -97,7 +97,7 @@ from shared.run import summary
 
 SHIPPED = Path(__file__).parent / "assets" / "emoji_resnet"
 SAMPLE_SPLIT = "test_unseen_combination"
-NUM_SHOWN = 16  # pairs of pictures in the grid
+NUM_SHOWN = 16  # pairs of images in the grid
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong before anything is loaded."""
     cli.expect_at_least(cfg, 1, "image_size", "num_steps", "batch_size")
     cli.expect_at_least(cfg, 0, "seed")
-    cli.expect_at_least(cfg, 2, "max_pictures")
+    cli.expect_at_least(cfg, 2, "max_images")
     cli.expect(0 <= cfg.max_bad_fraction < 1, "max_bad_fraction", cfg.max_bad_fraction, "a share in [0, 1)")
     check_guidance(cfg.model, cfg.guidance_scale)
     is_clear = bool(cfg.output_dir) or Path(cfg.model).is_dir()
@@ -127,32 +127,32 @@ def pick_split(cfg: Config) -> str:
 
 
 def open_data(cfg: Config, split: str, most: int | None) -> tuple[list[str], list[int], Tensor]:
-    """Captions of at most so many of a split, their positions in it, and their pictures, uint8 (N, 3, S, S)."""
+    """Captions of at most so many of a split, their positions in it, and their images, uint8 (N, 3, S, S)."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     columns = {"image_column": cfg.image_column, "caption_column": cfg.caption_column}
-    pictures = open_captioned(
+    images = open_captioned(
         source, config=cfg.data_config, split=split, **columns, max_bad_fraction=cfg.max_bad_fraction
     )
-    check_sides(source, pictures.files, cfg.image_size)
-    positions = spread(len(pictures), most or len(pictures))
-    pictures = pictures.subset(np.array(positions))
-    squares = Squares(pictures.files, cfg.image_size, len(pictures))[0]
+    check_sides(source, images.files, cfg.image_size)
+    positions = spread(len(images), most or len(images))
+    images = images.subset(np.array(positions))
+    squares = Squares(images.files, cfg.image_size, len(images))[0]
     for index in np.flatnonzero(squares["indices"] < 0).tolist():
-        logger.warning("%s cannot be decoded and is left out", pictures.files.name(index))
+        logger.warning("%s cannot be decoded and is left out", images.files.name(index))
     kept = np.flatnonzero(squares["indices"] >= 0).tolist()
-    cli.expect(len(kept) >= 2, "data", cfg.data, f"at least two pictures that can be decoded in split {split}")
+    cli.expect(len(kept) >= 2, "data", cfg.data, f"at least two images that can be decoded in split {split}")
     true = torch.from_numpy(squares["pixel_values"][kept]).permute(0, 3, 1, 2)
-    return [pictures.captions[index] for index in kept], [positions[index] for index in kept], true
+    return [images.captions[index] for index in kept], [positions[index] for index in kept], true
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def make(cfg: Config, pipeline: Any, captions: list[str], positions: list[int]) -> Tensor:
-    """A picture of each caption, uint8 (N, 3, S, S); it does not depend on which others are measured."""
+    """An image of each caption, uint8 (N, 3, S, S); it does not depend on which others are measured."""
     made = []
-    for picture in make_pictures(
+    for image in make_images(
         pipeline,
         captions,
         [derive_seed(cfg.seed, position) for position in positions],
@@ -161,16 +161,16 @@ def make(cfg: Config, pipeline: Any, captions: list[str], positions: list[int]) 
         negative_prompt="",
         batch_size=cfg.batch_size,
     ):
-        sides = " x ".join(map(str, picture.shape[:2]))
-        fits = picture.shape[:2] == (cfg.image_size, cfg.image_size)
-        cli.expect(fits, "image_size", cfg.image_size, f"the sides of the model's pictures, {sides}")
-        made.append(torch.from_numpy(picture.copy()).permute(2, 0, 1))
+        sides = " x ".join(map(str, image.shape[:2]))
+        fits = image.shape[:2] == (cfg.image_size, cfg.image_size)
+        cli.expect(fits, "image_size", cfg.image_size, f"the sides of the model's images, {sides}")
+        made.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
     return torch.stack(made)
 
 
 @torch.no_grad()
 def reconstruct(vae: Any, true: Tensor, batch_size: int) -> Tensor:
-    """What the autoencoder makes of pictures, from the mean of their latents; both uint8 (N, 3, S, S)."""
+    """What the autoencoder makes of images, from the mean of their latents; both uint8 (N, 3, S, S)."""
     made = []
     for batch in true.split(batch_size):
         encoded = vae.encode(batch.to(vae.device, torch.float32) / 127.5 - 1)
@@ -188,15 +188,15 @@ def reconstruct(vae: Any, true: Tensor, batch_size: int) -> Tensor:
 def measure(
     network: Any, true: Tensor, others: Tensor, made: Tensor, batch_size: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """How near pictures come to the true ones of the same captions, all uint8 (N, 3, S, S), and pictures at random.
+    """How near images come to the true ones of the same captions, all uint8 (N, 3, S, S), and images at random.
 
-    `others` are true pictures of other captions, such as of the same thing in other styles.
+    `others` are true images of other captions, such as of the same thing in other styles.
     """
     device = next(network.parameters()).device
     distance = frechet_distance(network, true.split(batch_size), made.split(batch_size))
     of_true, of_made = (
-        torch.cat([network(batch.to(device)).cpu() for batch in pictures.split(batch_size)])
-        for pictures in (torch.cat([true, others]), made)
+        torch.cat([network(batch.to(device)).cpu() for batch in images.split(batch_size)])
+        for images in (torch.cat([true, others]), made)
     )
     match = caption_match(of_made, of_true, torch.arange(len(true)))
     found = {"eval/caption_match_top1": match["top1"], "eval/caption_match_top5": match["top5"]}
@@ -214,19 +214,19 @@ def table(made: dict[str, float], reconstructed: dict[str, float], chance: dict[
 
 
 def show(true: Tensor, made: Tensor, captions: list[str], path: Path) -> None:
-    """Draw some pictures beside the true ones into a PNG."""
-    pictures, titles = [], []
+    """Draw some images beside the true ones into a PNG."""
+    images, titles = [], []
     for index in spread(len(captions), NUM_SHOWN):
-        pictures += [pixels[index].permute(1, 2, 0).numpy() for pixels in (true, made)]
+        images += [pixels[index].permute(1, 2, 0).numpy() for pixels in (true, made)]
         titles += [captions[index] if len(captions[index]) <= 36 else f"{captions[index][:35]}...", "made"]
-    figures.picture_grid(pictures, titles, path)
+    figures.image_grid(images, titles, path)
 
 
 def main(cfg: Config) -> None:
-    """Make a picture of each caption, measure, and write what came out."""
+    """Make an image of each caption, measure, and write what came out."""
     check_config(cfg)
     split = pick_split(cfg)
-    captions, positions, true = open_data(cfg, split, cfg.max_pictures)
+    captions, positions, true = open_data(cfg, split, cfg.max_images)
     others_split = cfg.others_split or ("train" if cfg.data == "sample" else "")
     cli.expect(others_split != split, "others_split", others_split, f"another split than data_split, {split}")
     others = open_data(cfg, others_split, None)[2] if others_split else true[:0]
@@ -246,14 +246,14 @@ def main(cfg: Config) -> None:
     reached, _ = measure(network, true, others, reconstructed, cfg.batch_size)
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("config", "output_dir")}
     settings |= {"data_split": split, "others_split": others_split, "scheduler": type(pipeline.scheduler).__name__}
-    numbers = {"num_pictures": len(true), "num_others": len(others)}
+    numbers = {"num_images": len(true), "num_others": len(others)}
     results = {"metrics": metrics, "reconstructions": reached, "chance": chance, **numbers}
     folder = Path(cfg.output_dir or cfg.model)
     show(true, made, captions, folder / "figures" / "evaluation.png")
     run_folder.write_json(folder / "evaluation.json", {**results, "settings": settings})
     lines = (
         table(metrics, reached, chance),
-        f"{len(true)} pictures, {len(others)} others: {folder}/evaluation.json, figures/evaluation.png",
+        f"{len(true)} images, {len(others)} others: {folder}/evaluation.json, figures/evaluation.png",
     )
     print(*lines, sep="\n")  # noqa: T201 (there is no accelerator here)
 

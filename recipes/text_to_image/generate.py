@@ -1,7 +1,7 @@
-"""Make pictures from prompts with a run of pretrain.py, or with any text-to-image pipeline's folder or Hub id.
+"""Make images from prompts with a run of pretrain.py, or with any text-to-image pipeline's folder or Hub id.
 
 python recipes/text_to_image/generate.py --prompt "3D Fluent emoji, red apple"
-python recipes/text_to_image/generate.py --prompts_file prompts.txt --pictures_per_prompt 1 --num_steps 50
+python recipes/text_to_image/generate.py --prompts_file prompts.txt --images_per_prompt 1 --num_steps 50
 python recipes/text_to_image/generate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance_scale 7.5
 """
 
@@ -22,28 +22,28 @@ class Config:
     """YAML file with differences from the defaults; flags override it. "" = none."""
     model: str = "outputs/text_to_image"
     """Run folder, folder of save_pretrained, or Hub id of a text-to-image pipeline of diffusers."""
-    output_dir: str = "outputs/pictures"
-    """Folder for the pictures, grid.png and prompts.jsonl; files of the same names are replaced."""
+    output_dir: str = "outputs/images"
+    """Folder for the images, grid.png and prompts.jsonl; files of the same names are replaced."""
 
     prompt: str = "3D Fluent emoji, red apple"
-    """What the pictures are to show."""
+    """What the images are to show."""
     prompts_file: str = ""
     """Text file with a prompt on each line, instead of prompt. "" = prompt."""
     negative_prompt: str = ""
-    """What the pictures are to be guided away from. "" = the empty prompt."""
-    pictures_per_prompt: int = 4
-    """Pictures of each prompt."""
+    """What the images are to be guided away from. "" = the empty prompt."""
+    images_per_prompt: int = 4
+    """Images of each prompt."""
     seed: int = 0
-    """The same seed gives the same pictures, whatever the batch size."""
+    """The same seed gives the same images, whatever the batch size."""
 
     num_steps: int = 25
-    """Steps in which a picture is made."""
+    """Steps in which an image is made."""
     guidance_scale: float = 4.0
-    """How far pictures follow the prompt's prediction beyond the empty prompt's. 1 = no guidance."""
+    """How far images follow the prompt's prediction beyond the empty prompt's. 1 = no guidance."""
     scheduler: str = ""
     """Sampler: ddim, dpm, euler or unipc. "" = the model's own."""
     batch_size: int = 8
-    """Pictures that are made at a time."""
+    """Images that are made at a time."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -63,21 +63,21 @@ from shared.diffusion.generation import (
     check_steps,
     load_pipeline,
     lost_text,
-    make_pictures,
+    make_images,
     set_scheduler,
 )
-from shared.metrics.figures import picture_grid
+from shared.metrics.figures import image_grid
 from shared.run.folder import check_writable
 
-NUM_SHOWN = 64  # pictures of the grid, at most
-SETTINGS = ("num_steps", "guidance_scale", "negative_prompt", "scheduler")  # noted for each picture
+NUM_SHOWN = 64  # images of the grid, at most
+SETTINGS = ("num_steps", "guidance_scale", "negative_prompt", "scheduler")  # noted for each image
 
 logger = logging.getLogger(__name__)
 
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong before the model is loaded."""
-    cli.expect_at_least(cfg, 1, "pictures_per_prompt", "num_steps", "batch_size")
+    cli.expect_at_least(cfg, 1, "images_per_prompt", "num_steps", "batch_size")
     cli.expect_at_least(cfg, 0, "seed")
     check_writable(Path(cfg.output_dir))
     check_guidance(cfg.model, cfg.guidance_scale)
@@ -100,13 +100,13 @@ def read_prompts(cfg: Config) -> list[str]:
 
 
 def file_name(index: int, prompt: str) -> str:
-    """Such as 00012-red-apple.png; names sort as the pictures come."""
+    """Such as 00012-red-apple.png; names sort as the images come."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return f"{index:05d}-{slug[:60].strip('-') or 'picture'}.png"
+    return f"{index:05d}-{slug[:60].strip('-') or 'image'}.png"
 
 
 def main(cfg: Config) -> None:
-    """Load the model, make the pictures and write each as soon as it is there."""
+    """Load the model, make the images and write each as soon as it is there."""
     check_config(cfg)
     prompts, folder = read_prompts(cfg), Path(cfg.output_dir)
     pipeline = load_pipeline(cfg.model, "model")
@@ -118,9 +118,9 @@ def main(cfg: Config) -> None:
             logger.warning("prompt %r is longer than the text encoder takes and cut: without %r", prompt, lost)
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    prompts = [prompt for prompt in prompts for _ in range(cfg.pictures_per_prompt)]
+    prompts = [prompt for prompt in prompts for _ in range(cfg.images_per_prompt)]
     seeds = [derive_seed(cfg.seed, index) for index in range(len(prompts))]
-    pictures = make_pictures(
+    images = make_images(
         pipeline.to(device),
         prompts,
         seeds,
@@ -131,14 +131,14 @@ def main(cfg: Config) -> None:
     )
     shown, settings = [], {name: getattr(cfg, name) for name in SETTINGS}
     with (folder / "prompts.jsonl").open("w", encoding="utf-8") as stream:
-        for index, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+        for index, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
             name = file_name(index, prompt)
-            Image.fromarray(picture).save(folder / name)
+            Image.fromarray(image).save(folder / name)
             stream.write(json.dumps({"file": name, "prompt": prompt, "seed": seed, **settings}) + "\n")
-            shown += [picture] if index < NUM_SHOWN else []
+            shown += [image] if index < NUM_SHOWN else []
     titles = [prompt if len(prompt) <= 36 else f"{prompt[:35]}..." for prompt in prompts]
-    picture_grid(shown, titles, folder / "grid.png")
-    print(f"{len(prompts)} pictures, and together in grid.png: {folder}/")  # noqa: T201 (there is no accelerator here)
+    image_grid(shown, titles, folder / "grid.png")
+    print(f"{len(prompts)} images, and together in grid.png: {folder}/")  # noqa: T201 (there is no accelerator here)
 
 
 if __name__ == "__main__":

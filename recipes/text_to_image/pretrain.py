@@ -111,9 +111,9 @@ class Config(fields.RunControl):
     """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""
 
     sample_steps: int = 25
-    """Steps in which each of the shown pictures is made."""
+    """Steps in which each of the shown images is made."""
     guidance_scale: float = 4.0
-    """How far shown pictures follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
+    """How far shown images follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -168,7 +168,7 @@ NUM_SHOWN = 8
 USAGE = """from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("path/of/this/folder")
-picture = pipeline({!r}, guidance_scale={}, num_inference_steps={}).images[0]"""
+image = pipeline({!r}, guidance_scale={}, num_inference_steps={}).images[0]"""
 
 
 def check_config(cfg: Config) -> None:
@@ -293,7 +293,7 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
     else:
         unet = load_diffusion_model(diffusers.UNet2DConditionModel, cfg.init, "init", subfolder="unet")
         check_sizes(cfg.init, "a unet", unet.config, sizes)
-        unet.register_to_config(sample_size=latent_shape[-1])  # of the pictures that the pipeline makes by default
+        unet.register_to_config(sample_size=latent_shape[-1])  # of the images that the pipeline makes by default
         if frozen is None:
             _, text_encoder = load_text_encoder(cfg.init, "init")
             check_sizes(cfg.init, "a text encoder", text_encoder.config, text_sizes)
@@ -305,7 +305,7 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
 
 
 def build_scheduler(cfg: Config) -> diffusers.DPMSolverMultistepScheduler:
-    """The noise schedule, in the form in which pictures are made with it and it is saved."""
+    """The noise schedule, in the form in which images are made with it and it is saved."""
     return diffusers.DPMSolverMultistepScheduler(**NOISE, prediction_type=cfg.prediction_type)
 
 
@@ -383,10 +383,10 @@ def evaluate(
 
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
-def make_pictures(
+def make_images(
     cfg: Config, accelerator: Any, model: Any, vae: Any, texts: Tensor, empty: Tensor, latent_shape: Sequence[int]
 ) -> list[np.ndarray]:
-    """A picture uint8 (H, W, 3) for each of some texts (N, ...), with guidance (Ho and Salimans 2022, equation 6).
+    """An image uint8 (H, W, 3) for each of some texts (N, ...), with guidance (Ho and Salimans 2022, equation 6).
 
     Every process makes all of them, since weights may be sharded; each begins with noise of its own.
     """
@@ -535,9 +535,9 @@ def main(cfg: Config) -> None:
         if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
             with throughput.pause(), average.in_place():
                 metrics |= evaluate(cfg, accelerator, model, fixed, signal)
-                pictures = make_pictures(cfg, accelerator, model, vae, **shown)
+                images = make_images(cfg, accelerator, model, vae, **shown)
             if accelerator.is_main_process:
-                figures.picture_grid(pictures, captions, run_dir / "samples" / f"step_{step:08d}.png")
+                figures.image_grid(images, captions, run_dir / "samples" / f"step_{step:08d}.png")
         with throughput.pause():
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
@@ -554,15 +554,15 @@ def main(cfg: Config) -> None:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
     with average.in_place():
-        pictures = make_pictures(cfg, accelerator, model, vae, **shown)
+        images = make_images(cfg, accelerator, model, vae, **shown)
         export(cfg, accelerator, model, frozen, vae, tokenizer, run_dir)
     if accelerator.is_main_process:
-        figures.picture_grid(pictures, captions, run_dir / "figures" / "pictures.png")
+        figures.image_grid(images, captions, run_dir / "figures" / "images.png")
     flops = facts["flops_per_sample"] * cfg.global_batch_size * step
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     usage = USAGE.format(captions[0], cfg.guidance_scale, cfg.sample_steps)
     card = {"pipeline_tag": "text-to-image", "usage": usage, "results": results}
-    card |= {"figures": {"Pictures of held-out captions": "pictures.png"}, "samples": "\n".join(captions)}
+    card |= {"figures": {"Images of held-out captions": "images.png"}, "samples": "\n".join(captions)}
     finish_run(log, pusher, run_dir, **card, is_main_process=accelerator.is_main_process)
     log.say(f"generate: python recipes/text_to_image/generate.py --model {run_dir}")
     accelerator.end_training()

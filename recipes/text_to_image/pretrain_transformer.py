@@ -118,9 +118,9 @@ class Config(fields.RunControl):
     """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""
 
     sample_steps: int = 25
-    """Steps in which each of the shown pictures is made."""
+    """Steps in which each of the shown images is made."""
     guidance_scale: float = 4.0
-    """How far shown pictures follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
+    """How far shown images follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -175,7 +175,7 @@ USAGE = """from diffusers import PRXPipeline
 
 pipeline = PRXPipeline.from_pretrained("path/of/this/folder")
 options = {{"use_resolution_binning": False, "skip_text_cleaning": {}}}
-picture = pipeline({!r}, guidance_scale={}, num_inference_steps={}, **options).images[0]"""
+image = pipeline({!r}, guidance_scale={}, num_inference_steps={}, **options).images[0]"""
 
 
 def check_config(cfg: Config) -> None:
@@ -339,7 +339,7 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_channels: int) 
 
 
 def build_scheduler(cfg: Config) -> diffusers.FlowMatchEulerDiscreteScheduler:
-    """The steps in which pictures are made, as the pipeline saves them."""
+    """The steps in which images are made, as the pipeline saves them."""
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=cfg.shift)
 
 
@@ -408,10 +408,10 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, held_out: dict[str, Fixe
 
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
-def make_pictures(
+def make_images(
     cfg: Config, accelerator: Any, model: Any, vae: Any, texts: Any, empty: Any, latent_shape: Sequence[int]
 ) -> list[np.ndarray]:
-    """A picture uint8 (H, W, 3) for each of some texts, with guidance (Ho and Salimans 2022, equation 6).
+    """An image uint8 (H, W, 3) for each of some texts, with guidance (Ho and Salimans 2022, equation 6).
 
     Every process makes all of them, since weights may be sharded; each begins with noise of its own.
     """
@@ -460,7 +460,7 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
 def export(
     cfg: Config, accelerator: Any, model: Any, frozen: Any, vae: Any, tokenizer: Any, side: int, run_dir: Path
 ) -> None:
-    """Write all parts as a PRXPipeline for pictures of `side` pixels. Every process calls this."""
+    """Write all parts as a PRXPipeline for images of `side` pixels. Every process calls this."""
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         bare = build_model(replace(cfg, init="scratch"), tokenizer, frozen, vae.config.latent_channels)
@@ -557,9 +557,9 @@ def main(cfg: Config) -> None:
         if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
             with throughput.pause(), average.in_place():
                 metrics |= evaluate(cfg, accelerator, model, fixed)
-                pictures = make_pictures(cfg, accelerator, model, vae, **shown)
+                images = make_images(cfg, accelerator, model, vae, **shown)
             if accelerator.is_main_process:
-                figures.picture_grid(pictures, captions, run_dir / "samples" / f"step_{step:08d}.png")
+                figures.image_grid(images, captions, run_dir / "samples" / f"step_{step:08d}.png")
         with throughput.pause():
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
@@ -576,15 +576,15 @@ def main(cfg: Config) -> None:
             raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
     with average.in_place():
-        pictures = make_pictures(cfg, accelerator, model, vae, **shown)
+        images = make_images(cfg, accelerator, model, vae, **shown)
         export(cfg, accelerator, model, *exported)
     if accelerator.is_main_process:
-        figures.picture_grid(pictures, captions, run_dir / "figures" / "pictures.png")
+        figures.image_grid(images, captions, run_dir / "figures" / "images.png")
     flops = facts["flops_per_sample"] * cfg.global_batch_size * step
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     usage = USAGE.format(cfg.text_encoder != "scratch", captions[0], cfg.guidance_scale, cfg.sample_steps)
     card = {"pipeline_tag": "text-to-image", "usage": usage, "results": results}
-    card |= {"figures": {"Pictures of held-out captions": "pictures.png"}, "samples": "\n".join(captions)}
+    card |= {"figures": {"Images of held-out captions": "images.png"}, "samples": "\n".join(captions)}
     finish_run(log, pusher, run_dir, **card, is_main_process=accelerator.is_main_process)
     log.say(f"generate: python recipes/text_to_image/generate.py --model {run_dir}")
     accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Train the autoencoder of a latent diffusion model: pictures to small latents and back.
+"""Train the autoencoder of a latent diffusion model: images to small latents and back.
 
 Papers: Kingma and Welling 2014 (variational autoencoders), Rombach et al. 2022 (latent diffusion; section 3.1 and
 appendix G for this stage), Zhang et al. 2018 (perceptual distance). There is no discriminator: recipes/text_to_image/
@@ -6,10 +6,10 @@ README.md says what it would add. With no arguments it trains on the embedded em
 
     accelerate launch recipes/text_to_image/train_vae.py
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/train_vae.py \
-        --data me/pictures --image_size 256 --block_out_channels 128,256,512,512 --layers_per_block 2
+        --data me/images --image_size 256 --block_out_channels 128,256,512,512 --layers_per_block 2
 """
 
-# Shapes: B pictures of a micro-batch, S side of a picture, C channels of the latents, s side of the latents.
+# Shapes: B images of a micro-batch, S side of an image, C channels of the latents, s side of the latents.
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +41,7 @@ class Config(fields.RunControl):
     """Data worker processes for each training process; never changes the result. 0 = load in the training process."""
 
     data: str = "sample"
-    """sample, a .parquet or .tar file, a folder of them or of pictures, or a Hub data set id."""
+    """sample, a .parquet or .tar file, a folder of them or of images, or a Hub data set id."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     data_split: str = "train"
@@ -50,14 +50,14 @@ class Config(fields.RunControl):
     """Split to evaluate on. "" = the first whose name begins with validation, val or test, else eval_fraction is
     held out."""
     eval_fraction: float = 0.05
-    """Share of the pictures held out where there is no split to evaluate on."""
+    """Share of the images held out where there is no split to evaluate on."""
     image_column: str = ""
-    """Column of the pictures. "" = the only one that holds pictures."""
+    """Column of the images. "" = the only one that holds images."""
     max_bad_fraction: float = 0.01
-    """Share of the pictures that may turn out damaged before the run stops; they are replaced, and named in the log."""
+    """Share of the images that may turn out damaged before the run stops; they are replaced, and named in the log."""
 
     image_size: int = 64
-    """Side of the pictures in pixels, cut as the largest square at a random place."""
+    """Side of the images in pixels, cut as the largest square at a random place."""
     block_out_channels: str = "16,32,64"
     """Channels after each stage of the encoder; every stage but the first halves the side."""
     layers_per_block: int = 1
@@ -72,16 +72,16 @@ class Config(fields.RunControl):
     """scratch, or a run folder or Hub id of an autoencoder of these sizes to start from."""
 
     kl_weight: float = 1e-6
-    """Weight of the KL divergence from a standard normal distribution, in nats of a whole picture."""
+    """Weight of the KL divergence from a standard normal distribution, in nats of a whole image."""
     perceptual_model: str = ""
-    """Run folder or Hub id of a ResNet classifier in whose features pictures are compared as well. "" = none."""
+    """Run folder or Hub id of a ResNet classifier in whose features images are compared as well. "" = none."""
     perceptual_weight: float = 1.0
     """Weight of that comparison beside the mean absolute error."""
 
     global_batch_size: int = 8
-    """Pictures of one update, over all processes and micro-batches."""
+    """Images of one update, over all processes and micro-batches."""
     per_device_batch_size: int = 0
-    """Pictures of one micro-batch on one process. 0 = the process's whole share."""
+    """Images of one micro-batch on one process. 0 = the process's whole share."""
     max_steps: int = 2500
     """Optimizer updates."""
     learning_rate: float = 2e-3
@@ -118,11 +118,11 @@ from shared.data.randomness import derive_seed, normal_numbers, uniform_numbers
 from shared.data.sample_order import samples_of_update
 from shared.data.updates import load_updates
 from shared.images import files as image_files
-from shared.images.bad_images import BadPictures, candidates
+from shared.images.bad_images import BadImages, candidates
 from shared.images.captioned import SAMPLE
 from shared.images.crops import SQUARE_DRAWS, Squares, random_square
-from shared.images.decoding import BadPicture, EncodedPicture
-from shared.images.files import PictureFiles, spread
+from shared.images.decoding import BadImage, EncodedImage
+from shared.images.files import ImageFiles, spread
 from shared.metrics import figures
 from shared.models.averaged_weights import AveragedWeights
 from shared.models.export import export_module
@@ -143,7 +143,7 @@ from shared.runtime.signals import StopSignals
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, what a ResNet classifier expects
 NUM_SHOWN = 8
-STATISTICS_FROM = 4096  # pictures from which the latents' mean and deviation are measured
+STATISTICS_FROM = 4096  # images from which the latents' mean and deviation are measured
 USAGE = """from diffusers import AutoencoderKL
 
 vae = AutoencoderKL.from_pretrained("path/of/this/folder")"""
@@ -173,8 +173,8 @@ def check_config(cfg: Config) -> None:
 # Data
 
 
-def open_data(cfg: Config, accelerator: Any) -> tuple[PictureFiles, PictureFiles]:
-    """The pictures to train on and to evaluate on."""
+def open_data(cfg: Config, accelerator: Any) -> tuple[ImageFiles, ImageFiles]:
+    """The images to train on and to evaluate on."""
     source = str(SAMPLE) if cfg.data == "sample" else cfg.data
     with collectives.node_main_first(accelerator):
         train = image_files.open_files(source, cfg.data_config, cfg.data_split, cfg.image_column)
@@ -188,7 +188,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[PictureFiles, PictureFiles
 
 
 def latent_shape(cfg: Config) -> tuple[int, int, int]:
-    """Shape of a picture's latents: (C, s, s)."""
+    """Shape of an image's latents: (C, s, s)."""
     side = cfg.image_size // 2 ** (len(cli.whole_numbers("block_out_channels", cfg.block_out_channels)) - 1)
     return cfg.latent_channels, side, side
 
@@ -198,16 +198,16 @@ class CroppedUpdates(Dataset):
 
     Args:
         cfg: of the run.
-        train: pictures to train on.
-        micro_batch_size: pictures of a micro-batch.
+        train: images to train on.
+        micro_batch_size: images of a micro-batch.
         order: seed, global_batch_size, rank and num_processes.
     """
 
-    def __init__(self, cfg: Config, train: PictureFiles, micro_batch_size: int, order: dict[str, int]) -> None:
+    def __init__(self, cfg: Config, train: ImageFiles, micro_batch_size: int, order: dict[str, int]) -> None:
         self._cfg, self._train, self._micro_batch_size, self._order = cfg, train, micro_batch_size, order
 
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[str]]:
-        """The micro-batches of update `step`, and the names of pictures that could not be decoded."""
+        """The micro-batches of update `step`, and the names of images that could not be decoded."""
         cfg, bad = self._cfg, []
         _, epochs, indices = np.transpose(samples_of_update(step, [len(self._train)], [1.0], **self._order))
         draws = uniform_numbers(derive_seed(cfg.seed, "crop"), epochs, indices, count=SQUARE_DRAWS).tolist()
@@ -221,19 +221,19 @@ class CroppedUpdates(Dataset):
         return [{name: values[cut] for name, values in update.items()} for cut in cuts], bad
 
     def _read(self, epoch: int, index: int, draws: list[float], bad: list[str]) -> np.ndarray:
-        """A square of the picture, or of the first replacement that can be decoded; what cannot goes to `bad`."""
+        """A square of the image, or of the first replacement that can be decoded; what cannot goes to `bad`."""
         for candidate in candidates(index, len(self._train), self._cfg.seed, epoch):
             try:
-                return random_square(EncodedPicture(self._train.read(candidate)), self._cfg.image_size, draws)
-            except BadPicture:
+                return random_square(EncodedImage(self._train.read(candidate)), self._cfg.image_size, draws)
+            except BadImage:
                 bad.append(self._train.name(candidate))
-        raise cli.UsageError(f"data: {self._cfg.data!r}: expected pictures that can be decoded")
+        raise cli.UsageError(f"data: {self._cfg.data!r}: expected images that can be decoded")
 
 
 def open_updates(
-    cfg: Config, accelerator: Any, train: PictureFiles, micro_batch_size: int, step: int
+    cfg: Config, accelerator: Any, train: ImageFiles, micro_batch_size: int, step: int
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[str]]]:
-    """Updates from `step` on: each this process's micro-batches, and the names of bad pictures."""
+    """Updates from `step` on: each this process's micro-batches, and the names of bad images."""
     rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
     updates = CroppedUpdates(cfg, train, micro_batch_size, order)
@@ -288,7 +288,7 @@ def build_model(cfg: Config) -> AutoencoderKL:
 
 
 def scaled(pixels: Tensor) -> Tensor:
-    """uint8 pictures (B, S, S, 3) as float32 (B, 3, S, S) from -1 to 1, channels-last in memory."""
+    """uint8 images (B, S, S, 3) as float32 (B, 3, S, S) from -1 to 1, channels-last in memory."""
     return pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
 
 
@@ -298,23 +298,23 @@ def forward(model: Any, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def losses(pixels: Tensor, made: Tensor, kl: Tensor, kl_weight: float) -> Tensor:
-    """Absolute error and weighted KL divergence of each picture (B,), both for one channel of a pixel.
+    """Absolute error and weighted KL divergence of each image (B,), both for one channel of a pixel.
 
-    CompVis's code for Rombach et al. 2022 adds up over all of a picture's pixels instead; the relation is the same.
+    CompVis's code for Rombach et al. 2022 adds up over all of an image's pixels instead; the relation is the same.
     """
     error = (made.float() - pixels).abs().mean((1, 2, 3))
     return error + kl_weight * kl.float() / pixels[0].numel()
 
 
 def perceptual_losses(judge: Any, pixels: Tensor, made: Tensor) -> Tensor:
-    """Squared distance between unit-length features, mean over places, summed over stages, of each picture (B,).
+    """Squared distance between unit-length features, mean over places, summed over stages, of each image (B,).
 
     Zhang et al. 2018, equation 1, with all weights one; their networks are others.
     """
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     stages = [
-        judge(pixel_values=((pictures.float() + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
-        for pictures in (pixels, made)
+        judge(pixel_values=((images.float() + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
+        for images in (pixels, made)
     ]
     distances = []
     for stage in zip(*stages, strict=True):
@@ -330,9 +330,9 @@ def perceptual_losses(judge: Any, pixels: Tensor, made: Tensor) -> Tensor:
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def evaluate(
-    cfg: Config, accelerator: Any, model: Any, held_out: PictureFiles, batch_size: int
+    cfg: Config, accelerator: Any, model: Any, held_out: ImageFiles, batch_size: int
 ) -> tuple[dict[str, float], list[np.ndarray]]:
-    """Errors of the reconstructions of every picture once, from the mean of its latents, and some of both."""
+    """Errors of the reconstructions of every image once, from the mean of its latents, and some of both."""
     model.eval()
     processes = accelerator.num_processes
     steps = range(accelerator.process_index, math.ceil(len(held_out) / batch_size / processes) * processes, processes)
@@ -341,13 +341,13 @@ def evaluate(
     totals, shown = torch.zeros(5, dtype=torch.float64), []
     for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
         batch = to_device(batch, accelerator.device)
-        true, is_picture = batch["pixel_values"], batch["indices"] >= 0
+        true, is_image = batch["pixel_values"], batch["indices"] >= 0
         noise = torch.zeros(len(true), *latent_shape(cfg), device=true.device)
         made, kl, _ = forward(model, scaled(true), noise)
         loss, made = losses(scaled(true), made, kl, cfg.kl_weight), to_uint8(made)
         rows = torch.stack([torch.ones_like(loss), loss, psnr(true, made), ssim(true, made), kl.float()])
-        totals += rows[:, is_picture].double().sum(1).cpu()
-        shown += [pixels[is_picture].cpu().numpy() for pixels in (true, made)] if not shown else []
+        totals += rows[:, is_image].double().sum(1).cpu()
+        shown += [pixels[is_image].cpu().numpy() for pixels in (true, made)] if not shown else []
     model.train()
     number, *sums = torch.stack(collectives.gather_objects(accelerator, totals)).sum(0).tolist()
     names = ("eval/loss", "eval/psnr", "eval/ssim", "eval/kl")
@@ -356,18 +356,18 @@ def evaluate(
 
 
 def to_uint8(made: Tensor) -> Tensor:
-    """Pictures (B, 3, S, S) from -1 to 1 as uint8 (B, S, S, 3)."""
+    """Images (B, 3, S, S) from -1 to 1 as uint8 (B, S, S, 3)."""
     return ((made.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def psnr(true: Tensor, made: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each of two batches of uint8 pictures (B, S, S, 3)."""
+    """Peak signal-to-noise ratio in dB of each of two batches of uint8 images (B, S, S, 3)."""
     squared = (made.float() - true.float()).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / squared.clamp(min=1e-6))
 
 
 def ssim(true: Tensor, made: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of each of two batches of uint8 pictures (B, S, S, 3)."""
+    """Structural similarity (Wang et al. 2004) of each of two batches of uint8 images (B, S, S, 3)."""
     pairs = (pixels.permute(0, 3, 1, 2).float() for pixels in (made, true))
     return structural_similarity_index_measure(*pairs, data_range=255.0, reduction="none")
 
@@ -406,9 +406,9 @@ def train_update(
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def latent_statistics(
-    cfg: Config, accelerator: Any, model: Any, train: PictureFiles, batch_size: int
+    cfg: Config, accelerator: Any, model: Any, train: ImageFiles, batch_size: int
 ) -> tuple[Tensor, float]:
-    """Mean of each channel of training pictures' latents (C,), and the deviation of all from these means.
+    """Mean of each channel of training images' latents (C,), and the deviation of all from these means.
 
     Rombach et al. 2022, section 4.3.2 and appendix G: diffusion expects latents of about unit variance.
     """
@@ -477,7 +477,7 @@ def main(cfg: Config) -> None:
     step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
     skipped = SkippedUpdates(state, cfg.max_bad_updates)
     average = AveragedWeights(accelerator, model, cfg.ema_decay, state.get("tensors", {}))
-    bad = BadPictures(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_pictures", []))
+    bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, step)
     fingerprints = [train.fingerprint(), held_out.fingerprint()]
     record = {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init}
@@ -488,7 +488,7 @@ def main(cfg: Config) -> None:
     log = RunLog(accelerator, run_dir, step, cfg.max_steps)
     pusher = hub.HubPusher(hub_id, cfg.hub_private)
     profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_picture"], peak(accelerator) * accelerator.num_processes)
+    throughput = Throughput(facts["flops_per_image"], peak(accelerator) * accelerator.num_processes)
     seconds_before = state.get("training_seconds", 0.0)
     stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
     model.train()
@@ -511,7 +511,7 @@ def main(cfg: Config) -> None:
         if is_last or step % cfg.log_every == 0:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
-            metrics |= {**throughput.read("images"), "train/bad_pictures": bad.number()}
+            metrics |= {**throughput.read("images"), "train/bad_images": bad.number()}
         seconds = seconds_before + throughput.training_seconds
         if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
             with throughput.pause(), average.in_place():
@@ -521,7 +521,7 @@ def main(cfg: Config) -> None:
             log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
             if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
                 state = {"training_seconds": seconds, **skipped.state()}
-                state |= {"bad_pictures": bad.gather(), "tensors": average.tensors()}
+                state |= {"bad_images": bad.gather(), "tensors": average.tensors()}
                 checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
         if schedules.is_due(step, cfg.push_every):
             with throughput.pause(), average.in_place():
@@ -541,10 +541,10 @@ def main(cfg: Config) -> None:
         export(accelerator, cfg, model, mean, deviation, run_dir)
     drawn = {}
     if accelerator.is_main_process:
-        pairs = [picture for pair in zip(*shown, strict=True) for picture in pair][: 2 * NUM_SHOWN]
-        figures.picture_grid(pairs, ["original", "reconstruction"] * NUM_SHOWN, run_dir / "figures" / "pictures.png")
-        drawn = {"Held-out pictures and their reconstructions": "pictures.png"}
-    flops = facts["flops_per_picture"] * cfg.global_batch_size * step
+        pairs = [image for pair in zip(*shown, strict=True) for image in pair][: 2 * NUM_SHOWN]
+        figures.image_grid(pairs, ["original", "reconstruction"] * NUM_SHOWN, run_dir / "figures" / "images.png")
+        drawn = {"Held-out images and their reconstructions": "images.png"}
+    flops = facts["flops_per_image"] * cfg.global_batch_size * step
     results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     results |= {"latents_mean": mean.tolist(), "latents_std": deviation}
     samples = f"latents: mean {', '.join(f'{value:.3f}' for value in mean.tolist())}, deviation {deviation:.3f}"
@@ -569,23 +569,21 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.5, 0.9), fused=True)
 
 
-def describe(cfg: Config, accelerator: Any, model: Any, train: PictureFiles) -> dict[str, Any]:
+def describe(cfg: Config, accelerator: Any, model: Any, train: ImageFiles) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
-    picture = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
+    image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
     channels, *sides = latent_shape(cfg)
     return {
         "parameters": model.num_parameters(),
         "latents": f"{channels} x {sides[0]} x {sides[1]}",
-        "flops_per_picture": training_flops(
-            model, {"pixel_values": picture, "noise": torch.zeros(1, channels, *sides)}
-        ),
-        "pictures_per_update": cfg.global_batch_size,
+        "flops_per_image": training_flops(model, {"pixel_values": image, "noise": torch.zeros(1, channels, *sides)}),
+        "images_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
         **summary.describe_engine(accelerator),
     }
 
 
-def report_costs(cfg: Config, accelerator: Any, train: PictureFiles, micro_batch_size: int) -> None:
+def report_costs(cfg: Config, accelerator: Any, train: ImageFiles, micro_batch_size: int) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     cfg = replace(cfg, num_workers=0)
     (first, *_), _ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0))
@@ -597,16 +595,16 @@ def report_costs(cfg: Config, accelerator: Any, train: PictureFiles, micro_batch
         state = 12 if cfg.ema_decay else 8  # AdamW's, and the average
         costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=state)
     rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
-    if dry_run.can_time(accelerator, facts["flops_per_picture"] * micro_batch_size, costs["memory: total"]):
+    if dry_run.can_time(accelerator, facts["flops_per_image"] * micro_batch_size, costs["memory: total"]):
         model = build_model(cfg)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
         rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
         rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
     accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
-        grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "pictures.png"
-        figures.picture_grid(list(first["pixel_values"].numpy()[: 2 * NUM_SHOWN]), [""] * 2 * NUM_SHOWN, grid)
-        accelerator.print(f"training pictures as the model sees them: {grid}")
+        grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "images.png"
+        figures.image_grid(list(first["pixel_values"].numpy()[: 2 * NUM_SHOWN]), [""] * 2 * NUM_SHOWN, grid)
+        accelerator.print(f"training images as the model sees them: {grid}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures from prompts with a pipeline of diffusers, each from a seed of its own."""
+"""Images from prompts with a pipeline of diffusers, each from a seed of its own."""
 
 import contextlib
 import inspect
@@ -35,7 +35,7 @@ def load_pipeline(name: str, field: str) -> Any:
         field: the configuration field that `name` comes from, for the message.
 
     Raises:
-        UsageError: it is not there, or makes no pictures from text.
+        UsageError: it is not there, or makes no images from text.
     """
     with _only_errors():  # else the import says of each image processor that torchvision is not there
         from diffusers import AutoPipelineForText2Image
@@ -49,7 +49,7 @@ def load_pipeline(name: str, field: str) -> Any:
     return pipeline
 
 
-def make_pictures(
+def make_images(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -59,19 +59,19 @@ def make_pictures(
     negative_prompt: str,
     batch_size: int,
 ) -> Iterator[np.ndarray]:
-    """Make a picture of each prompt, which depends on its prompt and its seed alone, not on what else is in its batch.
+    """Make an image of each prompt, which depends on its prompt and its seed alone, not on what else is in its batch.
 
     On the same hardware it is the same to rounding, whatever the size of the batch. Progress is shown on a terminal.
 
     Args:
         pipeline: from `load_pipeline`, on any device.
-        prompts: of any number of pictures.
+        prompts: of any number of images.
         seeds: of each; the noise is drawn on the CPU, so that all devices have the same.
         num_steps: of the scheduler.
-        guidance_scale: how far a picture follows the prompt's prediction beyond the empty one's (Ho and Salimans 2022);
+        guidance_scale: how far an image follows the prompt's prediction beyond the empty one's (Ho and Salimans 2022);
             1 = no guidance.
         negative_prompt: what stands in for the empty prompt; "" = the empty prompt.
-        batch_size: pictures that are made at a time.
+        batch_size: images that are made at a time.
 
     Yields:
         uint8 (H, W, 3), one for each prompt, in order.
@@ -79,7 +79,7 @@ def make_pictures(
     options: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale}
     if "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
         options["use_resolution_binning"] = False  # which knows the sizes of published models alone
-    with tqdm(total=len(prompts), desc="pictures", unit="picture", disable=None) as bar:
+    with tqdm(total=len(prompts), desc="images", unit="image", disable=None) as bar:
         for first in range(0, len(prompts), batch_size):
             batch = list(prompts[first : first + batch_size])
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]
@@ -87,13 +87,13 @@ def make_pictures(
                 options["negative_prompt"] = [negative_prompt] * len(batch)
             with _only_errors():  # `lost_text` tells of long prompts
                 made = pipeline(prompt=batch, generator=generators, **options).images
-            for picture in made:
-                yield np.asarray(picture.convert("RGB"))
+            for image in made:
+                yield np.asarray(image.convert("RGB"))
                 bar.update()
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:
-    """Make pictures by another sampler, with the noise schedule that the model was trained with.
+    """Make images by another sampler, with the noise schedule that the model was trained with.
 
     Args:
         pipeline: its scheduler is replaced.
@@ -127,7 +127,7 @@ def check_guidance(name: str, guidance_scale: float) -> None:
 
     Args:
         name: run folder, whose config.yaml is read if it is there, or whatever else holds the model.
-        guidance_scale: see `make_pictures`.
+        guidance_scale: see `make_images`.
 
     Raises:
         UsageError: naming guidance_scale.

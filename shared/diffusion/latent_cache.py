@@ -1,11 +1,11 @@
-"""Pictures as latents of an autoencoder, encoded once: Parquet shards and a manifest that says what they are made of.
+"""Images as latents of an autoencoder, encoded once: Parquet shards and a manifest that says what they are made of.
 
 A folder holds `data/SPLIT-00000-of-00010.parquet` and so on, which `datasets` reads as they are, `identity.json` from
-the start and `manifest.json` once all shards are there. A shard is written aside and renamed, and which pictures it
+the start and `manifest.json` once all shards are there. A shard is written aside and renamed, and which images it
 holds follows from its number, so a run that was killed goes on with the shards that are missing, on any number of
 processes.
 
-The columns of a row: `index` of the picture in its split; `caption`; `height` and `width` of the latents; `mean` and
+The columns of a row: `index` of the image in its split; `caption`; `height` and `width` of the latents; `mean` and
 `std` of the autoencoder's posterior as float16 bytes (C, h, w), and, if asked for, the same of the mirror image as
 `mirrored_mean` and `mirrored_std`; the caption's embedding as `text`, float16 bytes (L, D), if there is an encoder.
 """
@@ -32,12 +32,12 @@ _SIDES = ["height", "width"]
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the cache and the pictures that it holds.
+    """A file of the cache and the images that it holds.
 
     Attributes:
         file: path below the cache's folder.
         split: of the data set.
-        indices: positions of its pictures in the split.
+        indices: positions of its images in the split.
     """
 
     file: str
@@ -45,19 +45,19 @@ class Shard:
     indices: range
 
 
-def plan_shards(sizes: dict[str, int], pictures_per_shard: int) -> list[Shard]:
+def plan_shards(sizes: dict[str, int], images_per_shard: int) -> list[Shard]:
     """All shards of a cache, in order.
 
     Args:
-        sizes: number of pictures of each split.
-        pictures_per_shard: of all shards but the last of a split.
+        sizes: number of images of each split.
+        images_per_shard: of all shards but the last of a split.
     """
     shards = []
     for split, size in sizes.items():
-        starts = range(0, size, pictures_per_shard)
+        starts = range(0, size, images_per_shard)
         for number, start in enumerate(starts):
             file = f"data/{split}-{number:05d}-of-{len(starts):05d}.parquet"
-            shards.append(Shard(file, split, range(start, min(start + pictures_per_shard, size))))
+            shards.append(Shard(file, split, range(start, min(start + images_per_shard, size))))
     return shards
 
 
@@ -119,7 +119,7 @@ def finish_cache(
     """Write the manifest of a cache whose shards are all there, and return it. One process calls this.
 
     Raises:
-        UsageError: more than this share of the pictures is in no shard, since they could not be decoded.
+        UsageError: more than this share of the images is in no shard, since they could not be decoded.
     """
     import pyarrow.parquet
 
@@ -127,16 +127,16 @@ def finish_cache(
         {
             "file": shard.file,
             "rows": pyarrow.parquet.read_metadata(folder / shard.file).num_rows,
-            "pictures": len(shard.indices),
+            "images": len(shard.indices),
             "bytes": (folder / shard.file).stat().st_size,
             "sha256": _digest(folder / shard.file),
         }
         for shard in shards
     ]
-    pictures, rows = (sum(entry[name] for entry in entries) for name in ("pictures", "rows"))
-    expected = f"at least {1 - rows / pictures:.3f}, the share of pictures that could not be decoded"
-    expect(pictures - rows <= max_bad_fraction * pictures, "max_bad_fraction", max_bad_fraction, expected)
-    manifest = {**identity, "pictures": pictures, "rows": rows, "shards": entries}
+    images, rows = (sum(entry[name] for entry in entries) for name in ("images", "rows"))
+    expected = f"at least {1 - rows / images:.3f}, the share of images that could not be decoded"
+    expect(images - rows <= max_bad_fraction * images, "max_bad_fraction", max_bad_fraction, expected)
+    manifest = {**identity, "images": images, "rows": rows, "shards": entries}
     _write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -218,7 +218,7 @@ class Latents:
         return [(shape, np.flatnonzero(numbers.ravel() == number)) for number, shape in enumerate(shapes)]
 
     def read(self, index: int, *, mirrored: bool) -> dict[str, Any]:
-        """A row's `caption`, and `mean` and `std` of the picture's posterior or its mirror image's: float16 (C, h, w).
+        """A row's `caption`, and `mean` and `std` of the image's posterior or its mirror image's: float16 (C, h, w).
 
         Of a cache that has embeddings of captions also `text`, float16 (L, D).
         """
@@ -231,7 +231,7 @@ class Latents:
         return {"caption": row["caption"], **sample}
 
     def captions(self) -> list[str]:
-        """Of all pictures."""
+        """Of all images."""
         return list(self._rows["caption"])
 
 

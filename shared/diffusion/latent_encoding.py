@@ -1,4 +1,4 @@
-"""Encoding pictures and their captions into the shards of a latent cache."""
+"""Encoding images and their captions into the shards of a latent cache."""
 
 import hashlib
 import itertools
@@ -18,12 +18,12 @@ from shared.data.updates import load_updates
 from shared.diffusion import latent_cache
 from shared.diffusion.captions import encode_text, text_identity, token_ids
 from shared.diffusion.latent_cache import Shard
-from shared.images.captioned import SAMPLE, CaptionedPictures, open_captioned
+from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
 from shared.images.crops import BucketCrops
 from shared.images.files import list_splits
 from shared.runtime.atomic_folder import written_aside
 
-_SAMPLE_SIDES, _SAMPLE_SHARD = (64, 64), 1024  # sides of the embedded emoji in pixels; pictures of a file
+_SAMPLE_SIDES, _SAMPLE_SHARD = (64, 64), 1024  # sides of the embedded emoji in pixels; images of a file
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +31,21 @@ logger = logging.getLogger(__name__)
 def cache_identity(
     vae: Any,
     text: tuple[Any, Any] | None,
-    splits: dict[str, CaptionedPictures],
+    splits: dict[str, CaptionedImages],
     *,
     buckets: Sequence[tuple[int, int]],
     mirrored: bool,
-    pictures_per_shard: int,
+    images_per_shard: int,
 ) -> dict[str, Any]:
     """What a cache is made of; another one must not be mixed with it.
 
     Args:
         vae: `diffusers.AutoencoderKL`.
         text: tokenizer and encoder, see `captions.load_text_encoder`; None = the captions alone.
-        splits: pictures of each split.
-        buckets: heights and widths in pixels that pictures are cut to.
+        splits: images of each split.
+        buckets: heights and widths in pixels that images are cut to.
         mirrored: whether mirror images are encoded as well.
-        pictures_per_shard: see `latent_cache.plan_shards`.
+        images_per_shard: see `latent_cache.plan_shards`.
     """
     return {
         "vae": latent_cache.weights_digest(vae),
@@ -53,15 +53,15 @@ def cache_identity(
         **(text_identity(*text) if text else {"text_encoder": None, "text_shape": None}),
         "buckets": [list(bucket) for bucket in buckets],
         "mirrored": mirrored,
-        "pictures_per_shard": pictures_per_shard,
-        "data": {split: pictures.fingerprint for split, pictures in splits.items()},
+        "images_per_shard": images_per_shard,
+        "data": {split: images.fingerprint for split, images in splits.items()},
     }
 
 
 def encode_shards(
     folder: Path,
     shards: Iterable[Shard],
-    splits: dict[str, CaptionedPictures],
+    splits: dict[str, CaptionedImages],
     vae: Any,
     text: tuple[Any, Any] | None,
     *,
@@ -71,17 +71,17 @@ def encode_shards(
     num_workers: int,
     shows_progress: bool,
 ) -> int:
-    """Encode and write shards one after the other; a picture that cannot be decoded has no row and is named in the log.
+    """Encode and write shards one after the other; an image that cannot be decoded has no row and is named in the log.
 
     Args:
         folder: of the cache.
         shards: those to write.
-        splits: pictures of each split.
+        splits: images of each split.
         vae: `diffusers.AutoencoderKL`, on the device that is to encode.
         text: tokenizer and encoder, on that device; None = the captions alone.
-        buckets: heights and widths in pixels; each picture is cut to the one nearest to its aspect ratio.
+        buckets: heights and widths in pixels; each image is cut to the one nearest to its aspect ratio.
         mirrored: whether to encode the mirror images as well.
-        batch_size: pictures, or captions, that are encoded at a time.
+        batch_size: images, or captions, that are encoded at a time.
         num_workers: data worker processes; 0 = decode here.
         shows_progress: whether this process shows a bar on the terminal.
 
@@ -92,14 +92,14 @@ def encode_shards(
     arrays = [f"{prefix}{name}" for prefix in prefixes for name in ("mean", "std")] + (["text"] if text else [])
     cut = 0
     for shard in tqdm(list(shards), desc="encoding", unit="shard", disable=None if shows_progress else True):
-        pictures = splits[shard.split].subset(np.array(shard.indices))
-        crops = BucketCrops(pictures.files, buckets, batch_size)
-        found = _encode_pictures(crops, vae, prefixes, batch_size, num_workers)
-        for position in range(len(pictures)):
+        images = splits[shard.split].subset(np.array(shard.indices))
+        crops = BucketCrops(images.files, buckets, batch_size)
+        found = _encode_images(crops, vae, prefixes, batch_size, num_workers)
+        for position in range(len(images)):
             if position not in found:
-                logger.warning("%s cannot be decoded and is left out", pictures.files.name(position))
+                logger.warning("%s cannot be decoded and is left out", images.files.name(position))
         rows = [
-            {"index": shard.indices[position], "caption": pictures.captions[position], **found[position]}
+            {"index": shard.indices[position], "caption": images.captions[position], **found[position]}
             for position in sorted(found)
         ]
         if text:
@@ -108,10 +108,10 @@ def encode_shards(
     return cut
 
 
-def _encode_pictures(
+def _encode_images(
     crops: BucketCrops, vae: Any, prefixes: Sequence[str], batch_size: int, num_workers: int
 ) -> dict[int, dict[str, Any]]:
-    """Columns of the pictures by their position in the shard, those of mirror images where there is a prefix for it."""
+    """Columns of the images by their position in the shard, those of mirror images where there is a prefix for it."""
     found: dict[int, dict[str, Any]] = {}
     items = load_updates(crops, range(len(crops)), num_workers, vae.device)
     for batch in _full_batches(itertools.chain.from_iterable(items), batch_size):
@@ -127,7 +127,7 @@ def _encode_pictures(
 
 
 def _full_batches(parts: Iterable[dict[str, Tensor]], batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Join parts of at most `batch_size` pictures to batches of so many of one size; the last of a size may be less."""
+    """Join parts of at most `batch_size` images to batches of so many of one size; the last of a size may be less."""
     waiting: dict[Any, dict[str, Tensor]] = {}
     for part in parts:
         size, joined = part["pixel_values"].shape[1:], part
@@ -143,7 +143,7 @@ def _full_batches(parts: Iterable[dict[str, Tensor]], batch_size: int) -> Iterat
 
 @torch.no_grad()
 def _posterior(vae: Any, pixels: Tensor, prefix: str) -> dict[str, np.ndarray]:
-    """Mean and standard deviation of uint8 pictures (B, H, W, 3): float16 (B, C, h, w) each."""
+    """Mean and standard deviation of uint8 images (B, H, W, 3): float16 (B, C, h, w) each."""
     posterior = vae.encode(pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1).latent_dist
     return {f"{prefix}{name}": getattr(posterior, name).half().cpu().numpy() for name in ("mean", "std")}
 
@@ -182,7 +182,7 @@ def open_latents(
         identity |= text_identity(*text)
     if data == "sample":
         folder = cached if cached.is_dir() else sample_latents(cache_dir, vae, text)
-        identity["data"] = {name: pictures.fingerprint for name, pictures in sample_splits().items()}
+        identity["data"] = {name: images.fingerprint for name, images in sample_splits().items()}
     manifest = latent_cache.read_manifest(folder, "data")
     latent_cache.check_identity(manifest, identity, "data", folder)
     return folder, manifest
@@ -201,13 +201,13 @@ def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> P
     """
     splits = sample_splits()
     form: dict[str, Any] = {"buckets": [_SAMPLE_SIDES], "mirrored": True}
-    identity = cache_identity(vae, text, splits, **form, pictures_per_shard=_SAMPLE_SHARD)
+    identity = cache_identity(vae, text, splits, **form, images_per_shard=_SAMPLE_SHARD)
     folder = cache_dir / f"latents-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         logger.warning("encoding the embedded emoji, once, into %s", folder)
         with written_aside(folder) as aside:
             latent_cache.begin_cache(aside, identity)
-            sizes = {name: len(pictures) for name, pictures in splits.items()}
+            sizes = {name: len(images) for name, images in splits.items()}
             shards = latent_cache.plan_shards(sizes, _SAMPLE_SHARD)
             form |= {"batch_size": 32, "num_workers": 0, "shows_progress": True}
             encode_shards(aside, shards, splits, vae, text, **form)
@@ -215,7 +215,7 @@ def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> P
     return folder
 
 
-def sample_splits() -> dict[str, CaptionedPictures]:
+def sample_splits() -> dict[str, CaptionedImages]:
     """The embedded emoji."""
     names, data = list_splits(str(SAMPLE), ""), str(SAMPLE)
     usual: dict[str, Any] = {"config": "", "image_column": "", "caption_column": "", "max_bad_fraction": 0.0}

@@ -1,4 +1,4 @@
-"""Buckets of aspect ratios: pictures go in batches with others of about their shape, and little of them is cut away."""
+"""Buckets of aspect ratios: images go in batches with others of about their shape, and little of them is cut away."""
 
 from collections.abc import Sequence
 
@@ -27,17 +27,17 @@ def aspect_ratio_buckets(image_size: int, multiple: int) -> list[tuple[int, int]
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The one whose aspect ratio is the nearest on a logarithmic scale; then the least of the picture is cut away.
+    """The one whose aspect ratio is the nearest on a logarithmic scale; then the least of the image is cut away.
 
     Args:
-        height: of the picture.
-        width: of the picture.
+        height: of the image.
+        width: of the image.
         buckets: height and width of each; of equally near ones the first is taken.
     """
 
     # `diffusers.training_utils.find_nearest_bucket` compares abs(height * w - width * h), a difference of ratios times
     # the bucket's own width. So its borders are not where two buckets cut the same share away: near them, which is less
-    # than a hundredth of all pictures, it cuts up to a hundredth more.
+    # than a hundredth of all images, it cuts up to a hundredth more.
     def kept(bucket: tuple[int, int]) -> float:
         taller, wider = height * bucket[1], width * bucket[0]
         return min(taller, wider) / max(taller, wider)

@@ -1,4 +1,4 @@
-"""Pictures and their captions: a folder with metadata.jsonl, Parquet, WebDataset tars, or a Hub data set."""
+"""Images and their captions: a folder with metadata.jsonl, Parquet, WebDataset tars, or a Hub data set."""
 
 import functools
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shared.command_line import UsageError, expect
-from shared.images.files import PictureFiles, open_split, without_decoding
+from shared.images.files import ImageFiles, open_split, without_decoding
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "emoji"
 _USUAL_COLUMNS = ("caption", "text", "txt")
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CaptionedPictures:
-    """Encoded pictures and what they show.
+class CaptionedImages:
+    """Encoded images and what they show.
 
     Args:
-        files: the pictures.
+        files: the images.
         captions: of each, not empty.
     """
 
-    files: PictureFiles
+    files: ImageFiles
     captions: Sequence[str]
 
     def __len__(self) -> int:
@@ -36,38 +36,38 @@ class CaptionedPictures:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes when captions or, as far as some of the pictures tell, pictures do."""
+        """Changes when captions or, as far as some of the images tell, images do."""
         digest = hashlib.sha256(self.files.fingerprint().encode())
         for caption in self.captions:
             digest.update(caption.encode() + b"\0")
         return digest.hexdigest()[:16]
 
-    def subset(self, chosen: np.ndarray) -> "CaptionedPictures":
+    def subset(self, chosen: np.ndarray) -> "CaptionedImages":
         """Those at the given positions."""
-        return CaptionedPictures(self.files.subset(chosen), [self.captions[index] for index in chosen.tolist()])
+        return CaptionedImages(self.files.subset(chosen), [self.captions[index] for index in chosen.tolist()])
 
 
 def open_captioned(
     data: str, *, config: str, split: str, image_column: str, caption_column: str, max_bad_fraction: float
-) -> CaptionedPictures:
-    """Find captioned pictures without decoding them; those whose caption is empty are left out, counted and named.
+) -> CaptionedImages:
+    """Find captioned images without decoding them; those whose caption is empty are left out, counted and named.
 
     Args:
-        data: a .parquet or .tar file, a folder of them or of pictures with metadata.jsonl, or a Hub id.
+        data: a .parquet or .tar file, a folder of them or of images with metadata.jsonl, or a Hub id.
         config: configuration of a Hub data set; "" = its only one.
         split: such as train or validation.
-        image_column: column of the pictures; "" = the only one that holds pictures.
+        image_column: column of the images; "" = the only one that holds images.
         caption_column: column of the captions; "" = the one called caption, text or txt.
         max_bad_fraction: share of empty captions above which the data is refused.
 
     Raises:
         UsageError: nothing is there, the split or a column is not there, or too many captions are empty.
     """
-    dataset, picture = open_split(data, config, split, image_column, streaming=False)
-    texts = list(dataset.with_format(None)[_pick_caption(dataset, data, caption_column, picture)])
+    dataset, image = open_split(data, config, split, image_column, streaming=False)
+    texts = list(dataset.with_format(None)[_pick_caption(dataset, data, caption_column, image)])
     captions = ["" if text is None else " ".join(text.split()) for text in texts]
     kept = np.array([row for row, caption in enumerate(captions) if caption], dtype=np.int64)
-    files = PictureFiles(without_decoding(dataset.select_columns([picture]), picture), picture, kept)
+    files = ImageFiles(without_decoding(dataset.select_columns([image]), image), image, kept)
     number = len(captions) - len(kept)
     if not len(kept):
         raise UsageError(f"data: {data!r}: expected captions in split {split}, all {number} are empty")
@@ -77,21 +77,21 @@ def open_captioned(
         share = number / len(captions)
         expected = f"at least {share:.3f}, the share of empty captions"
         expect(share <= max_bad_fraction, "max_bad_fraction", max_bad_fraction, expected)
-    return CaptionedPictures(files, [captions[row] for row in kept.tolist()])
+    return CaptionedImages(files, [captions[row] for row in kept.tolist()])
 
 
-def _pick_caption(dataset: Any, data: str, asked: str, picture: str) -> str:
+def _pick_caption(dataset: Any, data: str, asked: str, image: str) -> str:
     """The column of the captions; only text columns count."""
     import datasets
 
     texts = [
         name
         for name, feature in dataset.features.items()
-        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string") and name != picture
+        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string") and name != image
     ]
     if not asked and not texts:
-        expected = "captions: a metadata.jsonl with file_name and caption beside the pictures, or a column of texts"
-        raise UsageError(f"data: {data!r}: expected {expected}, got pictures alone")
+        expected = "captions: a metadata.jsonl with file_name and caption beside the images, or a column of texts"
+        raise UsageError(f"data: {data!r}: expected {expected}, got images alone")
     column = asked or next((name for name in _USUAL_COLUMNS if name in texts), "")
     expect(column in texts, "caption_column", asked, f"a column of texts, there are: {', '.join(texts) or 'none'}")
     return column

@@ -1,7 +1,7 @@
 """From the bytes of a JPEG, PNG or WebP file to an RGB crop.
 
 A JPEG is decoded at the smallest of the scales 1/1, 1/2, 1/4 and 1/8 that covers the crop, which libjpeg-turbo computes
-straight from the coefficients. Grey, palette, 16-bit, CMYK and transparent pictures become RGB as transformers'
+straight from the coefficients. Grey, palette, 16-bit, CMYK and transparent images become RGB as transformers'
 `load_image` makes them, except that 16-bit ones are scaled, not clipped; EXIF rotation is applied; of an animation the
 first frame counts. Sizes are checked before anything is allocated.
 """
@@ -25,12 +25,12 @@ _ORIENTATION = 0x0112  # EXIF tag
 _EXIF_WITHIN = 1 << 16  # bytes of a file in which an EXIF block begins
 
 
-class BadPicture(Exception):
-    """The file is no picture that can be decoded, cut off, damaged or far too large."""
+class BadImage(Exception):
+    """The file is no image that can be decoded, cut off, damaged or far too large."""
 
 
-class EncodedPicture:
-    """A picture whose size is known and whose pixels are not decoded yet.
+class EncodedImage:
+    """An image whose size is known and whose pixels are not decoded yet.
 
     Args:
         data: bytes of a JPEG, PNG or WebP file.
@@ -40,7 +40,7 @@ class EncodedPicture:
         height: in pixels, after EXIF rotation.
 
     Raises:
-        BadPicture: the header cannot be read, or names more than `MAX_PIXELS`.
+        BadImage: the header cannot be read, or names more than `MAX_PIXELS`.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -62,16 +62,16 @@ class EncodedPicture:
             self._image, (self.width, self.height) = turned, turned.size
 
     def keep_pixels(self) -> None:
-        """Decode the picture now and keep its pixels instead of its file.
+        """Decode the image now and keep its pixels instead of its file.
 
         Raises:
-            BadPicture: the file is damaged.
+            BadImage: the file is damaged.
         """
         self._pixels = _channels_first(self._decode(1.0))
         self._data, self._image = b"", None
 
     def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-        """Part of the picture, resized to a square (bilinear, with antialiasing).
+        """Part of the image, resized to a square (bilinear, with antialiasing).
 
         Args:
             box: left, top, right, bottom in pixels.
@@ -81,7 +81,7 @@ class EncodedPicture:
             uint8 (size, size, 3).
 
         Raises:
-            BadPicture: the file is damaged.
+            BadImage: the file is damaged.
         """
         left, top, right, bottom = box
         pixels = self._pixels
@@ -105,7 +105,7 @@ class EncodedPicture:
             uint8 (size, size, 3).
 
         Raises:
-            BadPicture: the file is damaged.
+            BadImage: the file is damaged.
         """
         shorter = int(size / crop_fraction)
         longer = int(shorter * max(self.width, self.height) / min(self.width, self.height))
@@ -113,7 +113,7 @@ class EncodedPicture:
         return self._middle(sides, size, size)
 
     def cover(self, height: int, width: int) -> np.ndarray:
-        """The picture, resized until it just covers a rectangle, and cut to it in the middle.
+        """The image, resized until it just covers a rectangle, and cut to it in the middle.
 
         Args:
             height: of the result in pixels.
@@ -123,7 +123,7 @@ class EncodedPicture:
             uint8 (height, width, 3).
 
         Raises:
-            BadPicture: the file is damaged.
+            BadImage: the file is damaged.
         """
         if self.width * height <= self.height * width:
             return self._middle((width, int(width * self.height / self.width)), height, width)
@@ -132,20 +132,20 @@ class EncodedPicture:
     def _middle(self, sides: tuple[int, int], height: int, width: int) -> np.ndarray:
         """Resize to `sides`, width and height, and cut."""
         with _decoding_errors():
-            _check_size(*sides)  # a line of pixels, resized to the height of a picture, can take all memory
+            _check_size(*sides)  # a line of pixels, resized to the height of an image, can take all memory
         image = Image.fromarray(self._decode(1.0) if self._pixels is None else self._pixels[0].permute(1, 2, 0).numpy())
         left, top = (sides[0] - width) // 2, (sides[1] - height) // 2
         resized = image.resize(sides, Image.Resampling.BILINEAR)
         return np.asarray(resized.crop((left, top, left + width, top + height)))
 
     def _decode(self, scale: float) -> np.ndarray:
-        """The whole picture, uint8 (H, W, 3), at 1/1, 1/2, 1/4 or 1/8, whichever is the smallest that has `scale`."""
+        """The whole image, uint8 (H, W, 3), at 1/1, 1/2, 1/4 or 1/8, whichever is the smallest that has `scale`."""
         with _decoding_errors():
             if self._image is None:
                 # libjpeg-turbo has vector code for these scales only: 5/8 takes longer than the whole.
                 factor = next(factor for factor in (8, 4, 2, 1) if factor * scale <= 1 or factor == 1)
                 if factor == 1:
-                    # Both flags change a pixel by a few of its 256 steps: not where a picture is evaluated.
+                    # Both flags change a pixel by a few of its 256 steps: not where an image is evaluated.
                     is_fast = scale != 1
                     return simplejpeg.decode_jpeg(self._data, "RGB", fastdct=is_fast, fastupsample=is_fast)
                 least = {"min_height": self.height // factor, "min_width": self.width // factor}
@@ -161,12 +161,12 @@ def _decoding_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SyntaxError, struct.error, MemoryError, Image.DecompressionBombError) as error:
-        raise BadPicture(" ".join(str(error).split())) from error
+        raise BadImage(" ".join(str(error).split())) from error
 
 
 def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
-        raise BadPicture(f"{width} x {height} pixels, expected 1 to {MAX_PIXELS:,}")
+        raise BadImage(f"{width} x {height} pixels, expected 1 to {MAX_PIXELS:,}")
 
 
 def _channels_first(pixels: np.ndarray) -> torch.Tensor:

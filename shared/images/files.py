@@ -1,7 +1,7 @@
-"""Where pictures come from: files in folders, Parquet, WebDataset tars, or a Hub data set, read by index.
+"""Where images come from: files in folders, Parquet, WebDataset tars, or a Hub data set, read by index.
 
 All of them go through `datasets`, which finds splits by the names of files and folders (train, validation or val,
-test). What belongs to a picture is read elsewhere: its class in `labelled.py`, its caption in
+test). What belongs to an image is read elsewhere: its class in `labelled.py`, its caption in
 `captioned.py`.
 """
 
@@ -19,20 +19,20 @@ from shared.command_line import UsageError, expect
 from shared.data.hub_ids import is_hub_id
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.aspect_ratios import nearest_bucket
-from shared.images.decoding import BadPicture, EncodedPicture
+from shared.images.decoding import BadImage, EncodedImage
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 VALIDATION_SPLITS = ("validation", "val", "test")  # where none is named, the first so called, or so beginning
-HELD_OUT_SEED = 0  # of the pictures held out, so that runs of any seed compare
-_SAMPLED_PICTURES = 64
+HELD_OUT_SEED = 0  # of the images held out, so that runs of any seed compare
+_SAMPLED_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class PictureFiles:
-    """Encoded pictures.
+class ImageFiles:
+    """Encoded images.
 
     Args:
-        dataset: of `datasets`; its picture column is not decoded.
+        dataset: of `datasets`; its image column is not decoded.
         image_column: name of that column.
         indices: int64 (N,), the row of each in `dataset`.
     """
@@ -60,48 +60,48 @@ class PictureFiles:
         return f"{self.dataset[row][self.image_column]['path'] or 'unnamed'} (row {row})"
 
     def fingerprint(self) -> str:
-        """Changes when pictures do, as far as some of them tell."""
-        some = [self.read(index) for index in spread(len(self), _SAMPLED_PICTURES)]
+        """Changes when images do, as far as some of them tell."""
+        some = [self.read(index) for index in spread(len(self), _SAMPLED_IMAGES)]
         return hashlib.sha256(repr((len(self), some)).encode()).hexdigest()[:16]
 
-    def subset(self, chosen: np.ndarray) -> "PictureFiles":
+    def subset(self, chosen: np.ndarray) -> "ImageFiles":
         """Those at the given positions."""
-        return PictureFiles(self.dataset, self.image_column, self.indices[chosen])
+        return ImageFiles(self.dataset, self.image_column, self.indices[chosen])
 
 
-def open_files(data: str, config: str, split: str, image_column: str) -> PictureFiles:
-    """The pictures of a split, without decoding them.
+def open_files(data: str, config: str, split: str, image_column: str) -> ImageFiles:
+    """The images of a split, without decoding them.
 
     Args:
-        data: a .parquet or .tar file, a folder of them or of pictures, or a Hub id.
+        data: a .parquet or .tar file, a folder of them or of images, or a Hub id.
         config: configuration of a Hub data set; "" = its only one.
         split: such as train or validation.
-        image_column: column of the pictures; "" = the only one that holds pictures.
+        image_column: column of the images; "" = the only one that holds images.
 
     Raises:
         UsageError: nothing is there, or the split or the column is not there.
     """
-    dataset, picture = open_split(data, config, split, image_column, streaming=False)
-    kept = without_decoding(dataset, picture).select_columns([picture])
-    return PictureFiles(kept, picture, np.arange(len(kept), dtype=np.int64))
+    dataset, image = open_split(data, config, split, image_column, streaming=False)
+    kept = without_decoding(dataset, image).select_columns([image])
+    return ImageFiles(kept, image, np.arange(len(kept), dtype=np.int64))
 
 
 def open_split(data: str, config: str, split: str, image_column: str, *, streaming: bool) -> tuple[Any, str]:
-    """A split as `datasets` has it, with all columns, and the name of the one that holds pictures; see `open_files`."""
+    """A split as `datasets` has it, with all columns, and the name of the one that holds images; see `open_files`."""
     import datasets
 
     splits = list_splits(data, config)
     expect(split in splits, "data_split", split, f"one of {', '.join(splits)}, the splits of {data!r}")
     with _load_errors(data):
         dataset = datasets.load_dataset(**_builder(data, config), split=split, streaming=streaming)
-    return dataset, _pick_picture(dataset, image_column)
+    return dataset, _pick_image(dataset, image_column)
 
 
-def without_decoding(dataset: Any, picture: str) -> Any:
-    """The data set with its picture column as bytes and paths."""
+def without_decoding(dataset: Any, image: str) -> Any:
+    """The data set with its image column as bytes and paths."""
     import datasets
 
-    return dataset.cast_column(picture, datasets.Image(decode=False))
+    return dataset.cast_column(image, datasets.Image(decode=False))
 
 
 def list_splits(data: str, config: str) -> list[str]:
@@ -121,17 +121,17 @@ def validation_split(data: str, config: str) -> str:
     return next(iter(exact + alike), "")
 
 
-def hold_out(pictures: PictureFiles, fraction: float) -> tuple[PictureFiles, PictureFiles]:
-    """Split at random, the same way at every call: all but `fraction` of the pictures, and these.
+def hold_out(images: ImageFiles, fraction: float) -> tuple[ImageFiles, ImageFiles]:
+    """Split at random, the same way at every call: all but `fraction` of the images, and these.
 
     Raises:
         UsageError: one of the two would be empty.
     """
-    number = round(len(pictures) * fraction)
-    expect(0 < number < len(pictures), "eval_fraction", fraction, f"to split {len(pictures)} pictures in two")
-    is_held_out = np.zeros(len(pictures), dtype=bool)
-    is_held_out[shuffled_indices(np.arange(number), len(pictures), derive_seed(HELD_OUT_SEED, "held out"))] = True
-    return pictures.subset(np.flatnonzero(~is_held_out)), pictures.subset(np.flatnonzero(is_held_out))
+    number = round(len(images) * fraction)
+    expect(0 < number < len(images), "eval_fraction", fraction, f"to split {len(images)} images in two")
+    is_held_out = np.zeros(len(images), dtype=bool)
+    is_held_out[shuffled_indices(np.arange(number), len(images), derive_seed(HELD_OUT_SEED, "held out"))] = True
+    return images.subset(np.flatnonzero(~is_held_out)), images.subset(np.flatnonzero(is_held_out))
 
 
 def spread(size: int, number: int) -> list[int]:
@@ -139,50 +139,48 @@ def spread(size: int, number: int) -> list[int]:
     return np.unique(np.linspace(0, size - 1, min(size, number), dtype=np.int64)).tolist()
 
 
-def check_sides(data: str, pictures: PictureFiles, least: int) -> None:
-    """Refuse a data set most of whose pictures are smaller than the crops, as far as some of them tell.
+def check_sides(data: str, images: ImageFiles, least: int) -> None:
+    """Refuse a data set most of whose images are smaller than the crops, as far as some of them tell.
 
     A few small ones, as ImageNet has, are enlarged.
 
     Raises:
         UsageError: the median of the shorter sides is below `least` pixels, or none of these can be decoded.
     """
-    median = int(np.median([min(sides) for sides in _some_sides(data, pictures)]))
-    expected = (
-        f"pictures of at least {least} pixels, the size of the crops; the median of the shorter sides is {median}"
-    )
+    median = int(np.median([min(sides) for sides in _some_sides(data, images)]))
+    expected = f"images of at least {least} pixels, the size of the crops; the median of the shorter sides is {median}"
     expect(median >= least, "data", data, expected)
 
 
-def check_buckets(data: str, pictures: PictureFiles, buckets: Sequence[tuple[int, int]]) -> None:
-    """Refuse a data set most of whose pictures do not fill their buckets, as far as some of them tell.
+def check_buckets(data: str, images: ImageFiles, buckets: Sequence[tuple[int, int]]) -> None:
+    """Refuse a data set most of whose images do not fill their buckets, as far as some of them tell.
 
     A few small ones are enlarged.
 
     Args:
         data: for the message.
-        pictures: of a split.
+        images: of a split.
         buckets: heights and widths in pixels.
 
     Raises:
         UsageError: more than half of those tried would be enlarged, or none of them can be decoded.
     """
-    tried = _some_sides(data, pictures)
+    tried = _some_sides(data, images)
     nearest = [nearest_bucket(*sides, buckets) for sides in tried]
     small = sum(sides[0] < bucket[0] or sides[1] < bucket[1] for sides, bucket in zip(tried, nearest, strict=True))
     sizes = ", ".join(f"{height} x {width}" for height, width in buckets)
-    expected = f"pictures that fill {sizes} pixels (height x width); {small} of {len(tried)} tried are smaller"
+    expected = f"images that fill {sizes} pixels (height x width); {small} of {len(tried)} tried are smaller"
     expect(2 * small <= len(tried), "data", data, expected)
 
 
-def _some_sides(data: str, pictures: PictureFiles) -> list[tuple[int, int]]:
-    """Heights and widths of some of the pictures."""
+def _some_sides(data: str, images: ImageFiles) -> list[tuple[int, int]]:
+    """Heights and widths of some of the images."""
     sides = []
-    for index in spread(len(pictures), _SAMPLED_PICTURES):
-        with contextlib.suppress(BadPicture):
-            picture = EncodedPicture(pictures.read(index))
-            sides.append((picture.height, picture.width))
-    expect(bool(sides), "data", data, "pictures that can be decoded, none of those tried could be")
+    for index in spread(len(images), _SAMPLED_IMAGES):
+        with contextlib.suppress(BadImage):
+            image = EncodedImage(images.read(index))
+            sides.append((image.height, image.width))
+    expect(bool(sides), "data", data, "images that can be decoded, none of those tried could be")
     return sides
 
 
@@ -202,10 +200,10 @@ def _kind_of(data: str, path: Path) -> str:
     names = [path.name] if path.is_file() else (name for _, _, files in os.walk(path) for name in files)
     kinds = {".parquet": "parquet", ".tar": "webdataset"}
     if path.is_dir():
-        kinds |= dict.fromkeys(PICTURE_SUFFIXES, "imagefolder")
+        kinds |= dict.fromkeys(IMAGE_SUFFIXES, "imagefolder")
     found = next(filter(None, (kinds.get(Path(name).suffix.lower()) for name in names if name[0] != ".")), None)
     if found is None:
-        expected = "a .parquet or .tar file, or a folder of such files or of one folder of pictures for each class"
+        expected = "a .parquet or .tar file, or a folder of such files or of one folder of images for each class"
         raise UsageError(f"data: {data!r}: expected {expected}, found none in it")
     return found
 
@@ -220,14 +218,14 @@ def _load_errors(data: str) -> Iterator[None]:
         raise
     except Exception as error:  # network, cache and format errors have no common class
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise UsageError(f"data: {data!r}: expected a data set of pictures that can be read: {reason}") from error
+        raise UsageError(f"data: {data!r}: expected a data set of images that can be read: {reason}") from error
 
 
-def _pick_picture(dataset: Any, asked: str) -> str:
+def _pick_image(dataset: Any, asked: str) -> str:
     import datasets
 
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     column = asked or (columns[0] if len(columns) == 1 else "")
     there = ", ".join(columns) or "none does"
-    expect(column in columns, "image_column", asked, f"a column that holds pictures, of which there are: {there}")
+    expect(column in columns, "image_column", asked, f"a column that holds images, of which there are: {there}")
     return column

@@ -1,6 +1,6 @@
-"""Pictures and their classes: class folders, Parquet, WebDataset tars, or a Hub data set, read by index.
+"""Images and their classes: class folders, Parquet, WebDataset tars, or a Hub data set, read by index.
 
-The class of a picture is the name of its folder, a `ClassLabel` or text column, or the number in a tar's .cls.
+The class of an image is the name of its folder, a `ClassLabel` or text column, or the number in a tar's .cls.
 """
 
 import functools
@@ -14,22 +14,22 @@ import numpy as np
 
 from shared.command_line import UsageError, expect
 from shared.data.randomness import derive_seed, shuffled_indices
-from shared.images.files import HELD_OUT_SEED, PictureFiles, open_split, without_decoding
+from shared.images.files import HELD_OUT_SEED, ImageFiles, open_split, without_decoding
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "fashion"
 
 
 @dataclass(frozen=True)
-class LabelledPictures:
-    """Encoded pictures and their classes.
+class LabelledImages:
+    """Encoded images and their classes.
 
     Args:
-        files: the pictures.
+        files: the images.
         labels: int64 (N,), the class of each.
         class_names: by class.
     """
 
-    files: PictureFiles
+    files: ImageFiles
     labels: np.ndarray
     class_names: tuple[str, ...]
 
@@ -38,17 +38,17 @@ class LabelledPictures:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes when classes, labels or, as far as some of the pictures tell, pictures do."""
+        """Changes when classes, labels or, as far as some of the images tell, images do."""
         parts = (self.class_names, self.labels.tobytes(), self.files.fingerprint())
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def subset(self, chosen: np.ndarray) -> "LabelledPictures":
+    def subset(self, chosen: np.ndarray) -> "LabelledImages":
         """Those at the given positions."""
-        return LabelledPictures(self.files.subset(chosen), self.labels[chosen], self.class_names)
+        return LabelledImages(self.files.subset(chosen), self.labels[chosen], self.class_names)
 
 
-def open_pictures(data: str, *, config: str, split: str, image_column: str, label_column: str) -> LabelledPictures:
-    """Find and check labelled pictures without decoding them.
+def open_images(data: str, *, config: str, split: str, image_column: str, label_column: str) -> LabelledImages:
+    """Find and check labelled images without decoding them.
 
     Args:
         data: see `files.open_files`.
@@ -61,52 +61,52 @@ def open_pictures(data: str, *, config: str, split: str, image_column: str, labe
         UsageError: nothing is there, the split or a column is not there, a label is no class, or there are
             fewer than two classes.
     """
-    dataset, picture = open_split(data, config, split, image_column, streaming=False)
-    labels, class_names = _classes(dataset, pick_label(dataset, label_column, picture))
+    dataset, image = open_split(data, config, split, image_column, streaming=False)
+    labels, class_names = _classes(dataset, pick_label(dataset, label_column, image))
     rows = np.arange(len(labels), dtype=np.int64)
-    files = PictureFiles(without_decoding(dataset.select_columns([picture]), picture), picture, rows)
-    pictures = LabelledPictures(files, labels, class_names)
-    _check_labels(data, pictures)
+    files = ImageFiles(without_decoding(dataset.select_columns([image]), image), image, rows)
+    images = LabelledImages(files, labels, class_names)
+    _check_labels(data, images)
     check_classes(data, class_names)
-    return pictures
+    return images
 
 
-def hold_out(pictures: LabelledPictures, fraction: float) -> tuple[LabelledPictures, LabelledPictures]:
-    """Split each class at random, the same way at every call: all but `fraction` of its pictures, and these.
+def hold_out(images: LabelledImages, fraction: float) -> tuple[LabelledImages, LabelledImages]:
+    """Split each class at random, the same way at every call: all but `fraction` of its images, and these.
 
     Raises:
         UsageError: a class is too small to be in both.
     """
-    is_held_out = np.zeros(len(pictures), dtype=bool)
-    for label, name in enumerate(pictures.class_names):
-        of_class = np.flatnonzero(pictures.labels == label)
+    is_held_out = np.zeros(len(images), dtype=bool)
+    for label, name in enumerate(images.class_names):
+        of_class = np.flatnonzero(images.labels == label)
         number = round(len(of_class) * fraction)
-        expected = f"to leave pictures of each of the {len(pictures.class_names)} classes in both splits, not of {name}"
+        expected = f"to leave images of each of the {len(images.class_names)} classes in both splits, not of {name}"
         expect(0 < number < len(of_class), "eval_fraction", fraction, expected)
         seed = derive_seed(HELD_OUT_SEED, "held out", label)
         is_held_out[of_class[shuffled_indices(np.arange(number), len(of_class), seed)]] = True
-    return pictures.subset(np.flatnonzero(~is_held_out)), pictures.subset(np.flatnonzero(is_held_out))
+    return images.subset(np.flatnonzero(~is_held_out)), images.subset(np.flatnonzero(is_held_out))
 
 
-def number_alike(pictures: LabelledPictures, class_names: Sequence[str], split: str) -> LabelledPictures:
-    """Pictures to evaluate on with the classes of training, of which they may lack some.
+def number_alike(images: LabelledImages, class_names: Sequence[str], split: str) -> LabelledImages:
+    """Images to evaluate on with the classes of training, of which they may lack some.
 
     Where classes are texts, a split knows only those that it has.
 
     Args:
-        pictures: to evaluate on.
+        images: to evaluate on.
         class_names: of training.
-        split: that the pictures come from, for the message.
+        split: that the images come from, for the message.
 
     Raises:
         UsageError: a class is none of training's.
     """
     numbers = {name: number for number, name in enumerate(class_names)}
-    unknown = [name for name in pictures.class_names if name not in numbers]
+    unknown = [name for name in images.class_names if name not in numbers]
     expected = f"the {len(numbers)} classes of training or some of them, not {', '.join(unknown[:5])}"
     expect(not unknown, "eval_split", split, expected)
-    renumbered = np.array([numbers[name] for name in pictures.class_names], dtype=np.int64)
-    return LabelledPictures(pictures.files, renumbered[pictures.labels], tuple(class_names))
+    renumbered = np.array([numbers[name] for name in images.class_names], dtype=np.int64)
+    return LabelledImages(images.files, renumbered[images.labels], tuple(class_names))
 
 
 def check_classes(data: str, class_names: Sequence[str]) -> None:
@@ -120,34 +120,34 @@ def check_classes(data: str, class_names: Sequence[str]) -> None:
         raise UsageError(f"data: {data!r}: expected at least two classes, got {got}")
 
 
-def check_every_class(data: str, pictures: LabelledPictures) -> None:
-    """Refuse data to train on in which a class has no picture.
+def check_every_class(data: str, images: LabelledImages) -> None:
+    """Refuse data to train on in which a class has no image.
 
     Raises:
         UsageError: it names such classes.
     """
-    names = pictures.class_names
-    counts = np.bincount(pictures.labels, minlength=len(names))
+    names = images.class_names
+    counts = np.bincount(images.labels, minlength=len(names))
     empty = [names[label] for label in np.flatnonzero(counts == 0)]
     if empty:
-        raise UsageError(f"data: {data!r}: expected pictures of each class, got none of {', '.join(empty[:5])}")
+        raise UsageError(f"data: {data!r}: expected images of each class, got none of {', '.join(empty[:5])}")
 
 
-def pick_label(dataset: Any, asked: str, picture: str) -> str:
-    """The column of the classes, see `open_pictures`."""
+def pick_label(dataset: Any, asked: str, image: str) -> str:
+    """The column of the classes, see `open_images`."""
     import datasets
 
-    others = {name: feature for name, feature in dataset.features.items() if name != picture}
+    others = {name: feature for name, feature in dataset.features.items() if name != image}
     labels = [name for name, feature in others.items() if isinstance(feature, datasets.ClassLabel)]
     usual = [name for name in ("label", "cls") if name in others]
     column = asked or next(iter(labels if len(labels) == 1 else usual), "")
-    there = ", ".join(others) or "no column but the pictures"
+    there = ", ".join(others) or "no column but the images"
     expect(column in others, "label_column", asked, f"the column of the classes, there are: {there}")
     return column
 
 
 def _classes(dataset: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class of each picture, and the names; those of a column without a list of classes are its values, sorted."""
+    """Class of each image, and the names; those of a column without a list of classes are its values, sorted."""
     feature, values = dataset.features[column], dataset.with_format(None)[column]
     names = getattr(feature, "names", None)
     values = list(values)
@@ -158,11 +158,11 @@ def _classes(dataset: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array([-1 if value is None else value for value in values], dtype=np.int64), tuple(names)
 
 
-def _check_labels(data: str, pictures: LabelledPictures) -> None:
-    names, labels = pictures.class_names, pictures.labels
+def _check_labels(data: str, images: LabelledImages) -> None:
+    names, labels = images.class_names, images.labels
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
-        where = f"label {labels[wrong[0]]} of {pictures.files.name(int(wrong[0]))}"
+        where = f"label {labels[wrong[0]]} of {images.files.name(int(wrong[0]))}"
         raise UsageError(
             f"data: {data!r}: expected labels from 0 to {len(names) - 1}, got {where}, {len(wrong)} in all"
         )

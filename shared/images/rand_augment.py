@@ -2,7 +2,7 @@
 
 The fifteen operations and their ranges are timm's "increasing" set, in which a larger magnitude always changes more;
 ResNet Strikes Back (Wightman et al. 2021) uses them. kornia's are for batches of float tensors and draw from torch's
-generator; these are for one uint8 picture in a data worker and draw from a generator that is given.
+generator; these are for one uint8 image in a data worker and draw from a generator that is given.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from PIL import Image, ImageEnhance, ImageOps
 
 MAX_MAGNITUDE = 10.0
 PROBABILITY = 0.5  # that a drawn operation is applied: timm's default
-FILL = (124, 116, 104)  # ImageNet's mean colour, where a picture was moved away
+FILL = (124, 116, 104)  # ImageNet's mean colour, where an image was moved away
 
 
 def rand_augment(
     pixels: np.ndarray, operations: int, magnitude: float, spread: float, draw: np.random.Generator
 ) -> np.ndarray:
-    """The picture after some operations.
+    """The image after some operations.
 
     Args:
         pixels: uint8 (H, W, 3).

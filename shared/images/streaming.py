@@ -1,6 +1,6 @@
-"""Labelled pictures that are read as they arrive, never stored; those of `labelled.py` are read by index.
+"""Labelled images that are read as they arrive, never stored; those of `labelled.py` are read by index.
 
-Order and state are those of `shards.py`; a window of pictures is shuffled at a time.
+Order and state are those of `shards.py`; a window of images is shuffled at a time.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ import numpy as np
 from shared.command_line import UsageError
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.data.shards import StreamState, deal_records
-from shared.images.files import PictureFiles, open_split, without_decoding
-from shared.images.labelled import LabelledPictures, check_classes, pick_label
+from shared.images.files import ImageFiles, open_split, without_decoding
+from shared.images.labelled import LabelledImages, check_classes, pick_label
 
-HELD_OUT_FROM = 10_000  # pictures of a stream of which a share is held out; its later ones are not looked at for it
-WINDOW = 1024  # pictures that are shuffled at a time: about 110 MB of ImageNet's files in each process that reads
+HELD_OUT_FROM = 10_000  # images of a stream of which a share is held out; its later ones are not looked at for it
+WINDOW = 1024  # images that are shuffled at a time: about 110 MB of ImageNet's files in each process that reads
 
 
 @dataclass(frozen=True)
-class StreamedPicture:
-    """A picture that has arrived.
+class StreamedImage:
+    """An image that has arrived.
 
     Attributes:
         data: bytes of the file; empty if it could not be read.
@@ -38,17 +38,17 @@ class StreamedPicture:
     key: int
 
 
-class PictureStream:
+class ImageStream:
     """A split of a data set, or the part of it whose files' bytes choose it.
 
     Args:
         name: of the data set, as the user gave it.
-        shards: iterables of records of `datasets`, whose pictures are not decoded.
-        columns: of the picture and the class.
+        shards: iterables of records of `datasets`, whose images are not decoded.
+        columns: of the image and the class.
         class_names: by class.
         fingerprint: changes when the data set does.
-        num_pictures: of the data set; 0 = it does not say.
-        part: the pictures whose share by their bytes' hash is in this half-open range.
+        num_images: of the data set; 0 = it does not say.
+        part: the images whose share by their bytes' hash is in this half-open range.
     """
 
     def __init__(
@@ -58,34 +58,34 @@ class PictureStream:
         columns: tuple[str, str],
         class_names: tuple[str, ...],
         fingerprint: str,
-        num_pictures: int,
+        num_images: int,
         part: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self._shards, self._columns, self._part = shards, columns, part
-        self.name, self.class_names, self.num_pictures = name, class_names, num_pictures
+        self.name, self.class_names, self.num_images = name, class_names, num_images
         self.fingerprint = hashlib.sha256(repr((fingerprint, part)).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
-        """Number of pictures of the data set; where it does not say, as many as `HELD_OUT_FROM`."""
-        return self.num_pictures or HELD_OUT_FROM
+        """Number of images of the data set; where it does not say, as many as `HELD_OUT_FROM`."""
+        return self.num_images or HELD_OUT_FROM
 
-    def __iter__(self) -> Iterator[StreamedPicture]:
+    def __iter__(self) -> Iterator[StreamedImage]:
         return itertools.chain.from_iterable(self.shards())
 
     def shards(self) -> list["_Shard"]:
-        """Iterables of the pictures of each shard."""
+        """Iterables of the images of each shard."""
         return [_Shard(shard, *self._columns, self.class_names, self._part) for shard in self._shards]
 
-    def between(self, start: float, end: float) -> "PictureStream":
-        """The pictures whose share is in this range: a part of about that size, the same at every call."""
-        common = (self.name, self._shards, self._columns, self.class_names, self.fingerprint, self.num_pictures)
-        return PictureStream(*common, (start, end))
+    def between(self, start: float, end: float) -> "ImageStream":
+        """The images whose share is in this range: a part of about that size, the same at every call."""
+        common = (self.name, self._shards, self._columns, self.class_names, self.fingerprint, self.num_images)
+        return ImageStream(*common, (start, end))
 
-    def read(self, seed: int, rank: int, state: StreamState) -> Iterator[tuple[StreamedPicture, StreamState]]:
-        """This process's pictures without end, each with the state after it.
+    def read(self, seed: int, rank: int, state: StreamState) -> Iterator[tuple[StreamedImage, StreamState]]:
+        """This process's images without end, each with the state after it.
 
         Args:
-            seed: of the order of shards and of the pictures in a window.
+            seed: of the order of shards and of the images in a window.
             rank: this process.
             state: where to go on.
 
@@ -116,7 +116,7 @@ class _Shard:
         self._records, self._image_column, self._label_column = records, image_column, label_column
         self._class_names, self._part = class_names, part
 
-    def __iter__(self) -> Iterator[StreamedPicture]:
+    def __iter__(self) -> Iterator[StreamedImage]:
         first, end = self._part
         for record in self._records:
             image, label = record[self._image_column], record[self._label_column]
@@ -128,7 +128,7 @@ class _Shard:
             digest = hashlib.blake2b(data, digest_size=8).digest()
             key = int.from_bytes(digest, "little") >> 1
             if first <= key / 2**63 < end:
-                yield StreamedPicture(data, label, name, key)
+                yield StreamedImage(data, label, name, key)
 
 
 def _read(path: str) -> bytes:
@@ -141,29 +141,29 @@ def _read(path: str) -> bytes:
         return b""
 
 
-def open_picture_stream(data: str, *, config: str, split: str, image_column: str, label_column: str) -> PictureStream:
-    """Find labelled pictures without storing them; for the arguments see `open_pictures`.
+def open_image_stream(data: str, *, config: str, split: str, image_column: str, label_column: str) -> ImageStream:
+    """Find labelled images without storing them; for the arguments see `open_images`.
 
     Raises:
         UsageError: nothing is there, the split or a column is not there, the classes are not listed, or there are
             fewer than two.
     """
-    dataset, picture = open_split(data, config, split, image_column, streaming=True)
-    label = pick_label(dataset, label_column, picture)
+    dataset, image = open_split(data, config, split, image_column, streaming=True)
+    label = pick_label(dataset, label_column, image)
     names = getattr(dataset.features[label], "names", None)
     if names is None:
         expected = "a column with a list of classes, which a stream cannot find by itself"
         raise UsageError(f"label_column: {label!r}: expected {expected}")
     check_classes(data, names)
-    dataset = without_decoding(dataset.select_columns([picture, label]), picture)
+    dataset = without_decoding(dataset.select_columns([image, label]), image)
     size = (dataset.info.splits or {}).get(split)
     shards = [dataset.shard(dataset.num_shards, index) for index in range(dataset.num_shards)]
-    version = repr((data, config, split, picture, label, names, size and size.num_bytes, len(shards)))
-    return PictureStream(data, shards, (picture, label), tuple(names), version, size.num_examples if size else 0)
+    version = repr((data, config, split, image, label, names, size and size.num_bytes, len(shards)))
+    return ImageStream(data, shards, (image, label), tuple(names), version, size.num_examples if size else 0)
 
 
-def store(stream: PictureStream, number: int) -> LabelledPictures:
-    """The first `number` pictures of a stream, in the cache of `datasets`, to be read by index; 0 = all.
+def store(stream: ImageStream, number: int) -> LabelledImages:
+    """The first `number` images of a stream, in the cache of `datasets`, to be read by index; 0 = all.
 
     Raises:
         UsageError: there is none.
@@ -171,17 +171,17 @@ def store(stream: PictureStream, number: int) -> LabelledPictures:
     import datasets
 
     if next(iter(stream), None) is None:
-        raise UsageError(f"data: {stream.name!r}: expected pictures to evaluate on, got none")
+        raise UsageError(f"data: {stream.name!r}: expected images to evaluate on, got none")
     classes = datasets.ClassLabel(names=list(stream.class_names))
     features = datasets.Features({"image": datasets.Image(decode=False), "label": classes})
     arguments = {"stream": stream, "number": number}
     fingerprint = hashlib.sha256(repr((stream.fingerprint, number)).encode()).hexdigest()[:16]
     stored = datasets.Dataset.from_generator(_records, features, gen_kwargs=arguments, fingerprint=fingerprint)
     labels = np.array(stored.with_format(None)["label"], dtype=np.int64)
-    files = PictureFiles(stored.select_columns(["image"]), "image", np.arange(len(labels)))
-    return LabelledPictures(files, labels, stream.class_names)
+    files = ImageFiles(stored.select_columns(["image"]), "image", np.arange(len(labels)))
+    return LabelledImages(files, labels, stream.class_names)
 
 
-def _records(stream: PictureStream, number: int) -> Iterator[dict[str, Any]]:
-    for picture in itertools.islice(stream, number or None):
-        yield {"image": {"bytes": picture.data, "path": picture.name}, "label": picture.label}
+def _records(stream: ImageStream, number: int) -> Iterator[dict[str, Any]]:
+    for image in itertools.islice(stream, number or None):
+        yield {"image": {"bytes": image.data, "path": image.name}, "label": image.label}

@@ -1,4 +1,4 @@
-"""What a classifier answers for held-out pictures: how often it is right, and which classes it takes for others."""
+"""What a classifier answers for held-out images: how often it is right, and which classes it takes for others."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -19,10 +19,10 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class Answers:
-    """Of N pictures.
+    """Of N images.
 
     Attributes:
-        indices: of the pictures in their data set, int64 (N,).
+        indices: of the images in their data set, int64 (N,).
         labels: their classes, int64 (N,).
         guesses: the five classes that are most likely, or all, the most likely first, int64 (N, 5).
         probabilities: of the first guess, float64 (N,).
@@ -34,11 +34,11 @@ class Answers:
     probabilities: np.ndarray
 
     def top1(self) -> float:
-        """Share of the pictures whose first guess is right."""
+        """Share of the images whose first guess is right."""
         return Accuracy().compute(predictions=self.guesses[:, 0], references=self.labels)["accuracy"]
 
     def top5(self) -> float:
-        """Share of the pictures whose class is among the five guesses."""
+        """Share of the images whose class is among the five guesses."""
         return TopKAccuracy().compute(predictions=self.guesses, references=self.labels)["accuracy"]
 
 
@@ -47,7 +47,7 @@ def answers_of(probabilities: Tensor, batch: dict[str, Tensor]) -> Answers:
 
     Args:
         probabilities: (B, C), of the classes.
-        batch: indices (B,) and labels (B,), -100 where there is none; such pictures are left out.
+        batch: indices (B,) and labels (B,), -100 where there is none; such images are left out.
     """
     kept = batch["labels"] != IGNORED
     best = probabilities[kept].double().topk(min(_TOP, probabilities.shape[1]))
@@ -86,13 +86,13 @@ def draw_answers(answers: Answers, class_names: Sequence[str], crops: CenterCrop
     """Draw the confusion matrix and the surest mistakes.
 
     Args:
-        answers: to every picture.
+        answers: to every image.
         class_names: of the data set.
-        crops: where the pictures are read.
+        crops: where the images are read.
         folder: gets the two files.
 
     Returns:
-        Of each picture its heading and its file's name, for the card.
+        Of each image its heading and its file's name, for the card.
     """
     counts = count_confusions(answers.labels, answers.guesses[:, 0], len(class_names))
     figures.confusion_matrix(counts, class_names, folder / "confusion_matrix.png")
@@ -101,5 +101,5 @@ def draw_answers(answers: Answers, class_names: Sequence[str], crops: CenterCrop
         guess, label = class_names[answers.guesses[place, 0]], class_names[answers.labels[place]]
         titles.append(f"{guess} ({answers.probabilities[place]:.0%})\nis {label}")
         shown.append(crops.read(int(answers.indices[place]))["pixel_values"])
-    figures.picture_grid(shown, titles, folder / "surest_mistakes.png")
+    figures.image_grid(shown, titles, folder / "surest_mistakes.png")
     return {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}

@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss curve, and what its model sees and mistakes."""
+"""Images of a run: its loss curve, and what its model sees and mistakes."""
 
 import math
 from collections.abc import Sequence
@@ -53,21 +53,21 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str], path: Path) -> No
     _save(figure, path)
 
 
-def picture_grid(pictures: Sequence[np.ndarray], titles: Sequence[str], path: Path) -> None:
-    """Draw pictures with a title each, four in a row, into a PNG.
+def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], path: Path) -> None:
+    """Draw images with a title each, four in a row, into a PNG.
 
     Args:
-        pictures: uint8 (H, W, 3); there may be none.
+        images: uint8 (H, W, 3); there may be none.
         titles: of each.
         path: file to write; its folder is made.
     """
-    rows = max(1, math.ceil(len(pictures) / 4))
+    rows = max(1, math.ceil(len(images) / 4))
     figure = _figure(8, 2.3 * rows)
     grid = figure.subplots(rows, 4, squeeze=False).flatten()
     for axes in grid:
         axes.axis("off")
-    for axes, picture, title in zip(grid, pictures, titles, strict=False):
-        axes.imshow(picture)
+    for axes, image, title in zip(grid, images, titles, strict=False):
+        axes.imshow(image)
         axes.set_title(title, fontsize=8, parse_math=False)
     _save(figure, path)
 

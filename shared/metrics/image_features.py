@@ -1,11 +1,11 @@
-"""How near generated pictures come to true ones, in the features of a classifier.
+"""How near generated images come to true ones, in the features of a classifier.
 
-One number for a set of pictures, the Fréchet distance (Heusel et al. 2017), and one for single pictures: how often
-each is nearest to the one that its caption belongs to. Feature networks take uint8 pictures (B, 3, H, W) and give
+One number for a set of images, the Fréchet distance (Heusel et al. 2017), and one for single images: how often
+each is nearest to the one that its caption belongs to. Feature networks take uint8 images (B, 3, H, W) and give
 features (B, F), as `torchmetrics` wants it.
 """
 
-# Shapes: B pictures of a batch, N made pictures, M true ones, F features.
+# Shapes: B images of a batch, N made images, M true ones, F features.
 import pickle
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,11 +24,11 @@ _INCEPTION_FEATURES = 2048  # of its last pooling (Heusel et al. 2017)
 
 
 class ClassifierFeatures(nn.Module):
-    """What a ResNet classifier knows of a picture before its head: the last stage, its mean over places; frozen.
+    """What a ResNet classifier knows of an image before its head: the last stage, its mean over places; frozen.
 
     Args:
         model: `transformers.ResNetForImageClassification`; it is put into evaluation mode, for good.
-        side: of the pictures that it was trained on, in pixels.
+        side: of the images that it was trained on, in pixels.
         mean: of the channels, from 0 to 1, as it was trained with.
         std: likewise.
     """
@@ -48,10 +48,10 @@ class ClassifierFeatures(nn.Module):
         """Stay in evaluation mode, whatever is asked for."""
         return super().train(False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Features float32 (B, F) of uint8 pictures (B, 3, H, W); those of other sides are resized, not cut."""
-        scaled = pictures.to(torch.float32) / 255
-        if pictures.shape[2:] != (self._side, self._side):
+    def forward(self, images: Tensor) -> Tensor:
+        """Features float32 (B, F) of uint8 images (B, 3, H, W); those of other sides are resized, not cut."""
+        scaled = images.to(torch.float32) / 255
+        if images.shape[2:] != (self._side, self._side):
             scaled = interpolate(scaled, size=(self._side, self._side), mode="bilinear", antialias=True)
         return self._resnet((scaled - self._mean) / self._std).pooler_output.flatten(1)
 
@@ -78,13 +78,13 @@ def load_features(name: str, field: str) -> nn.Module:
 
 
 def frechet_distance(features: nn.Module, true: Iterable[Tensor], made: Iterable[Tensor]) -> float:
-    """Distance of two sets of pictures: that of normal distributions with the means and covariances of their features.
+    """Distance of two sets of images: that of normal distributions with the means and covariances of their features.
 
     Heusel et al. 2017, section "Fréchet Inception Distance"; sums and covariances are in float64. Sets of the same kind
-    have a distance above 0 that falls about as 1 / N (Chong and Forsyth 2020), and with fewer pictures than features
-    most of it may be that. So only distances of equal numbers of pictures, and of one feature network, compare.
+    have a distance above 0 that falls about as 1 / N (Chong and Forsyth 2020), and with fewer images than features
+    most of it may be that. So only distances of equal numbers of images, and of one feature network, compare.
 
-    Under `torch.distributed` each process calls this with its share, of at least one picture, and all get the distance
+    Under `torch.distributed` each process calls this with its share, of at least one image, and all get the distance
     of the whole.
 
     Args:
@@ -93,35 +93,35 @@ def frechet_distance(features: nn.Module, true: Iterable[Tensor], made: Iterable
         made: likewise.
 
     Raises:
-        RuntimeError: there are fewer than two pictures in one of the sets.
+        RuntimeError: there are fewer than two images in one of the sets.
     """
     device = next(features.parameters()).device
     metric = FrechetInceptionDistance(feature=features).to(device)
     for batches, is_true in ((true, True), (made, False)):
-        for pictures in batches:
-            metric.update(pictures.to(device), real=is_true)
+        for images in batches:
+            metric.update(images.to(device), real=is_true)
     return metric.compute().item()
 
 
 def caption_match(made: Tensor, true: Tensor, targets: Tensor) -> dict[str, float]:
-    """How often a made picture is nearest to the true picture of its own caption.
+    """How often a made image is nearest to the true image of its own caption.
 
-    Retrieval among true pictures, as R-precision is among captions (Xu et al. 2018, section 4). Similarity is the
+    Retrieval among true images, as R-precision is among captions (Xu et al. 2018, section 4). Similarity is the
     cosine of features from which the mean of the true ones is taken: features behind a ReLU are positive, so without
-    this all pictures are alike. A true picture that is as similar as the own one counts as nearer, so that features
+    this all images are alike. A true image that is as similar as the own one counts as nearer, so that features
     that tell nothing score nothing.
 
-    What is scored follows from `true`: a picture has only to be told from these. Where they show a thing in one style,
-    its picture in any style counts; pictures of it in the other styles, to which no target points, mend that.
+    What is scored follows from `true`: an image has only to be told from these. Where they show a thing in one style,
+    its image in any style counts; images of it in the other styles, to which no target points, mend that.
 
     Args:
         made: features (N, F).
         true: features (M, F).
-        targets: int64 (N,), the row of `true` that each made picture should be.
+        targets: int64 (N,), the row of `true` that each made image should be.
 
     Returns:
-        top1 and top5, shares of the N whose own picture is the nearest, or among the nearest five; and top1_chance and
-        top5_chance, what pictures at random score.
+        top1 and top5, shares of the N whose own image is the nearest, or among the nearest five; and top1_chance and
+        top5_chance, what images at random score.
     """
     mean = true.double().mean(0)
     made_units, true_units = (normalize(rows.double() - mean, dim=1) for rows in (made, true))

@@ -3,7 +3,7 @@
 `check_push` finds out before training whether a push can work. `HubPusher` copies the loadable files aside and uploads
 them in one background thread, each push as one atomic commit; a newer push replaces one that still waits. What fails
 is tried again, then logged, and said once more by `close` with the command that pushes again. Only files on an
-allow-list leave the machine: safetensors, configuration, tokenizer, model card, metrics, pictures; never a pickle.
+allow-list leave the machine: safetensors, configuration, tokenizer, model card, metrics, images; never a pickle.
 """
 
 import json

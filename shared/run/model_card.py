@@ -25,7 +25,7 @@ def write_model_card(
         record: contents of run.json.
         metrics: the last evaluation, metric key to value.
         samples: what the model made, as plain text.
-        figures: heading -> file name in figures/, of pictures beside the loss curve.
+        figures: heading -> file name in figures/, of images beside the loss curve.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -47,7 +47,7 @@ def write_model_card(
     )
     rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in metrics.items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    pictures = "".join(f"\n### {heading}\n\n![{heading}](figures/{file})\n" for heading, file in figures.items())
+    images = "".join(f"\n### {heading}\n\n![{heading}](figures/{file})\n" for heading, file in figures.items())
     commit = f", commit `{record['git_commit'][:12]}`" if record["git_commit"] else ""
     text = f"""---
 {data.to_yaml()}
@@ -71,7 +71,7 @@ Measured on data that was held out of training, each sample counted once.
 {rows}
 
 ![Loss over the updates](figures/loss.png)
-{pictures}
+{images}
 ## Samples
 
 {_block(samples)}

@@ -63,7 +63,7 @@ def write_report(
         usage: Python that loads the model.
         results: steps, training_seconds and training_flops, added to run.json.
         samples: what the model made, as plain text.
-        figures: heading -> file name in figures/, of pictures beside the loss curve.
+        figures: heading -> file name in figures/, of images beside the loss curve.
     """
     record = update_run_record(run_dir, results)
     loss_curve(log.read(), run_dir / "figures" / "loss.png")

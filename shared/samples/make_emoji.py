@@ -1,8 +1,8 @@
-"""Write the Parquet files of emoji/ from a zip of pictures and their metadata.jsonl, one row a picture.
+"""Write the Parquet files of emoji/ from a zip of images and their metadata.jsonl, one row an image.
 
     python shared/samples/make_emoji.py emoji64.zip
 
-Pictures keep their bytes. Their order is that of metadata.jsonl, whose `split` says which file a row goes to.
+Images keep their bytes. Their order is that of metadata.jsonl, whose `split` says which file a row goes to.
 """
 
 import itertools
@@ -28,7 +28,7 @@ GROUPS = [
     "Symbols",
     "Flags",
 ]
-# Fluent's 3D emoji have no flags, and a class needs pictures.
+# Fluent's 3D emoji have no flags, and a class needs images.
 GROUPS_AND_STYLES = [
     f"{group}, {style}" for group, style in itertools.product(GROUPS, STYLES) if (group, style) != ("Flags", "fluent3d")
 ]
@@ -59,15 +59,15 @@ def main(archive: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
             pyarrow.parquet.write_table(table, target, row_group_size=ROWS_IN_GROUP, compression="zstd")
-            sys.stdout.write(f"{target}: {len(rows)} pictures, {target.stat().st_size:,} bytes\n")
+            sys.stdout.write(f"{target}: {len(rows)} images, {target.stat().st_size:,} bytes\n")
 
 
-def to_row(entry: dict[str, Any], picture: bytes) -> dict[str, Any]:
-    """The columns of one picture."""
+def to_row(entry: dict[str, Any], image: bytes) -> dict[str, Any]:
+    """The columns of one image."""
     group, style = GROUPS.index(entry["group"]), STYLES.index(entry["style"])
     copied = {name: entry[name] for name in ("caption", "name", "keywords", "subgroup")}
     both = GROUPS_AND_STYLES.index(f"{entry['group']}, {entry['style']}")
-    return {"image": {"bytes": picture, "path": entry["file"]}, **copied} | {
+    return {"image": {"bytes": image, "path": entry["file"]}, **copied} | {
         "group": group,
         "style": style,
         "group_and_style": both,

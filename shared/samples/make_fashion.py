@@ -1,9 +1,9 @@
-"""Write fashion/train.parquet and fashion/test.parquet from the raw files of Fashion-MNIST, one row a picture.
+"""Write fashion/train.parquet and fashion/test.parquet from the raw files of Fashion-MNIST, one row an image.
 
     python shared/samples/make_fashion.py FOLDER
 
 The folder holds `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz` and the same two that begin with `t10k`, in
-the format of MNIST: big-endian sizes, then bytes. Pictures are stored as PNG, in the order of the raw files.
+the format of MNIST: big-endian sizes, then bytes. Images are stored as PNG, in the order of the raw files.
 """
 
 import gzip
@@ -26,14 +26,14 @@ def main(raw: Path) -> None:
     """Convert the four raw files in `raw` into the two Parquet files beside this script."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
     for split, prefix in SPLITS.items():
-        pictures = read_idx(raw / f"{prefix}-images-idx3-ubyte.gz")
+        images = read_idx(raw / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(raw / f"{prefix}-labels-idx1-ubyte.gz")
-        images = [{"bytes": to_png(picture), "path": f"{row:05d}.png"} for row, picture in enumerate(pictures)]
+        images = [{"bytes": to_png(image), "path": f"{row:05d}.png"} for row, image in enumerate(images)]
         table = pyarrow.table({"image": images, "label": labels.astype(np.int64)}, schema=features.arrow_schema)
         target = Path(__file__).parent / "fashion" / f"{split}.parquet"
         target.parent.mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, target, row_group_size=ROWS_IN_GROUP, compression="zstd")
-        sys.stdout.write(f"{target}: {len(images)} pictures, {target.stat().st_size:,} bytes\n")
+        sys.stdout.write(f"{target}: {len(images)} images, {target.stat().st_size:,} bytes\n")
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -47,10 +47,10 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
 
 
-def to_png(picture: np.ndarray) -> bytes:
-    """Grey picture, uint8 (H, W), as PNG."""
+def to_png(image: np.ndarray) -> bytes:
+    """Grey image, uint8 (H, W), as PNG."""
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG", optimize=True)
+    Image.fromarray(image).save(stream, "PNG", optimize=True)
     return stream.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Generated JPEGs of the size that ImageNet's pictures have on average."""
+"""Generated JPEGs of the size that ImageNet's images have on average."""
 
 import io
 
@@ -9,7 +9,7 @@ JPEG_SIZE = (500, 375)
 
 
 def make_jpeg(seed: int) -> bytes:
-    """A picture with detail at all scales, as photographs have: noise whose amplitude falls with its frequency."""
+    """An image with detail at all scales, as photographs have: noise whose amplitude falls with its frequency."""
     draw, (width, height) = np.random.default_rng(seed), JPEG_SIZE
     pixels = np.zeros((height, width, 3))
     for octave in range(8):

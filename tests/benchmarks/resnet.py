@@ -6,7 +6,7 @@
 
 Rules:
 * The Trainer gets the library's class of the recipe's model, its own sampler, fused AdamW with a linear schedule, and
-  the embedded Parquet file, whose pictures the library's image processor makes ready as they are asked for, as in the
+  the embedded Parquet file, whose images the library's image processor makes ready as they are asked for, as in the
   example of transformers' documentation. It runs with no data worker and with one, and the faster counts. Both use all
   cores.
 * Speed is that of the same model, batch and size of the crops, which is why the recipe's do not grow there; images a
@@ -17,7 +17,7 @@ Rules:
   full-length run passes that quality, of 40 evaluations. The clock runs from before the first batch to the last update,
   without evaluation and saving, on both sides.
 * The input path is one thread's: JPEGs of 500 x 375 pixels to 176 x 176 crops, the same boxes on both sides. Pillow
-  decodes the whole picture and resizes the box.
+  decodes the whole image and resizes the box.
 """
 
 import argparse
@@ -159,16 +159,16 @@ def read_jpegs(seconds: float) -> dict[str, float]:
 
     recipe, cfg = load_recipe(RECIPE, [])
     from shared.images.crops import CROP_DRAWS
-    from shared.images.decoding import EncodedPicture
+    from shared.images.decoding import EncodedImage
 
     torch.set_num_threads(1)  # as in a data worker
     data = [make_jpeg(seed) for seed in range(NUM_JPEGS)]
 
     def ours(index: int, draws: Any) -> None:
-        recipe.random_crop(EncodedPicture(data[index]), CROP, cfg.min_crop_area, draws)
+        recipe.random_crop(EncodedImage(data[index]), CROP, cfg.min_crop_area, draws)
 
     class Pillow:
-        """A picture whose `crop` decodes all of it."""
+        """An image whose `crop` decodes all of it."""
 
         def __init__(self, content: bytes) -> None:
             self._image = Image.open(io.BytesIO(content))

@@ -1,4 +1,4 @@
-"""Measure ResNet-50 of recipes/resnet on one GPU: images a second with pictures in memory, and through the input path.
+"""Measure ResNet-50 of recipes/resnet on one GPU: images a second with images in memory, and through the input path.
 
     python tests/benchmarks/resnet_gpu.py                                  # 176 and 224 pixels, minutes on an H100
     python tests/benchmarks/resnet_gpu.py --sizes 176 --per_device_batch_size 512 --num_workers 16
@@ -24,7 +24,7 @@ RECIPE = ROOT / "recipes" / "resnet" / "pretrain.py"
 NUM_CLASSES, TRAIN_EACH, TEST_EACH = 10, 100, 2
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """Class folders of generated JPEGs."""
     for split, number in (("train", TRAIN_EACH), ("test", TEST_EACH)):
         for label in range(NUM_CLASSES):
@@ -73,13 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="176,224", help="sides of the crops in pixels")
     parser.add_argument("--updates", type=int, default=40, help="of each; more than ten")
-    parser.add_argument("--per_device_batch_size", type=int, default=512, help="pictures of a batch")
+    parser.add_argument("--per_device_batch_size", type=int, default=512, help="images of a batch")
     parser.add_argument("--num_workers", type=int, default=16, help="data workers of the input path")
     options = parser.parse_args()
     if options.updates <= GPU_WARM_UPDATES:
         parser.error(f"--updates: {options.updates}: expected more than {GPU_WARM_UPDATES}")
     with tempfile.TemporaryDirectory(prefix="resnet_gpu_") as folder:
-        write_pictures(Path(folder))
+        write_images(Path(folder))
         for size in map(int, options.sizes.split(",")):
             found = images_through_the_input_path(Path(folder), size, options)
             memory, path = (
@@ -88,7 +88,7 @@ def main() -> None:
             )
             limit = "the input path" if path < 0.95 * memory else "the GPU"
             cells = (
-                f"ResNet-50 at {size} pixels, bf16, channels-last, compiled: images a second with pictures in memory, "
+                f"ResNet-50 at {size} pixels, bf16, channels-last, compiled: images a second with images in memory, "
                 f"and through the input path with {options.num_workers} data workers",
                 f"{memory:,.0f}, {path:,.0f} (MFU {found['perf/mfu']:.1%}, waiting for data "
                 f"{found['perf/data_wait_fraction']:.1%}); {limit} limits",

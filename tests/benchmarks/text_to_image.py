@@ -14,7 +14,7 @@ Rules:
 * The recipe reads latents and embeddings that cache_latents.py has made. Making them is timed, from the start to the
   end of that program, and told as the number of epochs after which it has paid for itself; speeds are without it.
 * Speed: images a second from the end of the fifth update on; both sides in turns, the median of three ratios. At
-  Stable Diffusion's proportions the autoencoder has random weights and such sizes that a picture's and a caption's way
+  Stable Diffusion's proportions the autoencoder has random weights and such sizes that an image's and a caption's way
   through the encoders take about the share of the UNet's training FLOPs that they take in Stable Diffusion 1.x at 256
   pixels.
 * Quality is the recipe's `evaluate()` on both sides, of averaged weights, on 50 samples of each split. The plain loop
@@ -114,7 +114,7 @@ def prepare(folder: str) -> dict[str, Any]:
         "frozen": frozen,
         "latents": {kind: str(Path(folder, f"{kind}_latents")) for kind in frozen},
         "shares": {**shares, "published": of_sd},
-        "pictures": len(captions),
+        "images": len(captions),
         "batch": cfg.global_batch_size,
         "max_steps": cfg.max_steps,
         "parameters": own.unet.num_parameters(),
@@ -135,7 +135,7 @@ def build_vae(channels: tuple[int, ...], layers_per_block: int, norm_num_groups:
 
 
 def encoding_shares(vae: Any, text_encoder: Any, unet: Any, side: int) -> tuple[float, float]:
-    """FLOPs of encoding a picture of `side` pixels, and a caption, by those of training the UNet on them."""
+    """FLOPs of encoding an image of `side` pixels, and a caption, by those of training the UNet on them."""
     import torch
 
     from shared.performance.flops import training_flops
@@ -153,8 +153,8 @@ def encoding_shares(vae: Any, text_encoder: Any, unet: Any, side: int) -> tuple[
         (text_encoder, {"input_ids": torch.zeros(1, length, dtype=torch.int64)}),
     )
     # Training counts as three forward passes.
-    picture, caption = (training_flops(encoder, sample) / 3 / training for encoder, sample in encoders)
-    return picture, caption
+    image, caption = (training_flops(encoder, sample) / 3 / training for encoder, sample in encoders)
+    return image, caption
 
 
 def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: int, evaluate: bool) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def measure_speed(
     encoding = statistics.median(theirs["encoding"] for _, theirs in turns)
     shown = f"{ratio:.2f} ({rates[0]:,.0f} / {rates[1]:,.0f}, the plain loop with {workers[0]} data workers"
     shown += f" and {encoding:.0%} of its time in the encoders)"
-    saved = facts["pictures"] / rates[1] - facts["pictures"] / rates[0]  # seconds an epoch
+    saved = facts["images"] / rates[1] - facts["images"] / rates[0]  # seconds an epoch
     paid = f"paid for after {cache_seconds / saved:.1f} epochs" if saved > 0 else "never paid for"
     rows = [
         (f"images a second at {NAMES[kind]}, recipe / plain diffusers loop", shown, GOALS[kind]),
@@ -320,7 +320,7 @@ def measure_speed(
     ]
     if kind == "sd":
         here, there = (describe_shares(facts["shares"][name]) for name in ("sd", "published"))
-        what = "FLOPs of encoding a picture and a caption, by the UNet's of training on them"
+        what = "FLOPs of encoding an image and a caption, by the UNet's of training on them"
         rows.append((f"{what}: there / in {NAMES['published']}", f"{here} / {there}", "near"))
     return {"updates": updates, "turns": turns, "cache_seconds": cache_seconds}, rows
 
@@ -422,7 +422,7 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="text_to_image_benchmark_"))
     facts = in_child(prepare, folder=str(folder))
-    say("FLOPs of encoding a picture and a caption, by the UNet's of training on them:")
+    say("FLOPs of encoding an image and a caption, by the UNet's of training on them:")
     for name, shares in facts["shares"].items():
         say(f"  {NAMES[name]}: {describe_shares(shares)}")
     measure_parts(README, PARTS, facts, options, folder)

@@ -18,9 +18,9 @@ from harness import GPU_WARM_UPDATES, ROOT, commit_of_the_tree, load_recipe, run
 
 CONFIG = "sd1_256"
 RECIPE = ROOT / "recipes" / "text_to_image" / "pretrain.py"
-LATENTS, CAPTION = (4, 32, 32), (77, 768)  # of a picture of 256 pixels, and of CLIP ViT-L/14
-NUM_PICTURES = {"train": 2048, "validation": 64}
-SHARD = 256  # pictures of a file
+LATENTS, CAPTION = (4, 32, 32), (77, 768)  # of an image of 256 pixels, and of CLIP ViT-L/14
+NUM_IMAGES = {"train": 2048, "validation": 64}
+SHARD = 256  # images of a file
 
 
 def write_data(folder: Path) -> dict[str, Path]:
@@ -42,7 +42,7 @@ def write_data(folder: Path) -> dict[str, Path]:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = diffusers.AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=LATENTS[0], **blocks)
     vae.save_pretrained(paths["vae"])
-    captions = [f"picture {number}" for number in range(max(NUM_PICTURES.values()))]
+    captions = [f"image {number}" for number in range(max(NUM_IMAGES.values()))]
     length, width = CAPTION
     tokenizer = train_clip_tokenizer(captions, vocab_size=600, max_length=length)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -60,11 +60,11 @@ def write_data(folder: Path) -> dict[str, Path]:
         **text_identity(tokenizer, encoder),
         "buckets": [[256, 256]],
         "mirrored": False,
-        "pictures_per_shard": SHARD,
-        "data": dict.fromkeys(NUM_PICTURES, "random"),
+        "images_per_shard": SHARD,
+        "data": dict.fromkeys(NUM_IMAGES, "random"),
     }
     latent_cache.begin_cache(paths["data"], identity)
-    shards = latent_cache.plan_shards(NUM_PICTURES, SHARD)
+    shards = latent_cache.plan_shards(NUM_IMAGES, SHARD)
     for shard in shards:
         rows = [
             {

@@ -1,4 +1,4 @@
-"""What the tests of text to image share: an autoencoder, captioned pictures, and their latents."""
+"""What the tests of text to image share: an autoencoder, captioned images, and their latents."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion of random weights that makes pictures of 16 x 16 pixels."""
+    """A Stable Diffusion of random weights that makes images of 16 x 16 pixels."""
     folder = tmp_path_factory.mktemp("pipeline")
     pipelines.stable_diffusion(pipelines.tiny_vae()).save_pretrained(folder)
     return folder
@@ -38,7 +38,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet of random weights for pictures of 16 x 16 pixels."""
+    """A ResNet of random weights for images of 16 x 16 pixels."""
     import torch
     import transformers
 
@@ -54,23 +54,23 @@ def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Splits of 40 and 7 noisy pictures of 20 x 16 pixels with captions."""
+    """Splits of 40 and 7 noisy images of 20 x 16 pixels with captions."""
     folder = tmp_path_factory.mktemp("captioned")
-    write_pictures(folder, [(16, 20)], lambda split, index: f"{split} picture {index}")
+    write_images(folder, [(16, 20)], lambda split, index: f"{split} image {index}")
     return folder
 
 
 @pytest.fixture(scope="session")
 def of_many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Splits of 40 and 7 noisy pictures of six shapes; the captions of the last ten of training are long."""
+    """Splits of 40 and 7 noisy images of six shapes; the captions of the last ten of training are long."""
     sizes = [(16, 20), (20, 20), (36, 18), (15, 25), (24, 30), (30, 17)]  # height and width
     folder = tmp_path_factory.mktemp("of_many_shapes")
-    write_pictures(folder, sizes, lambda split, index: f"{split} picture {index}{' of many' if index >= 30 else ''}")
+    write_images(folder, sizes, lambda split, index: f"{split} image {index}{' of many' if index >= 30 else ''}")
     return folder
 
 
-def write_pictures(folder: Path, sizes: list[tuple[int, int]], caption: Callable[[str, int], str]) -> None:
-    """Splits of 40 and 7 noisy pictures, whose sizes take turns."""
+def write_images(folder: Path, sizes: list[tuple[int, int]], caption: Callable[[str, int], str]) -> None:
+    """Splits of 40 and 7 noisy images, whose sizes take turns."""
     from PIL import Image
 
     draw = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]], caption: Callable
 
 def cache_flags(captioned: Path, tiny_vae: Path, target: Path) -> dict[str, Any]:
     common = {"data": str(captioned), "vae": str(tiny_vae), "output_dir": str(target)}
-    return {**common, "image_size": 16, "batch_size": 4, "pictures_per_shard": 16, "num_workers": 0}
+    return {**common, "image_size": 16, "batch_size": 4, "images_per_shard": 16, "num_workers": 0}
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +100,7 @@ def full_flags(of_many_shapes: Path, tiny_vae: Path, tiny_text_encoder: Path) ->
 def latents(
     cache_latents: ModuleType, captioned: Path, tiny_vae: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A cache of those pictures."""
+    """A cache of those images."""
     target = tmp_path_factory.mktemp("cache") / "latents"
     run(cache_latents, cache_latents.Config(**cache_flags(captioned, tiny_vae, target)))
     return target

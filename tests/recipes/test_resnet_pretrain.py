@@ -72,7 +72,7 @@ def test_the_side_grows_in_steps_and_ends_at_the_final_one(resnet: ModuleType) -
 
 
 def test_updates_are_a_function_of_seed_and_step(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
-    """Two processes with two micro-batches see the global batch of one; an epoch has every picture once."""
+    """Two processes with two micro-batches see the global batch of one; an epoch has every image once."""
     cfg = config_of(resnet, shapes, tmp_path, global_batch_size=13)
     train, _ = resnet.open_data(cfg, Accelerator(cpu=True))
 
@@ -95,7 +95,7 @@ def test_updates_are_a_function_of_seed_and_step(resnet: ModuleType, shapes: Pat
     assert not set(pixels(0, 39, 0, 1)) & set(pixels(1, 39, 0, 1))  # another crop in each epoch
 
 
-def test_damaged_pictures_are_replaced_the_same_way(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+def test_damaged_images_are_replaced_the_same_way(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
     shutil.copytree(shapes, tmp_path / "data")
     damaged = tmp_path / "data" / "train" / "high" / "3.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
@@ -107,7 +107,7 @@ def test_damaged_pictures_are_replaced_the_same_way(resnet: ModuleType, shapes: 
     assert results_of(run_dirs[0]) == results_of(run_dirs[1])
     assert_same_weights(*run_dirs)
     last = metrics_of(run_dirs[0])[-1]
-    assert (last["train/bad_pictures"], last["eval/skipped"]) == (1, 1)
+    assert (last["train/bad_images"], last["eval/skipped"]) == (1, 1)
     with pytest.raises(cli.UsageError, match=r"max_bad_fraction: 0.01: expected .*high/3.png \(row"):
         run(resnet, config_of(resnet, tmp_path / "data", tmp_path / "strict", max_steps=6))
     # What was trained is not lost: with another share the same command goes on.
@@ -143,12 +143,12 @@ def test_blocks_begin_as_their_shortcuts(resnet: ModuleType) -> None:
 
 
 def test_weights_are_in_the_library_s_class_and_loss(resnet: ModuleType) -> None:
-    """Against `ResNetForImageClassification`'s own loss on pictures of its own processor."""
+    """Against `ResNetForImageClassification`'s own loss on images of its own processor."""
     cfg = resnet.Config(**TINY)
     model = resnet.build_model(cfg, NAMES).eval()
     batch = uint8_batch(4, 32, 3)
-    pictures = [Image.fromarray(pixels.numpy()) for pixels in batch["pixel_values"]]
-    inputs = resnet.build_processor(cfg)(pictures, return_tensors="pt")
+    images = [Image.fromarray(pixels.numpy()) for pixels in batch["pixel_values"]]
+    inputs = resnet.build_processor(cfg)(images, return_tensors="pt")
     expected = model(**inputs, labels=batch["labels"])
     logits = resnet.forward(model, batch["pixel_values"], 1)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
@@ -157,12 +157,12 @@ def test_weights_are_in_the_library_s_class_and_loss(resnet: ModuleType) -> None
 
 
 @pytest.mark.parametrize("enlarge", [1, 2, 3])
-def test_training_pictures_are_enlarged_as_evaluated_ones(resnet: ModuleType, enlarge: int) -> None:
+def test_training_images_are_enlarged_as_evaluated_ones(resnet: ModuleType, enlarge: int) -> None:
     """The exported processor's Pillow rounds to whole steps of 256, the device does not."""
     cfg = resnet.Config(enlarge=enlarge, eval_image_size=28)
     pixels = uint8_batch(4, 28, 3)["pixel_values"]
-    pictures = [Image.fromarray(picture.numpy()) for picture in pixels]
-    expected = resnet.build_processor(cfg)(pictures, return_tensors="pt")["pixel_values"]
+    images = [Image.fromarray(image.numpy()) for image in pixels]
+    expected = resnet.build_processor(cfg)(images, return_tensors="pt")["pixel_values"]
     found = resnet.model_input(pixels, enlarge)
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 255 / min(resnet.STD))
@@ -266,7 +266,7 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path, shapes:
         assert Image.open(reference / "figures" / name).size[0] > 100
 
 
-def test_evaluation_counts_every_picture_once_as_the_pipeline_does(reference: Path, shapes: Path) -> None:
+def test_evaluation_counts_every_image_once_as_the_pipeline_does(reference: Path, shapes: Path) -> None:
     """Against the library's own model and processor, one file at a time."""
     model = transformers.AutoModelForImageClassification.from_pretrained(reference)
     processor = transformers.AutoImageProcessor.from_pretrained(reference)
@@ -310,10 +310,10 @@ def test_resuming_is_exact_to_the_bit(
 def test_streaming_learns_and_resumes_to_the_bit(
     resnet: ModuleType, shapes: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With windows of 45 pictures, of which updates of 8 leave some; a damaged one is passed over and counted."""
+    """With windows of 45 images, of which updates of 8 leave some; a damaged one is passed over and counted."""
     monkeypatch.setattr("shared.images.streaming.WINDOW", 45)
     shutil.copytree(shapes, tmp_path / "data")
-    (tmp_path / "data" / "train" / "low" / "5.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "train" / "low" / "5.png").write_bytes(b"no image")
     fields = {"streaming": True, "max_steps": 40, "save_every": 1, "keep_checkpoints": 100, "num_workers": workers}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(resnet, config_of(resnet, tmp_path / "data", whole, **fields))
@@ -323,24 +323,24 @@ def test_streaming_learns_and_resumes_to_the_bit(
     assert_same_weights(stopped, whole)
     entries = metrics_of(whole)
     assert np.mean([entry["train/loss"] for entry in entries[-5:]]) < 0.8 < entries[0]["train/loss"] - 0.2
-    assert entries[-1]["train/bad_pictures"] == 1
+    assert entries[-1]["train/bad_images"] == 1
 
 
-def test_a_stream_of_no_pictures_ends(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+def test_a_stream_of_no_images_ends(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
     for file in (shapes / "train").rglob("*.png"):
         (tmp_path / "data" / "train" / file.parent.name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "train" / file.parent.name / file.name).write_bytes(b"no picture")
+        (tmp_path / "data" / "train" / file.parent.name / file.name).write_bytes(b"no image")
     broken = config_of(resnet, tmp_path / "data", tmp_path / "run", streaming=True)
     columns = {"image_column": "", "label_column": ""}
-    stream = resnet.open_picture_stream(broken.data, config="", split="train", **columns)
-    with pytest.raises(cli.UsageError, match="expected pictures that can be decoded"):
+    stream = resnet.open_image_stream(broken.data, config="", split="train", **columns)
+    with pytest.raises(cli.UsageError, match="expected images that can be decoded"):
         next(resnet.open_updates(broken, Accelerator(cpu=True), stream, 8, 0, []))
 
 
 def test_a_stream_without_another_split_holds_some_out(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
     cfg = config_of(resnet, shapes / "train", tmp_path, eval_fraction=0.2, streaming=True)
     train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
-    files = {picture.data for picture in train}
+    files = {image.data for image in train}
     assert len(files) + len(held_out) == 39
     assert not files & {held_out.files.read(index) for index in range(len(held_out))}
     run(resnet, replace(cfg, dry_run=True))
@@ -360,11 +360,11 @@ def test_training_goes_on_from_weights_with_other_classes(
     torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
 
 
-def test_pictures_are_held_out_where_there_is_no_split(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+def test_images_are_held_out_where_there_is_no_split(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
     cfg = config_of(resnet, shapes / "train", tmp_path, eval_fraction=0.2)
     train, held_out = resnet.open_data(cfg, Accelerator(cpu=True))
     assert (len(train), len(held_out)) == (30, 9)
-    files = [{pictures.files.name(index) for index in range(len(pictures))} for pictures in (train, held_out)]
+    files = [{images.files.name(index) for index in range(len(images))} for images in (train, held_out)]
     assert not files[0] & files[1]
 
 
@@ -412,8 +412,8 @@ def test_push_reaches_the_hub_and_loads_in_a_clean_process(
 ) -> None:
     """The Hub refuses two commits on the way; the run is the same as without a push, and the token shows nowhere."""
     fields = {**TINY, "data": shapes, "push_every": 6}
-    picture = next((shapes / "test").rglob("*.png"))
-    program = f"print(pipeline('image-classification', 'tester/mine')({str(picture)!r})[0]['label'])"
+    image = next((shapes / "test").rglob("*.png"))
+    program = f"print(pipeline('image-classification', 'tester/mine')({str(image)!r})[0]['label'])"
     answer, pushed = push_and_load(resnet, fields, program, tmp_path)
     assert answer.strip() in NAMES
     assert_same_weights(tmp_path / "run", reference)
@@ -437,9 +437,9 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "data: '/no/such/folder'": {"data": "/no/such/folder"},
         "expected a .parquet or .tar file, or a folder": {"data": str(tmp_path / "empty")},
         "expected at least two classes, got 1: high": {"data": str(one)},
-        "expected pictures of at least 30 pixels, the size of the crops": {"final_image_size": 30},
+        "expected images of at least 30 pixels, the size of the crops": {"final_image_size": 30},
         "data_split: 'dev': expected one of train, test": {"data_split": "dev"},
-        "expected pictures of each class, got none of up": {"data": str(different)},
+        "expected images of each class, got none of up": {"data": str(different)},
         "depths: '1,x': expected comma-separated whole numbers": {"depths": "1,x"},
         "hidden_sizes: '8': expected as many numbers as depths has: 2": {"hidden_sizes": "8"},
         "final_image_size: 8: expected at least image_size": {"final_image_size": 8},

@@ -41,8 +41,8 @@ def reference(resnet_rsb: ModuleType, shapes: Path, tmp_path_factory: pytest.Tem
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def test_each_picture_comes_three_times_in_a_row(resnet_rsb: ModuleType, shapes: Path, tmp_path: Path) -> None:
-    """39 pictures, 9 crops an update: 13 updates are an epoch of 117 crops."""
+def test_each_image_comes_three_times_in_a_row(resnet_rsb: ModuleType, shapes: Path, tmp_path: Path) -> None:
+    """39 images, 9 crops an update: 13 updates are an epoch of 117 crops."""
     cfg = config_of(resnet_rsb, shapes, tmp_path, rand_augment_operations=0)
     train, _ = resnet_rsb.open_data(cfg, Accelerator(cpu=True))
     read: list[int] = []
@@ -54,7 +54,7 @@ def test_each_picture_comes_three_times_in_a_row(resnet_rsb: ModuleType, shapes:
     crops = [row.tobytes() for step in range(13) for row in updates[step][0][0]["pixel_values"]]
     assert read[::3] == read[1::3] == read[2::3]
     assert sorted(read[::3]) == list(range(39))
-    assert len(set(crops)) > 110  # a few of the same picture may be equal
+    assert len(set(crops)) > 110  # a few of the same image may be equal
 
 
 def test_processes_share_the_global_batch(resnet_rsb: ModuleType, shapes: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_resuming_is_exact_to_the_bit(
 def test_streaming_resumes_to_the_bit(
     resnet_rsb: ModuleType, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Updates of 8 end within the three crops of a picture."""
+    """Updates of 8 end within the three crops of an image."""
     monkeypatch.setattr("shared.images.streaming.WINDOW", 10)
     fields = {"streaming": True, "save_every": 1, "keep_checkpoints": 100}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -202,7 +202,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(resnet_rsb: ModuleType, shap
         "mixup_alpha: -0.1: expected at least 0": {"mixup_alpha": -0.1},
         "target_threshold: 0.5: expected a share in": {"target_threshold": 0.5},
         "stochastic_depth: 1.0: expected a share in": {"stochastic_depth": 1.0},
-        "expected pictures of at least 30 pixels, the size of the crops": {"image_size": 30},
+        "expected images of at least 30 pixels, the size of the crops": {"image_size": 30},
     }
     for message, fields in cases.items():
         with pytest.raises(cli.UsageError) as caught:

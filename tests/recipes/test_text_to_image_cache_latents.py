@@ -1,4 +1,4 @@
-"""Latents are the autoencoder's own, every picture once, whatever stops the run and on any number of processes."""
+"""Latents are the autoencoder's own, every image once, whatever stops the run and on any number of processes."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from shared import command_line as cli
 from shared.diffusion import latent_cache
 from shared.diffusion.captions import load_text_encoder, text_identity
-from shared.images.decoding import EncodedPicture
+from shared.images.decoding import EncodedImage
 from tests.conftest import ROOT
 from tests.launching import finish, start
 from tests.recipes.conftest import cache_flags
@@ -38,19 +38,19 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_rows_are_the_library_s_latents_of_every_picture(latents: Path, captioned: Path, tiny_vae: Path) -> None:
+def test_rows_are_the_library_s_latents_of_every_image(latents: Path, captioned: Path, tiny_vae: Path) -> None:
     vae = diffusers.AutoencoderKL.from_pretrained(tiny_vae).eval()
     manifest = latent_cache.read_manifest(latents, "latents")
-    assert (manifest["pictures"], manifest["rows"]) == (47, 47)
+    assert (manifest["images"], manifest["rows"]) == (47, 47)
     assert [entry["rows"] for entry in manifest["shards"]] == [16, 16, 8, 7]
     for split, number in (("train", 40), ("test", 7)):
         read = latent_cache.Latents(latents, manifest, split)
-        assert list(read.captions()) == [f"{split} picture {index}" for index in range(number)]
+        assert list(read.captions()) == [f"{split} image {index}" for index in range(number)]
         for index in (0, 5, number - 1):
             data = (captioned / split / f"{index:02d}.png").read_bytes()
-            pixels = EncodedPicture(data).center_crop(16, 1.0)
-            for mirrored, picture in ((False, pixels), (True, pixels[:, ::-1].copy())):
-                scaled = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+            pixels = EncodedImage(data).center_crop(16, 1.0)
+            for mirrored, image in ((False, pixels), (True, pixels[:, ::-1].copy())):
+                scaled = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
                 with torch.no_grad():
                     posterior = vae.encode(scaled).latent_dist
                 found = read.read(index, mirrored=mirrored)
@@ -67,7 +67,7 @@ def test_the_shards_are_a_data_set_of_the_library(latents: Path) -> None:
 
 
 def buckets_of(folder: Path, split: str) -> list[tuple[int, int]]:
-    """The bucket of each picture by the logarithm of its aspect ratio, in pixels."""
+    """The bucket of each image by the logarithm of its aspect ratio, in pixels."""
     buckets = generate_aspect_ratio_buckets(16, 4)
     assert len(buckets) == 5
     found = []
@@ -77,7 +77,7 @@ def buckets_of(folder: Path, split: str) -> list[tuple[int, int]]:
     return found
 
 
-def test_pictures_of_many_shapes_are_resized_and_cut_to_their_buckets(
+def test_images_of_many_shapes_are_resized_and_cut_to_their_buckets(
     full_latents: Path, of_many_shapes: Path, tiny_vae: Path
 ) -> None:
     vae = diffusers.AutoencoderKL.from_pretrained(tiny_vae).eval()
@@ -94,9 +94,9 @@ def test_pictures_of_many_shapes_are_resized_and_cut_to_their_buckets(
             image = image.resize((int(image.width * scale + 1e-6), int(image.height * scale + 1e-6)), Image.BILINEAR)
             left, top = (image.width - width) // 2, (image.height - height) // 2
             pixels = np.array(image.crop((left, top, left + width, top + height)))
-            for mirrored, picture in ((False, pixels), (True, pixels[:, ::-1].copy())):
+            for mirrored, image in ((False, pixels), (True, pixels[:, ::-1].copy())):
                 with torch.no_grad():
-                    scaled = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+                    scaled = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
                     posterior = vae.encode(scaled).latent_dist
                 found = read.read(index, mirrored=mirrored)
                 for name in ("mean", "std"):
@@ -192,7 +192,7 @@ def test_two_processes_with_workers_make_the_same_files(
 @pytest.mark.slow
 def test_a_kill_at_any_moment_loses_and_doubles_nothing(full_flags: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL while it encodes, again and again, until a run comes to its end."""
-    options = {**full_flags, "output_dir": tmp_path / "latents", "pictures_per_shard": 2, "batch_size": 1}
+    options = {**full_flags, "output_dir": tmp_path / "latents", "images_per_shard": 2, "batch_size": 1}
     command = [sys.executable, str(PROGRAM), *(f"--{name}={value}" for name, value in options.items())]
     kills = 0
     while True:
@@ -213,14 +213,14 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(full_flags: dict[str, An
     assert opened["train"]["index"] == list(range(40))
 
 
-def test_damaged_pictures_are_left_out_named_and_refused_beyond_a_share(
+def test_damaged_images_are_left_out_named_and_refused_beyond_a_share(
     cache_latents: ModuleType, captioned: Path, tiny_vae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(captioned, data)
-    (data / "train" / "03.png").write_bytes(b"no picture")
+    (data / "train" / "03.png").write_bytes(b"no image")
     options = cache_flags(data, tiny_vae, tmp_path / "latents")
-    with pytest.raises(cli.UsageError, match=r"max_bad_fraction: 0.01: expected at least 0.021, the share of pictures"):
+    with pytest.raises(cli.UsageError, match=r"max_bad_fraction: 0.01: expected at least 0.021, the share of images"):
         run(cache_latents, cache_latents.Config(**options))
     assert not (tmp_path / "latents" / "manifest.json").exists()
     with caplog.at_level(logging.WARNING):
@@ -230,16 +230,16 @@ def test_damaged_pictures_are_left_out_named_and_refused_beyond_a_share(
         )
     assert "03.png (row 3) cannot be decoded and is left out" in caplog.text
     manifest = latent_cache.read_manifest(tmp_path / "other", "latents")
-    assert (manifest["pictures"], manifest["rows"]) == (47, 46)
-    assert "train picture 3" not in latent_cache.Latents(tmp_path / "other", manifest, "train").captions()
+    assert (manifest["images"], manifest["rows"]) == (47, 46)
+    assert "train image 3" not in latent_cache.Latents(tmp_path / "other", manifest, "train").captions()
 
 
-def test_a_shard_without_a_picture_is_one_of_the_data_set(
+def test_a_shard_without_a_image_is_one_of_the_data_set(
     cache_latents: ModuleType, captioned: Path, tiny_vae: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(captioned, tmp_path / "data")
-    (tmp_path / "data" / "train" / "39.png").write_bytes(b"no picture")
-    options = {**cache_flags(tmp_path / "data", tiny_vae, tmp_path / "latents"), "pictures_per_shard": 39}
+    (tmp_path / "data" / "train" / "39.png").write_bytes(b"no image")
+    options = {**cache_flags(tmp_path / "data", tiny_vae, tmp_path / "latents"), "images_per_shard": 39}
     run(cache_latents, cache_latents.Config(**options, max_bad_fraction=0.1))
     manifest = latent_cache.read_manifest(tmp_path / "latents", "latents")
     assert [entry["rows"] for entry in manifest["shards"]] == [39, 0, 7]
@@ -262,7 +262,7 @@ def test_bad_input_gets_one_line(
         "caption_column: 'alt': expected a column of texts": {"caption_column": "alt"},
         "vae: '/no/vae'": {"vae": "/no/vae"},
         "image_size: 15: expected a multiple of 2, for the autoencoder halves it": {"image_size": 15},
-        "expected pictures that fill 18 x 18 pixels (height x width); 40 of 40 tried are smaller": {"image_size": 18},
+        "expected images that fill 18 x 18 pixels (height x width); 40 of 40 tried are smaller": {"image_size": 18},
         "bucket_multiple: 1: expected a multiple of 2, for the autoencoder halves it": {"bucket_multiple": 1},
         "bucket_multiple: 6: expected a divisor of image_size, 16": {"bucket_multiple": 6},
         "bucket_multiple: -1: expected at least 0": {"bucket_multiple": -1},
@@ -334,12 +334,12 @@ def test_a_cache_of_another_text_encoder_is_refused(
     assert files_of(full_latents) == before
 
 
-def test_a_damaged_picture_leaves_a_gap_in_its_bucket(
+def test_a_damaged_image_leaves_a_gap_in_its_bucket(
     cache_latents: ModuleType, full_latents: Path, full_flags: dict[str, Any], of_many_shapes: Path, tmp_path: Path
 ) -> None:
     """All others are what they were."""
     shutil.copytree(of_many_shapes, tmp_path / "data")
-    (tmp_path / "data" / "train" / "03.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "train" / "03.png").write_bytes(b"no image")
     target = tmp_path / "latents"
     flags = {**full_flags, "data": str(tmp_path / "data"), "output_dir": str(target), "max_bad_fraction": 0.1}
     run(cache_latents, cache_latents.Config(**flags))

@@ -18,7 +18,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from shared import command_line as cli
 from shared.data.randomness import derive_seed
-from shared.images.decoding import EncodedPicture
+from shared.images.decoding import EncodedImage
 from tests import pipelines
 from tests.conftest import ROOT
 
@@ -28,7 +28,7 @@ KEYS = ["eval/frechet_distance", "eval/caption_match_top1", "eval/caption_match_
 
 @pytest.fixture
 def fields(tiny_pipeline: Path, tiny_classifier: Path, captioned: Path, tmp_path: Path) -> dict[str, Any]:
-    """Of a run on the 7 pictures of the split test."""
+    """Of a run on the 7 images of the split test."""
     options = {"model": str(tiny_pipeline), "features": str(tiny_classifier), "data": str(captioned)}
     return {**options, "output_dir": str(tmp_path / "out"), "image_size": 16, "num_steps": 3, "batch_size": 3}
 
@@ -48,13 +48,13 @@ def expected_numbers(true: torch.Tensor, made: torch.Tensor, classifier: Path) -
         num_features = 12
 
         @torch.no_grad()
-        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-            return model.resnet((pictures / 255 - statistics[0]) / statistics[1]).pooler_output.flatten(1)
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return model.resnet((images / 255 - statistics[0]) / statistics[1]).pooler_output.flatten(1)
 
     metric = FrechetInceptionDistance(feature=Features())
     metric.update(true, real=True)
     metric.update(made, real=False)
-    of_true, of_made = (Features()(pictures).double().numpy() for pictures in (true, made))
+    of_true, of_made = (Features()(images).double().numpy() for images in (true, made))
     center = of_true.mean(0)
     ranks = []
     for index, row in enumerate(of_made - center):
@@ -65,7 +65,7 @@ def expected_numbers(true: torch.Tensor, made: torch.Tensor, classifier: Path) -
 
 def read_true(captioned: Path, number: int) -> torch.Tensor:
     files = [(captioned / "test" / f"{index:02d}.png").read_bytes() for index in range(number)]
-    pixels = np.stack([EncodedPicture(data).center_crop(16, 1.0) for data in files])
+    pixels = np.stack([EncodedImage(data).center_crop(16, 1.0) for data in files])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
@@ -78,13 +78,13 @@ def test_the_numbers_are_the_libraries(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = run(evaluate, fields, seed=3)
-    assert (found["num_pictures"], found["settings"]["data_split"]) == (7, "test")
+    assert (found["num_images"], found["settings"]["data_split"]) == (7, "test")
     assert found["chance"] == {KEYS[1]: 1 / 7, KEYS[2]: 5 / 7}
     true = read_true(captioned, 7)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     settings = {"guidance_scale": 4.0, "num_inference_steps": 3}
     generators = [torch.Generator().manual_seed(derive_seed(3, index)) for index in range(7)]
-    captions = [f"test picture {index}" for index in range(7)]
+    captions = [f"test image {index}" for index in range(7)]
     images = [
         pipeline(caption, generator=generator, **settings).images[0]
         for caption, generator in zip(captions, generators, strict=True)
@@ -95,14 +95,14 @@ def test_the_numbers_are_the_libraries(
         decoded = pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample, output_type="np")
     reconstructed = torch.from_numpy((decoded * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
     printed = capsys.readouterr().out
-    for name, pictures in (("metrics", made), ("reconstructions", reconstructed)):
-        expected = expected_numbers(true, pictures, tiny_classifier)
+    for name, images in (("metrics", made), ("reconstructions", reconstructed)):
+        expected = expected_numbers(true, images, tiny_classifier)
         assert list(found[name]) == KEYS
         np.testing.assert_allclose(list(found[name].values()), expected, rtol=1e-2, atol=1e-4)
         assert all(f"{value:.3f}" in printed for value in found[name].values())
 
 
-def test_true_pictures_match_themselves_and_no_others(
+def test_true_images_match_themselves_and_no_others(
     evaluate: ModuleType, captioned: Path, tiny_classifier: Path
 ) -> None:
     true, network = read_true(captioned, 7), evaluate.load_features(str(tiny_classifier), "features")
@@ -145,30 +145,30 @@ def test_the_batch_size_changes_nothing(evaluate: ModuleType, fields: dict[str, 
         np.testing.assert_allclose(list(one[name].values()), list(other[name].values()), rtol=2e-2, atol=1e-4)
 
 
-def test_a_picture_does_not_depend_on_which_others_are_measured(evaluate: ModuleType, fields: dict[str, Any]) -> None:
+def test_a_image_does_not_depend_on_which_others_are_measured(evaluate: ModuleType, fields: dict[str, Any]) -> None:
     pipeline = evaluate.load_pipeline(fields["model"], "model")
     made: dict[int, dict[int, torch.Tensor]] = {}
     for number in (7, 3):
-        cfg = evaluate.Config(**fields, max_pictures=number)
+        cfg = evaluate.Config(**fields, max_images=number)
         captions, positions, true = evaluate.open_data(cfg, "test", number)
-        assert captions == [f"test picture {position}" for position in positions]
+        assert captions == [f"test image {position}" for position in positions]
         assert len(positions) == number
         both = torch.cat([true, evaluate.make(cfg, pipeline, captions, positions)], dim=1).int()
         made[number] = dict(zip(positions, both, strict=True))
     assert list(made[3]) == [0, 3, 6]
-    for position, pictures in made[3].items():
-        assert (pictures - made[7][position]).abs().max() <= 1
+    for position, images in made[3].items():
+        assert (images - made[7][position]).abs().max() <= 1
 
 
-def test_a_damaged_picture_is_left_out_and_named(
+def test_a_damaged_image_is_left_out_and_named(
     evaluate: ModuleType, fields: dict[str, Any], captioned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(captioned, tmp_path / "data")
-    (tmp_path / "data" / "test" / "02.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "test" / "02.png").write_bytes(b"no image")
     cfg = evaluate.Config(**{**fields, "data": str(tmp_path / "data")})
     captions, positions, true = evaluate.open_data(cfg, "test", None)
     assert positions == [0, 1, 3, 4, 5, 6]
-    assert captions == [f"test picture {position}" for position in positions]
+    assert captions == [f"test image {position}" for position in positions]
     assert torch.equal(true, read_true(captioned, 7)[positions])
     assert "02.png (row 2) cannot be decoded and is left out" in caplog.text
 
@@ -178,10 +178,10 @@ def test_the_sample_is_measured_on_unseen_combinations_into_the_run_folder(
 ) -> None:
     """Most of the captions are longer than the tiny text encoder takes."""
     model = Path(shutil.copytree(tiny_pipeline, tmp_path / "run"))
-    changes = {"data": "sample", "max_pictures": 3, "num_steps": 1, "model": str(model), "output_dir": ""}
+    changes = {"data": "sample", "max_images": 3, "num_steps": 1, "model": str(model), "output_dir": ""}
     with caplog.at_level(logging.WARNING):
         found = run(evaluate, fields, **changes)
-    assert (found["settings"]["data_split"], found["num_pictures"]) == ("test_unseen_combination", 3)
+    assert (found["settings"]["data_split"], found["num_images"]) == ("test_unseen_combination", 3)
     assert (found["settings"]["others_split"], found["num_others"]) == ("train", 4599)
     assert found["settings"]["scheduler"] == "DPMSolverMultistepScheduler"
     assert "3 of 3 captions are longer than the text encoder takes and cut" in caplog.text
@@ -204,12 +204,12 @@ def test_bad_input_gets_one_line(
         "data_split: 'dev': expected one of train, test": {"data_split": "dev"},
         "data_split: '': expected a name, for no split's begins with validation": {"data": str(train_alone)},
         "caption_column: 'alt': expected a column of texts": {"caption_column": "alt"},
-        "image_column: 'alt': expected a column that holds pictures": {"image_column": "alt"},
-        "expected pictures of at least 18 pixels": {"image_size": 18},
-        "image_size: 14: expected the sides of the model's pictures, 16 x 16": {"image_size": 14},
+        "image_column: 'alt': expected a column that holds images": {"image_column": "alt"},
+        "expected images of at least 18 pixels": {"image_size": 18},
+        "image_size: 14: expected the sides of the model's images, 16 x 16": {"image_size": 14},
         "features: '/no/features': expected a run folder or a Hub id": {"features": "/no/features"},
         "num_steps: 1001: expected from 1 to 1000": {"num_steps": 1001},
-        "max_pictures: 1: expected at least 2": {"max_pictures": 1},
+        "max_images: 1: expected at least 2": {"max_images": 1},
         "batch_size: 0": {"batch_size": 0},
         "seed: -1": {"seed": -1},
     }
@@ -232,4 +232,4 @@ def test_a_pipeline_without_an_autoencoder_is_refused(
 def test_help_is_quick() -> None:
     done = subprocess.run([sys.executable, str(PROGRAM), "--help"], capture_output=True, text=True, timeout=6)
     assert done.returncode == 0
-    assert "--max_pictures" in done.stdout
+    assert "--max_images" in done.stdout

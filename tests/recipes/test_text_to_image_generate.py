@@ -1,4 +1,4 @@
-"""Files, grid and list are of the library's pictures; wrong input is one line; nothing else is said."""
+"""Files, grid and list are of the library's images; wrong input is one line; nothing else is said."""
 
 import json
 import shutil
@@ -35,34 +35,34 @@ def read(folder: Path) -> list[tuple[dict[str, Any], np.ndarray]]:
     return [(entry, np.asarray(Image.open(folder / entry["file"]))) for entry in entries]
 
 
-def test_the_program_leaves_the_library_s_pictures_and_says_what_it_cut(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_the_program_leaves_the_library_s_images_and_says_what_it_cut(tiny_pipeline: Path, tmp_path: Path) -> None:
     """In a process of its own, from another folder; the libraries say nothing."""
     prompt = f"{KEPT} {LOST}"
-    flags = fields(tiny_pipeline, tmp_path / "new" / "pictures", prompt=prompt, pictures_per_prompt=3, seed=4)
+    flags = fields(tiny_pipeline, tmp_path / "new" / "images", prompt=prompt, images_per_prompt=3, seed=4)
     command = [sys.executable, str(PROGRAM), *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"3 pictures, and together in grid.png: {tmp_path}/new/pictures/\n"
+    assert done.stdout == f"3 images, and together in grid.png: {tmp_path}/new/images/\n"
     said = [line for line in done.stderr.splitlines() if "font cache" not in line]  # matplotlib's, on a new machine
     assert said == [f"prompt '{prompt}' is longer than the text encoder takes and cut: without '{LOST}'"]
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_pipeline)
-    made = read(tmp_path / "new" / "pictures")
+    made = read(tmp_path / "new" / "images")
     slug = prompt.replace(" ", "-")
     assert [entry["file"] for entry, _ in made] == [f"0000{index}-{slug}.png" for index in range(3)]
-    assert len({picture.tobytes() for _, picture in made}) == 3
-    for entry, picture in made:
+    assert len({image.tobytes() for _, image in made}) == 3
+    for entry, image in made:
         settings = {"guidance_scale": entry["guidance_scale"], "num_inference_steps": entry["num_steps"]}
         for text in (entry["prompt"], KEPT):
             expected = pipeline(text, generator=torch.Generator().manual_seed(entry["seed"]), **settings).images[0]
-            assert np.abs(picture.astype(int) - np.asarray(expected)).max() <= 1
-    assert Image.open(tmp_path / "new" / "pictures" / "grid.png").width > 500
+            assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 1
+    assert Image.open(tmp_path / "new" / "images" / "grid.png").width > 500
 
 
-def test_the_seed_gives_the_same_pictures_in_any_batches(
+def test_the_seed_gives_the_same_images_in_any_batches(
     generate: ModuleType, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("red apple\n\n  green pear \n", encoding="utf-8")
-    common = {"prompts_file": str(tmp_path / "prompts.txt"), "pictures_per_prompt": 2}
+    common = {"prompts_file": str(tmp_path / "prompts.txt"), "images_per_prompt": 2}
     of_batches = []
     for batch_size in (1, 3, 8):
         target = tmp_path / str(batch_size)
@@ -70,24 +70,24 @@ def test_the_seed_gives_the_same_pictures_in_any_batches(
         of_batches.append(read(target))
     assert [entry["prompt"] for entry, _ in of_batches[0]] == ["red apple"] * 2 + ["green pear"] * 2
     for other in of_batches[1:]:
-        for (entry, picture), (same_entry, same_picture) in zip(of_batches[0], other, strict=True):
+        for (entry, image), (same_entry, same_image) in zip(of_batches[0], other, strict=True):
             assert entry == same_entry
-            assert np.abs(picture.astype(int) - same_picture).max() <= 1
+            assert np.abs(image.astype(int) - same_image).max() <= 1
     generate.main(generate.Config(**fields(tiny_pipeline, tmp_path / "again", **common, batch_size=3)))
-    for (_, picture), (_, same_picture) in zip(of_batches[1], read(tmp_path / "again"), strict=True):
-        np.testing.assert_array_equal(picture, same_picture)
+    for (_, image), (_, same_image) in zip(of_batches[1], read(tmp_path / "again"), strict=True):
+        np.testing.assert_array_equal(image, same_image)
     generate.main(generate.Config(**fields(tiny_pipeline, tmp_path / "other", **common, seed=1)))
-    for (_, picture), (_, other_picture) in zip(of_batches[0], read(tmp_path / "other"), strict=True):
-        assert np.abs(picture.astype(int) - other_picture).max() > 20
+    for (_, image), (_, other_image) in zip(of_batches[0], read(tmp_path / "other"), strict=True):
+        assert np.abs(image.astype(int) - other_image).max() > 20
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])
 def test_a_named_sampler_is_the_library_s(
     generate: ModuleType, tiny_pipeline: Path, tmp_path: Path, scheduler: str
 ) -> None:
-    options = {"scheduler": scheduler, "pictures_per_prompt": 1, "guidance_scale": 2.0}
-    generate.main(generate.Config(**fields(tiny_pipeline, tmp_path / "pictures", **options)))
-    [(entry, picture)] = read(tmp_path / "pictures")
+    options = {"scheduler": scheduler, "images_per_prompt": 1, "guidance_scale": 2.0}
+    generate.main(generate.Config(**fields(tiny_pipeline, tmp_path / "images", **options)))
+    [(entry, image)] = read(tmp_path / "images")
     assert entry["scheduler"] == scheduler
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     wanted = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}[scheduler]
@@ -95,7 +95,7 @@ def test_a_named_sampler_is_the_library_s(
     pipeline.scheduler = wanted.from_config(pipeline.scheduler.config, **unclipped)
     generator = torch.Generator().manual_seed(entry["seed"])
     expected = pipeline(entry["prompt"], generator=generator, num_inference_steps=3, guidance_scale=2.0).images[0]
-    assert np.abs(picture.astype(int) - np.asarray(expected)).max() <= 1
+    assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_a_named_sampler_is_the_library_s(
     [
         (0, "3D Fluent emoji, red apple", "00000-3d-fluent-emoji-red-apple.png"),
         (12345, "../../etc/passwd\0", "12345-etc-passwd.png"),
-        (7, "червоне яблуко", "00007-picture.png"),
-        (7, "", "00007-picture.png"),
+        (7, "червоне яблуко", "00007-image.png"),
+        (7, "", "00007-image.png"),
         (7, "a" * 59 + " b" * 100, "00007-" + "a" * 59 + ".png"),
     ],
 )
@@ -112,10 +112,10 @@ def test_file_names_are_plain(generate: ModuleType, index: int, prompt: str, nam
     assert generate.file_name(index, prompt) == name
 
 
-def test_more_pictures_than_a_grid_can_show(generate: ModuleType, tiny_pipeline: Path, tmp_path: Path) -> None:
-    options = {"pictures_per_prompt": 70, "num_steps": 1, "guidance_scale": 1.0, "batch_size": 35}
-    generate.main(generate.Config(**fields(tiny_pipeline, tmp_path / "pictures", **options)))
-    assert len(read(tmp_path / "pictures")) == 70
+def test_more_images_than_a_grid_can_show(generate: ModuleType, tiny_pipeline: Path, tmp_path: Path) -> None:
+    options = {"images_per_prompt": 70, "num_steps": 1, "guidance_scale": 1.0, "batch_size": 35}
+    generate.main(generate.Config(**fields(tiny_pipeline, tmp_path / "images", **options)))
+    assert len(read(tmp_path / "images")) == 70
 
 
 def test_bad_input_gets_one_line(generate: ModuleType, tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_bad_input_gets_one_line(generate: ModuleType, tiny_pipeline: Path, tmp_
         "num_steps: 0: expected at least 1": {"num_steps": 0},
         "num_steps: 2000: expected from 1 to 1000, the model's timesteps": {"num_steps": 2000},
         "batch_size: 0": {"batch_size": 0},
-        "pictures_per_prompt: 0": {"pictures_per_prompt": 0},
+        "images_per_prompt: 0": {"images_per_prompt": 0},
         "seed: -1": {"seed": -1},
         f"output_dir: '{tmp_path}/file/x': expected a folder that can be written, '{tmp_path}/file' is not one": {
             "output_dir": str(tmp_path / "file" / "x")

@@ -82,7 +82,7 @@ def batch_of(number: int, tokens: int = 600) -> dict[str, torch.Tensor]:
 
 
 def new_model(pretrain: ModuleType, cfg: Any) -> Any:
-    tokenizer = pretrain.train_clip_tokenizer(["train picture 1"], cfg.vocab_size, cfg.caption_length)
+    tokenizer = pretrain.train_clip_tokenizer(["train image 1"], cfg.vocab_size, cfg.caption_length)
     return pretrain.build_model(cfg, tokenizer, None, (2, 8, 8))
 
 
@@ -199,7 +199,7 @@ def test_the_config_has_stable_diffusions_sizes(pretrain: ModuleType) -> None:
     assert sum(weight.numel() for weight in model.parameters()) == 859_520_964
 
 
-# -- evaluation and pictures -------------------------------------------------------------------------------------------
+# -- evaluation and images -------------------------------------------------------------------------------------------
 
 
 def test_evaluation_equals_one_sample_at_a_time(
@@ -232,16 +232,16 @@ def test_evaluation_equals_one_sample_at_a_time(
     assert last["eval/loss_train"] > 0
 
 
-def test_pictures_are_the_pipelines(pretrain: ModuleType, tiny_vae: Path, reference: Path, tmp_path: Path) -> None:
+def test_images_are_the_pipelines(pretrain: ModuleType, tiny_vae: Path, reference: Path, tmp_path: Path) -> None:
     """The recipe's own loop makes what StableDiffusionPipeline makes from the same noise."""
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(reference)
     pipeline.set_progress_bar_config(disable=True)
     cfg = pretrain.Config(**{**TINY, "sample_steps": 5})
     model = pretrain.Denoiser(pipeline.unet, pipeline.text_encoder)
-    captions = ["train picture 1", "test picture 2"]
+    captions = ["train image 1", "test image 2"]
     texts = pretrain.encode_captions(captions, pipeline.tokenizer, None)["text"]
     empty = pretrain.encode_captions([""], pipeline.tokenizer, None)["text"][0]
-    made = pretrain.make_pictures(cfg, Accelerator(cpu=True), model, pipeline.vae, texts, empty, (2, 8, 8))
+    made = pretrain.make_images(cfg, Accelerator(cpu=True), model, pipeline.vae, texts, empty, (2, 8, 8))
     noise = pretrain.normal_numbers(pretrain.derive_seed(0, "pictures"), np.arange(2), count=2 * 8 * 8)
     start = torch.from_numpy(noise.astype(np.float32)).reshape(2, 2, 8, 8)
     model.eval()
@@ -259,13 +259,13 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     losses = [entry["train/loss"] for entry in entries]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
     assert (reference / "samples" / "step_00000012.png").stat().st_size > 0
-    for name in ("README.md", "config.yaml", "run.json", "recipe.py", "figures/loss.png", "figures/pictures.png"):
+    for name in ("README.md", "config.yaml", "run.json", "recipe.py", "figures/loss.png", "figures/images.png"):
         assert (reference / name).stat().st_size > 0, name
     card = (reference / "README.md").read_text()
     assert f"{entries[-1]['eval/loss']:.4f}" in card
     assert "library_name: diffusers" in card
-    assert "(figures/pictures.png)" in card
-    assert "test picture 0" in card
+    assert "(figures/images.png)" in card
+    assert "test image 0" in card
 
 
 def test_the_average_is_what_is_saved(
@@ -299,7 +299,7 @@ def test_training_goes_on_from_an_exported_pipeline(
         torch.testing.assert_close(value, weights(reference)[name], rtol=0, atol=1e-6)
 
 
-def test_a_pipeline_makes_pictures_of_the_size_that_it_went_on_with(
+def test_a_pipeline_makes_images_of_the_size_that_it_went_on_with(
     pretrain: ModuleType, latents: Path, tiny_vae: Path, reference: Path
 ) -> None:
     cfg = config_of(pretrain, latents, tiny_vae, reference, init=str(reference))
@@ -332,14 +332,14 @@ def test_a_frozen_text_encoder_equals_its_cached_embeddings(
     _, encoder = pretrain.load_text_encoder(str(tiny_text_encoder), "text_encoder")
     for name, value in encoder.state_dict().items():
         assert torch.equal(pipeline.text_encoder.state_dict()[name], value)
-    pictures = pipeline(["train picture 1"], num_inference_steps=2, output_type="np").images
-    assert pictures.shape == (1, 16, 16, 3)
+    images = pipeline(["train image 1"], num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
 
 
 def test_latents_of_several_shapes_are_trained_on(
     pretrain: ModuleType, cache_latents: ModuleType, tiny_vae: Path, tmp_path: Path
 ) -> None:
-    """Wide and tall pictures; every update is of one shape, and evaluation counts every sample."""
+    """Wide and tall images; every update is of one shape, and evaluation counts every sample."""
     from PIL import Image
 
     draw = np.random.default_rng(0)
@@ -350,7 +350,7 @@ def test_latents_of_several_shapes_are_trained_on(
             size = ((32, 20), (20, 32), (24, 24))[index % 3]
             pixels = draw.integers(0, 256, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / split / f"{index}.png")
-            entries.append(json.dumps({"file_name": f"{index}.png", "caption": f"picture {index}"}))
+            entries.append(json.dumps({"file_name": f"{index}.png", "caption": f"image {index}"}))
         (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(entries))
     flags = cache_flags(tmp_path / "data", tiny_vae, tmp_path / "latents")
     run(cache_latents, cache_latents.Config(**{**flags, "bucket_multiple": 4}))
@@ -378,8 +378,8 @@ def test_samples_are_held_out_where_there_is_no_split(
 def test_the_embedded_emoji_are_encoded_once(
     pretrain: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no cache in outputs/; one that is there and of other pictures is refused."""
-    some = {name: pictures.subset(np.arange(12)) for name, pictures in latent_encoding.sample_splits().items()}
+    """With no cache in outputs/; one that is there and of other images is refused."""
+    some = {name: images.subset(np.arange(12)) for name, images in latent_encoding.sample_splits().items()}
     monkeypatch.setattr(latent_encoding, "sample_splits", lambda: some)
     monkeypatch.chdir(tmp_path)
     fields = {"data": "sample", "cache_dir": str(tmp_path / "cache"), "max_steps": 1, "vocab_size": 514}
@@ -403,7 +403,7 @@ def test_dry_run_leaves_nothing(
 ) -> None:
     run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "run", dry_run=True))
     printed = capsys.readouterr().out
-    for row in ("first caption: train picture 0", "parameters", "memory: total", "one checkpoint", "all updates"):
+    for row in ("first caption: train image 0", "parameters", "memory: total", "one checkpoint", "all updates"):
         assert row in printed
     assert not (tmp_path / "run").exists()
 
@@ -429,12 +429,12 @@ def test_push_reaches_the_hub_and_loads_in_a_clean_process(
     fields = {**TINY, "data": latents, "vae": tiny_vae, "push_every": 6}
     program = """from diffusers import StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained("tester/mine")
-print(pipeline("train picture 1", num_inference_steps=2).images[0].size)"""
+print(pipeline("train image 1", num_inference_steps=2).images[0].size)"""
     answer, pushed = push_and_load(pretrain, fields, program, tmp_path)
     assert answer.strip().endswith("(16, 16)")
     assert_same_weights(tmp_path / "run", reference)
     parts = {f"{part}/config.json" for part in ("unet", "vae", "text_encoder")}
-    assert {"model_index.json", "README.md", "figures/loss.png", "figures/pictures.png", *parts} <= pushed
+    assert {"model_index.json", "README.md", "figures/loss.png", "figures/images.png", *parts} <= pushed
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

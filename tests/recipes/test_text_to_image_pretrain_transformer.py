@@ -91,7 +91,7 @@ def batch_of(recipe: ModuleType, cfg: Any, number: int) -> dict[str, torch.Tenso
 
 
 def new_model(recipe: ModuleType, cfg: Any) -> Any:
-    tokenizer = recipe.train_clip_tokenizer(["train picture 1"], cfg.vocab_size, cfg.caption_length)
+    tokenizer = recipe.train_clip_tokenizer(["train image 1"], cfg.vocab_size, cfg.caption_length)
     model = recipe.build_model(cfg, tokenizer, None, 2)
     with torch.no_grad():  # in a new model the blocks' gates are shut
         for name, weight in model.named_parameters():
@@ -274,7 +274,7 @@ def test_non_finite_gradient_changes_nothing(pretrain_transformer: ModuleType) -
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# -- evaluation and pictures -------------------------------------------------------------------------------------------
+# -- evaluation and images -------------------------------------------------------------------------------------------
 
 
 def test_evaluation_equals_one_sample_at_a_time(
@@ -306,7 +306,7 @@ def test_evaluation_equals_one_sample_at_a_time(
     assert last["eval/loss_train"] > 0
 
 
-def pictures_of_both(
+def images_of_both(
     recipe: ModuleType, run_dir: Path, captions: list[str], *, is_frozen: bool, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """From the same noise, by the recipe's own loop and by PRXPipeline, which can guide one prompt at a time alone."""
@@ -317,7 +317,7 @@ def pictures_of_both(
     reader = pipeline.tokenizer if is_frozen else CleanedCaptions(pipeline.tokenizer)
     model = recipe.Denoiser(pipeline.transformer, None if is_frozen else pipeline.text_encoder, range(0))
     texts, empty = (encode_captions(some, reader, frozen) for some in (captions, [""]))
-    made = recipe.make_pictures(cfg, Accelerator(cpu=True), model, pipeline.vae, texts, empty, (2, 8, 8))
+    made = recipe.make_images(cfg, Accelerator(cpu=True), model, pipeline.vae, texts, empty, (2, 8, 8))
     noise = recipe.normal_numbers(recipe.derive_seed(0, "pictures"), np.arange(len(captions)), count=2 * 8 * 8)
     start = torch.from_numpy(noise.astype(np.float32)).reshape(-1, 1, 2, 8, 8)
     options |= {"num_inference_steps": 5, "guidance_scale": 2.0, "use_resolution_binning": False, "output_type": "np"}
@@ -328,14 +328,14 @@ def pictures_of_both(
     return np.stack(made) / 255, np.stack(theirs)
 
 
-def test_pictures_are_the_pipelines(
+def test_images_are_the_pipelines(
     pretrain_transformer: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path
 ) -> None:
     """With a caption that the pipeline cleans, and steps that are shifted."""
     fields = {"shift": 3.0, "max_steps": 30}
     run(pretrain_transformer, config_of(pretrain_transformer, latents, tiny_vae, tmp_path / "run", **fields))
-    captions = ["train picture 1", "Test (picture) #2 — https://example.com/test"]
-    made, theirs = pictures_of_both(pretrain_transformer, tmp_path / "run", captions, is_frozen=False)
+    captions = ["train image 1", "Test (image) #2 — https://example.com/test"]
+    made, theirs = images_of_both(pretrain_transformer, tmp_path / "run", captions, is_frozen=False)
     assert np.abs(made - theirs).max() < 0.01
     assert np.abs(theirs[0] - theirs[1]).max() > 0.02
 
@@ -348,7 +348,7 @@ def test_a_frozen_text_encoder_equals_its_cached_embeddings(
     tiny_text_encoder: Path,
     tmp_path: Path,
 ) -> None:
-    """The pipeline has the encoder as it was, and makes the recipe's pictures of captions that it does not clean."""
+    """The pipeline has the encoder as it was, and makes the recipe's images of captions that it does not clean."""
     flags = {**cache_flags(captioned, tiny_vae, tmp_path / "latents"), "text_encoder": str(tiny_text_encoder)}
     run(cache_latents, cache_latents.Config(**flags))
     fields = {"text_encoder": str(tiny_text_encoder), "routed_fraction": 0.0}
@@ -358,8 +358,8 @@ def test_a_frozen_text_encoder_equals_its_cached_embeddings(
     _, encoder = load_text_encoder(str(tiny_text_encoder), "text_encoder")
     for name, value in encoder.state_dict().items():
         assert torch.equal(pipeline.text_encoder.state_dict()[name], value)
-    captions, options = ["train picture 1", "Test (cat)"], {"skip_text_cleaning": True}
-    made, theirs = pictures_of_both(pretrain_transformer, tmp_path / "run", captions, is_frozen=True, **options)
+    captions, options = ["train image 1", "Test (cat)"], {"skip_text_cleaning": True}
+    made, theirs = images_of_both(pretrain_transformer, tmp_path / "run", captions, is_frozen=True, **options)
     assert np.abs(made - theirs).max() < 0.01
     cache = latent_cache.Latents(tmp_path / "latents", latent_cache.read_manifest(tmp_path / "latents", "data"), "test")
     reading = {"scaling_factor": 1.0, "tokenizer": pipeline.tokenizer, "empty": np.zeros((6, 16), dtype=np.float32)}
@@ -378,7 +378,7 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     losses = [entry["train/loss"] for entry in entries]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
     assert (reference / "samples" / "step_00000012.png").stat().st_size > 0
-    for name in ("README.md", "config.yaml", "run.json", "recipe.py", "figures/loss.png", "figures/pictures.png"):
+    for name in ("README.md", "config.yaml", "run.json", "recipe.py", "figures/loss.png", "figures/images.png"):
         assert (reference / name).stat().st_size > 0, name
     index = json.loads((reference / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "PRXTransformer2DModel"]
@@ -386,8 +386,8 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     card = (reference / "README.md").read_text()
     assert f"{entries[-1]['eval/loss']:.4f}" in card
     assert "library_name: diffusers" in card
-    assert "(figures/pictures.png)" in card
-    assert "test picture 0" in card
+    assert "(figures/images.png)" in card
+    assert "test image 0" in card
 
 
 def test_the_average_is_what_is_saved(
@@ -439,7 +439,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
 def test_latents_of_several_shapes_are_trained_on(
     pretrain_transformer: ModuleType, cache_latents: ModuleType, tiny_vae: Path, tmp_path: Path
 ) -> None:
-    """Wide, tall and square pictures; the pipeline's own size is the square one."""
+    """Wide, tall and square images; the pipeline's own size is the square one."""
     from PIL import Image
 
     draw = np.random.default_rng(0)
@@ -450,7 +450,7 @@ def test_latents_of_several_shapes_are_trained_on(
             size = ((32, 20), (20, 32), (24, 24))[index % 3]
             pixels = draw.integers(0, 256, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / split / f"{index}.png")
-            entries.append(json.dumps({"file_name": f"{index}.png", "caption": f"picture {index}"}))
+            entries.append(json.dumps({"file_name": f"{index}.png", "caption": f"image {index}"}))
         (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(entries))
     flags = cache_flags(tmp_path / "data", tiny_vae, tmp_path / "latents")
     run(cache_latents, cache_latents.Config(**{**flags, "bucket_multiple": 4}))
@@ -467,8 +467,8 @@ def test_latents_of_several_shapes_are_trained_on(
 def test_the_embedded_emoji_are_encoded_once(
     pretrain_transformer: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no cache in outputs/; one that is there and of other pictures is refused. Captions are the pipeline's."""
-    some = {name: pictures.subset(np.arange(12)) for name, pictures in latent_encoding.sample_splits().items()}
+    """With no cache in outputs/; one that is there and of other images is refused. Captions are the pipeline's."""
+    some = {name: images.subset(np.arange(12)) for name, images in latent_encoding.sample_splits().items()}
     monkeypatch.setattr(latent_encoding, "sample_splits", lambda: some)
     forward, texts = pretrain_transformer.forward, set()
 
@@ -492,13 +492,13 @@ def test_the_embedded_emoji_are_encoded_once(
     assert_same(tmp_path / "one", tmp_path / "other")
     assert "eval/loss_test_unseen_combination" in metrics_of(tmp_path / "one")[-1]
     pipeline = diffusers.PRXPipeline.from_pretrained(tmp_path / "one")
-    captions = [caption for pictures in some.values() for caption in pictures.captions]
+    captions = [caption for images in some.values() for caption in images.captions]
     assert "Noto emoji, keycap: #" in captions  # of which cleaning leaves less
     ids, masks = pipeline._tokenize_prompts([*captions, ""], torch.device("cpu"))
     assert texts == {(tuple(row), sum(mask)) for row, mask in zip(ids.tolist(), masks.tolist(), strict=True)}
     card = (tmp_path / "one" / "README.md").read_text()
-    shown = [caption for pictures in some.values() for caption in pictures.captions if caption in card]
-    splits = [sum(caption in pictures.captions for caption in shown) for pictures in some.values()]
+    shown = [caption for images in some.values() for caption in images.captions if caption in card]
+    splits = [sum(caption in images.captions for caption in shown) for images in some.values()]
     assert sorted(splits) == [0, 4, 4]
     (tmp_path / "outputs").mkdir()
     shutil.copytree(latents, tmp_path / "outputs" / "latents")
@@ -515,7 +515,7 @@ def test_dry_run_leaves_nothing(
 ) -> None:
     run(pretrain_transformer, config_of(pretrain_transformer, latents, tiny_vae, tmp_path / "run", dry_run=True))
     printed = capsys.readouterr().out
-    for row in ("first caption: train picture 0", "parameters", "memory: total", "one checkpoint", "all updates"):
+    for row in ("first caption: train image 0", "parameters", "memory: total", "one checkpoint", "all updates"):
         assert row in printed
     assert not (tmp_path / "run").exists()
 
@@ -542,12 +542,12 @@ def test_push_reaches_the_hub_and_loads_in_a_clean_process(
     fields = {**TINY, "data": latents, "vae": tiny_vae, "push_every": 6}
     program = """from diffusers import PRXPipeline
 pipeline = PRXPipeline.from_pretrained("tester/mine")
-print(pipeline("train picture 1", num_inference_steps=2, use_resolution_binning=False).images[0].size)"""
+print(pipeline("train image 1", num_inference_steps=2, use_resolution_binning=False).images[0].size)"""
     answer, pushed = push_and_load(pretrain_transformer, fields, program, tmp_path)
     assert answer.strip().endswith("(16, 16)")
     assert_same_weights(tmp_path / "run", reference)
     parts = {f"{part}/config.json" for part in ("transformer", "vae", "text_encoder")}
-    assert {"model_index.json", "README.md", "figures/loss.png", "figures/pictures.png", *parts} <= pushed
+    assert {"model_index.json", "README.md", "figures/loss.png", "figures/images.png", *parts} <= pushed
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def reference(vae: ModuleType, shapes: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_updates_are_a_function_of_seed_and_step(vae: ModuleType, shapes: Path, tmp_path: Path) -> None:
-    """Two processes with two micro-batches see the pictures and the noise of one."""
+    """Two processes with two micro-batches see the images and the noise of one."""
     train, _ = vae.open_data(config_of(vae, shapes, tmp_path), Accelerator(cpu=True))
 
     def rows(step: int, rank: int, processes: int, seed: int = 0) -> list[bytes]:
@@ -84,7 +84,7 @@ def test_updates_are_a_function_of_seed_and_step(vae: ModuleType, shapes: Path, 
     assert not set(rows(0, 0, 1)) & set(rows(5, 0, 1))
 
 
-def test_damaged_pictures_are_replaced_the_same_way(vae: ModuleType, shapes: Path, tmp_path: Path) -> None:
+def test_damaged_images_are_replaced_the_same_way(vae: ModuleType, shapes: Path, tmp_path: Path) -> None:
     shutil.copytree(shapes, tmp_path / "data")
     damaged = tmp_path / "data" / "train" / "high" / "3.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
@@ -95,7 +95,7 @@ def test_damaged_pictures_are_replaced_the_same_way(vae: ModuleType, shapes: Pat
         run(vae, config_of(vae, tmp_path / "data", run_dir, **fields))
     assert_same(*run_dirs)
     last = metrics_of(run_dirs[0])[-1]
-    assert (last["train/bad_pictures"], last["eval/skipped"]) == (1, 1)
+    assert (last["train/bad_images"], last["eval/skipped"]) == (1, 1)
     with pytest.raises(cli.UsageError, match=r"max_bad_fraction: 0.01: expected .*high/3.png \(row"):
         run(vae, config_of(vae, tmp_path / "data", tmp_path / "strict", max_steps=6))
 
@@ -104,7 +104,7 @@ def test_damaged_pictures_are_replaced_the_same_way(vae: ModuleType, shapes: Pat
 
 
 def test_the_kl_weight_is_the_papers(vae: ModuleType) -> None:
-    """CompVis: absolute errors summed over a picture, plus 1e-6 times the divergence, here both a channel's share."""
+    """CompVis: absolute errors summed over an image, plus 1e-6 times the divergence, here both a channel's share."""
     pixels, made = torch.rand(3, 3, 16, 16) * 2 - 1, torch.rand(3, 3, 16, 16) * 2 - 1
     mean, deviation = torch.randn(3, 2, 8, 8), torch.rand(3, 2, 8, 8) + 0.1
     posterior = torch.distributions.Normal(mean, deviation)
@@ -129,7 +129,7 @@ def test_forward_is_the_librarys_with_our_noise(vae: ModuleType) -> None:
 
 
 def test_the_perceptual_distance_sees_what_the_judge_sees(vae: ModuleType, reference: Path, tmp_path: Path) -> None:
-    """Zero for the same picture, larger for more noise, and its gradient leads back to the picture."""
+    """Zero for the same image, larger for more noise, and its gradient leads back to the image."""
     import transformers
 
     sizes = {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8, "layer_type": "basic"}
@@ -210,12 +210,12 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     model, loading = diffusers.AutoencoderKL.from_pretrained(reference, output_loading_info=True)
     assert type(model) is diffusers.AutoencoderKL
     assert not loading["missing_keys"]
-    for name in ("README.md", "config.yaml", "run.json", "recipe.py", "figures/loss.png", "figures/pictures.png"):
+    for name in ("README.md", "config.yaml", "run.json", "recipe.py", "figures/loss.png", "figures/images.png"):
         assert (reference / name).stat().st_size > 0, name
     card = (reference / "README.md").read_text()
     assert f"{entries[-1]['eval/psnr']:.4f}" in card
     assert "library_name: diffusers" in card
-    assert "(figures/pictures.png)" in card
+    assert "(figures/images.png)" in card
 
 
 def test_exported_latents_have_mean_zero_and_variance_one(vae: ModuleType, reference: Path, shapes: Path) -> None:
@@ -232,8 +232,8 @@ def test_exported_latents_have_mean_zero_and_variance_one(vae: ModuleType, refer
     assert np.abs(record["latents_mean"]).max() > 0.01  # there was something to move
 
 
-def test_evaluation_counts_every_picture_once(vae: ModuleType, reference: Path, shapes: Path) -> None:
-    """Against torchmetrics on the exported model, one picture at a time."""
+def test_evaluation_counts_every_image_once(vae: ModuleType, reference: Path, shapes: Path) -> None:
+    """Against torchmetrics on the exported model, one image at a time."""
     model = diffusers.AutoencoderKL.from_pretrained(reference).eval()
     _, held_out = vae.open_data(vae.Config(**TINY, data=str(shapes)), Accelerator(cpu=True))
     assert len(held_out) == 21
@@ -288,11 +288,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_pictures_are_held_out_where_there_is_no_split(vae: ModuleType, shapes: Path, tmp_path: Path) -> None:
+def test_images_are_held_out_where_there_is_no_split(vae: ModuleType, shapes: Path, tmp_path: Path) -> None:
     cfg = config_of(vae, shapes / "train", tmp_path, eval_fraction=0.2)
     train, held_out = vae.open_data(cfg, Accelerator(cpu=True))
     assert (len(train), len(held_out)) == (31, 8)
-    names = [{pictures.name(index) for index in range(len(pictures))} for pictures in (train, held_out)]
+    names = [{images.name(index) for index in range(len(images))} for images in (train, held_out)]
     assert not names[0] & names[1]
 
 
@@ -318,7 +318,7 @@ def test_push_reaches_the_hub_and_loads_in_a_clean_process(
     answer, pushed = push_and_load(vae, fields, program, tmp_path)
     assert answer.strip() == "2"
     assert_same_weights(tmp_path / "run", reference)
-    assert {exported(reference).name, "config.json", "README.md", "figures/loss.png", "figures/pictures.png"} <= pushed
+    assert {exported(reference).name, "config.json", "README.md", "figures/loss.png", "figures/images.png"} <= pushed
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     cases: dict[str, dict[str, Any]] = {
         "data: '/no/such/folder'": {"data": "/no/such/folder"},
         "expected a .parquet or .tar file, or a folder": {"data": str(tmp_path / "empty")},
-        "expected pictures of at least 32 pixels": {"image_size": 32},
+        "expected images of at least 32 pixels": {"image_size": 32},
         "image_size: 15: expected a multiple of 2": {"image_size": 15},
         "data_split: 'dev': expected one of train, test": {"data_split": "dev"},
         "block_out_channels: '8,x': expected comma-separated whole numbers": {"block_out_channels": "8,x"},
@@ -363,7 +363,7 @@ def test_help_shows_every_field(vae: ModuleType) -> None:
 
 
 def test_the_shipped_autoencoder_is_as_good_as_the_readme_says(vae: ModuleType) -> None:
-    """On both held-out splits; latents of the training pictures have mean zero and variance one."""
+    """On both held-out splits; latents of the training images have mean zero and variance one."""
     shipped = ROOT / "recipes" / "text_to_image" / "assets" / "vae"
     accelerator, readme = Accelerator(cpu=True), (ROOT / "recipes" / "text_to_image" / "README.md").read_text()
     model = vae.load_diffusion_model(vae.AutoencoderKL, str(shipped), "vae")

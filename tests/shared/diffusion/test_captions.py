@@ -28,7 +28,7 @@ from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
 
-CAPTIONS = ["train picture 3", "A cat!", "a", "picture of many cats, cut here"]
+CAPTIONS = ["train image 3", "A cat!", "a", "image of many cats, cut here"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_embeddings_are_those_of_the_library_s_pipeline(loaded: tuple[Any, Any])
     torch.testing.assert_close(empty[0], of_nothing[0])
 
 
-@given(captions=st.lists(st.text(st.sampled_from("cat picture!7é"), max_size=20), min_size=1, max_size=6))
+@given(captions=st.lists(st.text(st.sampled_from("cat image!7é"), max_size=20), min_size=1, max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_ids_are_padded_cut_and_counted(loaded: tuple[Any, Any], captions: list[str]) -> None:
     tokenizer = loaded[0]
@@ -80,11 +80,11 @@ def test_ids_are_padded_cut_and_counted(loaded: tuple[Any, Any], captions: list[
         assert row == expected
 
 
-@given(captions=st.lists(st.text(st.sampled_from("cat picture!7é"), max_size=20), min_size=1, max_size=6))
+@given(captions=st.lists(st.text(st.sampled_from("cat image!7é"), max_size=20), min_size=1, max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_masks_are_the_tokenizers(loaded: tuple[Any, Any], captions: list[str]) -> None:
     """Of one that pads with a token of captions, and of one that pads with the end token."""
-    for tokenizer in (loaded[0], train_clip_tokenizer(["cat picture"], 514, 8)):
+    for tokenizer in (loaded[0], train_clip_tokenizer(["cat image"], 514, 8)):
         form = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
         found = encode_captions(captions, tokenizer, None)
         assert found["text"].tolist() == tokenizer(captions, **form)["input_ids"]
@@ -97,15 +97,15 @@ def test_captions_are_cleaned_as_the_library_cleans_prompts(loaded: tuple[Any, A
 
     tokenizer, encoder = loaded
     pipeline = diffusers.PRXPipeline(None, None, encoder, tokenizer)
-    captions = ["A (cat) #12 — https://example.com", "train &amp; test picture", "a"]
+    captions = ["A (cat) #12 — https://example.com", "train &amp; test image", "a"]
     found = encode_captions(captions, CleanedCaptions(tokenizer), encoder)
     expected, mask, *_ = pipeline.encode_prompt(captions, "cpu", do_classifier_free_guidance=False)
     assert torch.equal(found["text_mask"], mask)
     torch.testing.assert_close(found["text"][mask], expected[mask])
     plain = encode_captions(captions, tokenizer, encoder)
     assert not torch.equal(plain["text_mask"], mask)
-    expected, mask, *_ = pipeline.encode_prompt(["train picture"], "cpu", skip_text_cleaning=True)
-    torch.testing.assert_close(encode_captions(["train picture"], tokenizer, encoder)["text"][mask], expected[mask])
+    expected, mask, *_ = pipeline.encode_prompt(["train image"], "cpu", skip_text_cleaning=True)
+    torch.testing.assert_close(encode_captions(["train image"], tokenizer, encoder)["text"][mask], expected[mask])
 
 
 def test_the_encoder_is_frozen_and_in_float32(folder: Path) -> None:

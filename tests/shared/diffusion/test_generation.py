@@ -1,4 +1,4 @@
-"""A picture is the library's own of its prompt and seed, whatever stands beside it; samplers solve one equation."""
+"""An image is the library's own of its prompt and seed, whatever stands beside it; samplers solve one equation."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from shared.diffusion.generation import (
     check_steps,
     load_pipeline,
     lost_text,
-    make_pictures,
+    make_images,
     set_scheduler,
 )
 from tests import pipelines
@@ -44,7 +44,7 @@ def silent(pipeline: Any) -> Any:
 
 def make(pipeline: Any, prompts: list[str], seeds: list[int], **settings: Any) -> np.ndarray:
     """int64 (N, H, W, 3)."""
-    return np.stack(list(make_pictures(pipeline, prompts, seeds, **{**SETTINGS, **settings}))).astype(np.int64)
+    return np.stack(list(make_images(pipeline, prompts, seeds, **{**SETTINGS, **settings}))).astype(np.int64)
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +132,10 @@ def test_code_that_comes_with_a_pipeline_is_not_run(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("negative_prompt", ["", "green pear"])
-def test_a_picture_is_the_library_s(stable_diffusion: Any, negative_prompt: str) -> None:
+def test_a_image_is_the_library_s(stable_diffusion: Any, negative_prompt: str) -> None:
     made = make(stable_diffusion, PROMPTS, SEEDS, negative_prompt=negative_prompt)
     assert made.shape == (5, 16, 16, 3)
-    for picture, prompt, seed in zip(made, PROMPTS, SEEDS, strict=True):
+    for image, prompt, seed in zip(made, PROMPTS, SEEDS, strict=True):
         expected = stable_diffusion(
             prompt,
             negative_prompt=negative_prompt,
@@ -143,10 +143,10 @@ def test_a_picture_is_the_library_s(stable_diffusion: Any, negative_prompt: str)
             guidance_scale=4.0,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
-        np.testing.assert_array_equal(picture, np.asarray(expected))
+        np.testing.assert_array_equal(image, np.asarray(expected))
 
 
-def test_prompt_seed_guidance_and_steps_each_change_a_picture(stable_diffusion: Any) -> None:
+def test_prompt_seed_guidance_and_steps_each_change_a_image(stable_diffusion: Any) -> None:
     made = make(stable_diffusion, ["red apple"], [5])
     for prompt, seed, settings in (
         ("green pear", 5, {}),
@@ -159,8 +159,8 @@ def test_prompt_seed_guidance_and_steps_each_change_a_picture(stable_diffusion: 
 
 
 @pytest.mark.parametrize("build", [pipelines.stable_diffusion, pipelines.stable_diffusion_3, pipelines.pixart])
-def test_the_batch_changes_no_picture(build: Any, vae: Any) -> None:
-    """Beyond rounding; the number of pictures needs not be a multiple of the batch."""
+def test_the_batch_changes_no_image(build: Any, vae: Any) -> None:
+    """Beyond rounding; the number of images needs not be a multiple of the batch."""
     pipeline = silent(build(vae))
     alone = make(pipeline, PROMPTS, SEEDS)
     assert alone[0].std() > 20
@@ -171,7 +171,7 @@ def test_the_batch_changes_no_picture(build: Any, vae: Any) -> None:
     assert np.abs(reversed_order[::-1] - alone).max() <= 1
 
 
-def test_prx_makes_as_many_pictures_at_a_time_as_others(vae: Any, tmp_path: Path) -> None:
+def test_prx_makes_as_many_images_at_a_time_as_others(vae: Any, tmp_path: Path) -> None:
     """Which the library's own pipeline does not, with guidance; without, and for one prompt, it is the same."""
     own = silent(pipelines.prx(vae))
     own.save_pretrained(tmp_path)
@@ -208,7 +208,7 @@ def test_the_global_generator_is_neither_read_nor_moved(stable_diffusion: Any) -
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_samplers_come_to_the_same_picture(stable_diffusion: Any, prediction_type: str) -> None:
+def test_samplers_come_to_the_same_image(stable_diffusion: Any, prediction_type: str) -> None:
     """All solve one differential equation. DDIM with its own defaults, which clip latents, is 13 away."""
     own = stable_diffusion.scheduler
     stable_diffusion.scheduler = type(own).from_config(own.config, prediction_type=prediction_type)

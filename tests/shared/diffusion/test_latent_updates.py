@@ -13,7 +13,7 @@ from shared.diffusion.latent_cache import Latents
 from shared.diffusion.latent_updates import FixedSamples, LatentUpdates
 
 SHAPES = [(2, 4, 4), (2, 4, 6), (2, 6, 4)]
-CAPTIONS = [f"picture {number}" for number in range(48)]
+CAPTIONS = [f"image {number}" for number in range(48)]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Buckets have about the area of a square, and a picture goes where the least of it is cut away."""
+"""Buckets have about the area of a square, and an image goes where the least of it is cut away."""
 
 import math
 
@@ -19,7 +19,7 @@ def distance(height: int, width: int, bucket: tuple[int, int]) -> float:
 
 
 def kept(height: int, width: int, bucket: tuple[int, int]) -> float:
-    """Share of a picture that is not cut away when it covers the bucket."""
+    """Share of an image that is not cut away when it covers the bucket."""
     scale = max(bucket[0] / height, bucket[1] / width)
     return bucket[0] * bucket[1] / (scale * height * scale * width)
 

@@ -4,11 +4,11 @@ import pytest
 from accelerate import Accelerator
 
 from shared.command_line import UsageError
-from shared.images.bad_images import BadPictures, candidates
+from shared.images.bad_images import BadImages, candidates
 
 
-def of_run(known: list[str], max_fraction: float) -> BadPictures:
-    return BadPictures(Accelerator(cpu=True), 2000, max_fraction, known)
+def of_run(known: list[str], max_fraction: float) -> BadImages:
+    return BadImages(Accelerator(cpu=True), 2000, max_fraction, known)
 
 
 def test_replacements_are_the_same_at_every_call() -> None:
@@ -21,12 +21,12 @@ def test_replacements_are_the_same_at_every_call() -> None:
     assert set(first) <= set(range(50))
 
 
-def test_each_bad_picture_counts_and_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_bad_image_counts_and_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     bad = of_run(["5.png"], max_fraction=0.5)
     with caplog.at_level(logging.WARNING):
         bad.add(["7.png", "7.png", "5.png"])
         bad.add(["7.png"])
-    assert [record.getMessage() for record in caplog.records] == ["a picture that cannot be decoded is replaced: 7.png"]
+    assert [record.getMessage() for record in caplog.records] == ["an image that cannot be decoded is replaced: 7.png"]
     assert bad.number() == 2
     assert bad.gather() == ["5.png", "7.png"]
 

@@ -1,4 +1,4 @@
-"""Captions belong to their pictures in every format; empty ones are left out, counted and refused beyond a share."""
+"""Captions belong to their images in every format; empty ones are left out, counted and refused beyond a share."""
 
 import io
 import json
@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from shared.command_line import UsageError
-from shared.images.captioned import SAMPLE, CaptionedPictures, open_captioned
-from shared.images.decoding import EncodedPicture
-from shared.images.labelled import check_every_class, open_pictures
+from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
+from shared.images.decoding import EncodedImage
+from shared.images.labelled import check_every_class, open_images
 
 COLORS = {"a red square": (255, 0, 0), "a blue square": (0, 0, 255), "grün": (0, 128, 0)}
 
@@ -25,20 +25,20 @@ def png(color: tuple[int, int, int]) -> bytes:
     return stream.getvalue()
 
 
-def open_split(data: Any, split: str = "train", **options: Any) -> CaptionedPictures:
+def open_split(data: Any, split: str = "train", **options: Any) -> CaptionedImages:
     defaults = {"config": "", "image_column": "", "caption_column": "", "max_bad_fraction": 0.01}
     return open_captioned(str(data), split=split, **{**defaults, **options})
 
 
-def assert_captions_belong(opened: CaptionedPictures) -> None:
+def assert_captions_belong(opened: CaptionedImages) -> None:
     assert len(opened) == len(opened.captions)
     for index, caption in enumerate(opened.captions):
-        pixels = EncodedPicture(opened.files.read(index)).center_crop(4, 1.0)
+        pixels = EncodedImage(opened.files.read(index)).center_crop(4, 1.0)
         assert tuple(pixels[0, 0].tolist()) == COLORS[caption]
 
 
 def write_folder(folder: Path, captions: list[str], **columns: list[str]) -> Path:
-    """Pictures and metadata.jsonl, in another order than that of the file names."""
+    """Images and metadata.jsonl, in another order than that of the file names."""
     folder.mkdir(parents=True)
     lines = []
     for number, caption in reversed(list(enumerate(captions))):
@@ -70,31 +70,29 @@ def test_webdataset_tars(tmp_path: Path) -> None:
 def test_the_embedded_emoji_are_whole() -> None:
     sizes = {"train": 4599, "test_unseen_concept": 300, "test_unseen_combination": 200}
     opened = {split: open_split(SAMPLE, split) for split in sizes}
-    assert {split: len(pictures) for split, pictures in opened.items()} == sizes
-    concepts = {
-        split: {caption.split(", ", 1)[1] for caption in pictures.captions} for split, pictures in opened.items()
-    }
+    assert {split: len(images) for split, images in opened.items()} == sizes
+    concepts = {split: {caption.split(", ", 1)[1] for caption in images.captions} for split, images in opened.items()}
     assert not concepts["train"] & concepts["test_unseen_concept"]
     assert concepts["test_unseen_combination"] <= concepts["train"]
     assert not set(opened["train"].captions) & set(opened["test_unseen_combination"].captions)
-    first = EncodedPicture(opened["train"].files.read(0))
+    first = EncodedImage(opened["train"].files.read(0))
     assert (first.width, first.height) == (64, 64)
 
 
-def test_every_class_of_the_emoji_has_pictures() -> None:
-    opened = open_pictures(str(SAMPLE), config="", split="train", image_column="", label_column="group_and_style")
+def test_every_class_of_the_emoji_has_images() -> None:
+    opened = open_images(str(SAMPLE), config="", split="train", image_column="", label_column="group_and_style")
     check_every_class("emoji", opened)
     assert len(opened.class_names) == 26
 
 
-def test_a_subset_keeps_captions_and_pictures_together(tmp_path: Path) -> None:
+def test_a_subset_keeps_captions_and_images_together(tmp_path: Path) -> None:
     opened = open_split(write_folder(tmp_path / "data", list(COLORS)))
     part = opened.subset(np.array([2, 0]))
     assert list(part.captions) == [opened.captions[2], opened.captions[0]]
     assert_captions_belong(part)
 
 
-def test_the_fingerprint_is_that_of_pictures_and_captions(tmp_path: Path) -> None:
+def test_the_fingerprint_is_that_of_images_and_captions(tmp_path: Path) -> None:
     one, same = (open_split(write_folder(tmp_path / name, list(COLORS))) for name in ("one", "same"))
     assert one.fingerprint == same.fingerprint
     other = open_split(write_folder(tmp_path / "other", [*list(COLORS)[:2], "a red square"]))
@@ -123,7 +121,7 @@ def test_bad_input_gets_one_line(tmp_path: Path) -> None:
             "caption_column: 'alt': expected a column of texts, there are: text, title",
             {"data": two, "caption_column": "alt"},
         ),
-        ("expected captions: a metadata.jsonl with file_name and caption beside the pictures", {"data": alone}),
+        ("expected captions: a metadata.jsonl with file_name and caption beside the images", {"data": alone}),
         ("data_split: 'dev': expected one of train", {"data": two, "split": "dev"}),
     ]
     for message, options in cases:

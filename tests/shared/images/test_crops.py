@@ -8,17 +8,17 @@ from PIL import Image
 
 from shared.data.batches import IGNORED
 from shared.images.crops import CROP_DRAWS, SQUARE_DRAWS, BucketCrops, CenterCrops, Squares, random_crop, random_square
-from shared.images.decoding import EncodedPicture
-from shared.images.files import PictureFiles
-from shared.images.labelled import SAMPLE, open_pictures
+from shared.images.decoding import EncodedImage
+from shared.images.files import ImageFiles
+from shared.images.labelled import SAMPLE, open_images
 
 
 @given(width=st.integers(8, 60), height=st.integers(8, 60), min_area=st.floats(0.08, 1), seed=st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
-def test_crops_are_inside_the_picture_and_large_enough(width: int, height: int, min_area: float, seed: int) -> None:
+def test_crops_are_inside_the_image_and_large_enough(width: int, height: int, min_area: float, seed: int) -> None:
     boxes = []
 
-    class Picture:
+    class Image:
         def __init__(self) -> None:
             self.width, self.height = width, height
 
@@ -26,7 +26,7 @@ def test_crops_are_inside_the_picture_and_large_enough(width: int, height: int, 
             boxes.append(box)
             return np.zeros((size, size, 3), dtype=np.uint8)
 
-    random_crop(Picture(), 16, min_area, np.random.default_rng(seed).random(CROP_DRAWS))
+    random_crop(Image(), 16, min_area, np.random.default_rng(seed).random(CROP_DRAWS))
     [(left, top, right, bottom)] = boxes
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -43,8 +43,8 @@ def test_half_of_the_crops_are_mirrored() -> None:
     pixels[:, 8:] = 255
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
-    picture = EncodedPicture(stream.getvalue())
-    crops = [random_crop(picture, 12, 0.9, np.random.default_rng(seed).random(CROP_DRAWS)) for seed in range(400)]
+    image = EncodedImage(stream.getvalue())
+    crops = [random_crop(image, 12, 0.9, np.random.default_rng(seed).random(CROP_DRAWS)) for seed in range(400)]
     is_white_right = [crop[:, 6:].mean() > crop[:, :6].mean() for crop in crops]
     assert 0.5 - 4 * 0.025 < np.mean(is_white_right) < 0.5 + 4 * 0.025
 
@@ -52,7 +52,7 @@ def test_half_of_the_crops_are_mirrored() -> None:
 def test_areas_are_uniform() -> None:
     areas = []
 
-    class Picture:
+    class Image:
         width = height = 1000
 
         def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
@@ -60,14 +60,14 @@ def test_areas_are_uniform() -> None:
             return np.zeros((size, size, 3), dtype=np.uint8)
 
     for seed in range(2000):
-        random_crop(Picture(), 8, 0.2, np.random.default_rng(seed).random(CROP_DRAWS))
+        random_crop(Image(), 8, 0.2, np.random.default_rng(seed).random(CROP_DRAWS))
     below = [np.mean(np.array(areas) < area) for area in (0.3, 0.4, 0.5)]  # above, some do not fit
     assert np.diff([0, *below])[1:] == pytest.approx(below[0], rel=0.25)
 
 
-def test_batches_hold_each_picture_once_and_say_which_cannot_be_read() -> None:
-    pictures = open_pictures(str(SAMPLE), config="", split="test", image_column="", label_column="")
-    first = pictures.subset(np.arange(7))
+def test_batches_hold_each_image_once_and_say_which_cannot_be_read() -> None:
+    images = open_images(str(SAMPLE), config="", split="test", image_column="", label_column="")
+    first = images.subset(np.arange(7))
     crops = CenterCrops(first, 28, 1.0, 3)
     batches = [crops[number] for number in range(4)]
     assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6], [0]]
@@ -78,10 +78,10 @@ def test_batches_hold_each_picture_once_and_say_which_cannot_be_read() -> None:
 
 @given(width=st.integers(1, 60), height=st.integers(1, 60), seed=st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
-def test_squares_are_the_largest_and_anywhere_in_the_picture(width: int, height: int, seed: int) -> None:
+def test_squares_are_the_largest_and_anywhere_in_the_image(width: int, height: int, seed: int) -> None:
     boxes = []
 
-    class Picture:
+    class Image:
         def __init__(self) -> None:
             self.width, self.height = width, height
 
@@ -90,7 +90,7 @@ def test_squares_are_the_largest_and_anywhere_in_the_picture(width: int, height:
             return np.arange(size * size * 3).reshape(size, size, 3)
 
     draws = np.random.default_rng(seed).random(SQUARE_DRAWS)
-    pixels = random_square(Picture(), 4, draws)
+    pixels = random_square(Image(), 4, draws)
     [(left, top, right, bottom)] = boxes
     assert right - left == bottom - top == min(width, height)
     assert 0 <= left <= right <= width
@@ -100,39 +100,39 @@ def test_squares_are_the_largest_and_anywhere_in_the_picture(width: int, height:
 
 
 def test_every_place_of_a_square_comes() -> None:
-    class Picture:
+    class Image:
         width, height = 5, 3
 
         def crop(self, box: tuple[int, int, int, int], size: int) -> np.ndarray:
             return np.full((size, size, 3), box[0])
 
     draws = np.random.default_rng(0).random((300, SQUARE_DRAWS))
-    places = [int(random_square(Picture(), 1, of_one)[0, 0, 0]) for of_one in draws]
+    places = [int(random_square(Image(), 1, of_one)[0, 0, 0]) for of_one in draws]
     assert np.bincount(places).min() > 70
 
 
-def test_batches_of_squares_say_what_is_no_picture() -> None:
-    files = open_pictures(str(SAMPLE), config="", split="test", image_column="", label_column="").files
+def test_batches_of_squares_say_what_is_no_image() -> None:
+    files = open_images(str(SAMPLE), config="", split="test", image_column="", label_column="").files
     squares = Squares(files.subset(np.arange(5)), 28, 4)
     assert squares[0]["indices"].tolist() == [0, 1, 2, 3]
     assert squares[1]["indices"].tolist() == [4, -1, -1, -1]
-    assert np.array_equal(squares[1]["pixel_values"][0], EncodedPicture(files.read(4)).center_crop(28, 1.0))
+    assert np.array_equal(squares[1]["pixel_values"][0], EncodedImage(files.read(4)).center_crop(28, 1.0))
     assert set(squares[1]["pixel_values"][1:].flatten()) == {128}
 
 
 def test_crops_of_buckets_are_together_with_those_of_their_size() -> None:
-    """Sizes are height x width; the fifth file is no picture."""
+    """Sizes are height x width; the fifth file is no image."""
     sizes = [(20, 20), (20, 30), (31, 20), (20, 34), (1, 1), (40, 41), (50, 30)]
     draw, rows = np.random.default_rng(0), []
     for size in sizes:
         stream = io.BytesIO()
         Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(stream, "PNG")
         rows.append({"image": {"bytes": stream.getvalue(), "path": None}})
-    rows[4] = {"image": {"bytes": b"no picture", "path": None}}
-    files = PictureFiles(rows, "image", np.arange(len(rows)))
+    rows[4] = {"image": {"bytes": b"no image", "path": None}}
+    files = ImageFiles(rows, "image", np.arange(len(rows)))
     crops = BucketCrops(files, [(16, 16), (20, 12), (12, 20)], 4)
     assert len(crops) == 2
     items = [[(part["pixel_values"].shape, part["indices"].tolist()) for part in crops[item]] for item in range(2)]
     first = [((1, 16, 16, 3), [0]), ((2, 12, 20, 3), [1, 3]), ((1, 20, 12, 3), [2])]
     assert items == [first, [((1, 16, 16, 3), [5]), ((1, 20, 12, 3), [6])]]
-    assert np.array_equal(crops[0][1]["pixel_values"][1], EncodedPicture(files.read(3)).cover(12, 20))
+    assert np.array_equal(crops[0][1]["pixel_values"][1], EncodedImage(files.read(3)).cover(12, 20))

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from shared.images import decoded_cache
-from shared.images.decoded_cache import PictureCache
-from shared.images.labelled import SAMPLE, open_pictures
+from shared.images.decoded_cache import ImageCache
+from shared.images.labelled import SAMPLE, open_images
 
 
-def test_small_pictures_are_decoded_once_and_only_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = open_pictures(str(SAMPLE), config="", split="test", image_column="", label_column="")
+def test_small_images_are_decoded_once_and_only_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_images(str(SAMPLE), config="", split="test", image_column="", label_column="")
     monkeypatch.setattr(decoded_cache, "MAX_BYTES", 2 * 28 * 28 * 3)
-    cache = PictureCache(pictures.files)
+    cache = ImageCache(images.files)
     first = [cache.open(index) for index in (5, 6, 7)]
     again = [cache.open(index) for index in (5, 6, 7)]
     assert [one is other for one, other in zip(first, again, strict=True)] == [True, True, False]
@@ -28,8 +28,8 @@ def test_pixels_do_not_depend_on_whether_there_was_room(tmp_path: Path, monkeypa
         (tmp_path / "train" / name).mkdir(parents=True)
         noise = draw.integers(0, 256, (40, 60, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / "train" / name / "0.jpg")
-    pictures = open_pictures(str(tmp_path), config="", split="train", image_column="", label_column="")
-    roomy, full = PictureCache(pictures.files), PictureCache(pictures.files)
+    images = open_images(str(tmp_path), config="", split="train", image_column="", label_column="")
+    roomy, full = ImageCache(images.files), ImageCache(images.files)
     roomy.open(0)
     crops = [roomy.open(0).crop((3, 2, 50, 38), 24)]
     monkeypatch.setattr(decoded_cache, "MAX_BYTES", 0)
@@ -38,8 +38,8 @@ def test_pixels_do_not_depend_on_whether_there_was_room(tmp_path: Path, monkeypa
     assert np.array_equal(crops[0], crops[2])
 
 
-def test_large_pictures_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = open_pictures(str(SAMPLE), config="", split="test", image_column="", label_column="")
+def test_large_images_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_images(str(SAMPLE), config="", split="test", image_column="", label_column="")
     monkeypatch.setattr(decoded_cache, "SMALL", 28 * 28 - 1)
-    cache = PictureCache(pictures.files)
+    cache = ImageCache(images.files)
     assert cache.open(5) is not cache.open(5)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shared.images import decoding
-from shared.images.decoding import BadPicture, EncodedPicture
+from shared.images.decoding import BadImage, EncodedImage
 
 
 def photograph(width: int = 200, height: int = 150) -> Image.Image:
@@ -43,10 +43,10 @@ def difference(one: np.ndarray, other: Any) -> float:
 def test_a_crop_at_a_smaller_scale_is_the_crop(size: int, left: int, top: int, width: int, height: int) -> None:
     data, box = encode(photograph(), quality=95), (left, top, left + width, top + height)
     expected = Image.open(io.BytesIO(data)).crop(box).resize((size, size), Image.Resampling.BILINEAR)
-    found = EncodedPicture(data).crop(box, size)
+    found = EncodedImage(data).crop(box, size)
     assert found.shape == (size, size, 3)
     assert found.dtype == np.uint8
-    assert difference(found, expected) < 5  # a box is rounded to pixels of the smaller picture
+    assert difference(found, expected) < 5  # a box is rounded to pixels of the smaller image
 
 
 def test_a_jpeg_is_decoded_at_the_smallest_scale_that_covers_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,20 +55,20 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_covers_the_crop(monkeypatc
     monkeypatch.setattr(
         decoding.simplejpeg, "decode_jpeg", lambda *a, **k: decoded.append(original(*a, **k)) or decoded[-1]
     )
-    picture = EncodedPicture(encode(photograph(800, 600)))
+    image = EncodedImage(encode(photograph(800, 600)))
     for size in (20, 50, 51, 100, 199, 200, 201, 400, 500):
-        picture.crop((0, 0, 400, 500), size)
+        image.crop((0, 0, 400, 500), size)
     assert [image.shape[0] for image in decoded] == [75, 75, 150, 150, 300, 300, 600, 600, 600]
 
 
 def test_kept_pixels_give_the_same_crops() -> None:
     for data in (encode(photograph(60, 40), "PNG"), encode(photograph(60, 40))):
-        picture, kept = EncodedPicture(data), EncodedPicture(data)
+        image, kept = EncodedImage(data), EncodedImage(data)
         kept.keep_pixels()
         for _ in range(2):
-            assert np.array_equal(kept.center_crop(24, 0.9), picture.center_crop(24, 0.9))
+            assert np.array_equal(kept.center_crop(24, 0.9), image.center_crop(24, 0.9))
             # Kept pixels of a JPEG were decoded with care, those of a crop at once.
-            assert difference(kept.crop((5, 6, 45, 36), 32), picture.crop((5, 6, 45, 36), 32)) < 3
+            assert difference(kept.crop((5, 6, 45, 36), 32), image.crop((5, 6, 45, 36), 32)) < 3
 
 
 MODES = {
@@ -86,14 +86,14 @@ MODES = {
 def test_every_mode_becomes_rgb(name: str) -> None:
     mode, form = MODES[name]
     image = photograph().convert(mode)
-    found = EncodedPicture(encode(image, form)).center_crop(100, 1.0)
+    found = EncodedImage(encode(image, form)).center_crop(100, 1.0)
     expected = image.convert("RGB").resize((133, 100), Image.Resampling.BILINEAR).crop((16, 0, 116, 100))
     assert difference(found, expected) < 4
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 100 * 100).reshape(100, 100).astype(np.uint16)
-    found = EncodedPicture(encode(Image.fromarray(ramp), "PNG")).center_crop(100, 1.0)
+    found = EncodedImage(encode(Image.fromarray(ramp), "PNG")).center_crop(100, 1.0)
     assert difference(found, np.repeat((ramp / 257)[:, :, None], 3, axis=2)) < 1
 
 
@@ -106,9 +106,9 @@ def test_exif_rotation_is_applied(form: str, orientation: int) -> None:
     exif[0x0112] = orientation
     data = encode(photograph(), form, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    picture = EncodedPicture(data)
-    assert (picture.width, picture.height) == upright.size
-    found = picture.crop((0, 0, upright.width, upright.height), 60)
+    image = EncodedImage(data)
+    assert (image.width, image.height) == upright.size
+    found = image.crop((0, 0, upright.width, upright.height), 60)
     assert difference(found, upright.resize((60, 60), Image.Resampling.BILINEAR)) < 3
 
 
@@ -116,7 +116,7 @@ def test_exif_rotation_is_applied(form: str, orientation: int) -> None:
 def test_the_first_frame_of_an_animation_counts(form: str) -> None:
     frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
     data = encode(frames[0], form, save_all=True, append_images=frames[1:], lossless=True, duration=100)
-    assert EncodedPicture(data).center_crop(10, 1.0).reshape(-1, 3).mean(0).tolist() == [255, 0, 0]
+    assert EncodedImage(data).center_crop(10, 1.0).reshape(-1, 3).mean(0).tolist() == [255, 0, 0]
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -135,37 +135,37 @@ def test_a_decompression_bomb_costs_no_memory() -> None:
     jpeg = small[:place] + struct.pack(">HH", 65000, 65000) + small[place + 4 :]
     tracemalloc.start()
     for data in (png, jpeg):
-        with pytest.raises(BadPicture, match="pixels"):
-            EncodedPicture(data)
+        with pytest.raises(BadImage, match="pixels"):
+            EncodedImage(data)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_damaged_files_are_bad_pictures(form: str) -> None:
+def test_damaged_files_are_bad_images(form: str) -> None:
     data = encode(photograph(), form)
-    for damaged in (b"", b"no picture", data[:20], data[: len(data) // 2], data[:-200]):
-        with pytest.raises(BadPicture):
-            EncodedPicture(damaged).crop((0, 0, 200, 150), 50)
+    for damaged in (b"", b"no image", data[:20], data[: len(data) // 2], data[:-200]):
+        with pytest.raises(BadImage):
+            EncodedImage(damaged).crop((0, 0, 200, 150), 50)
 
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_any_bytes_give_a_picture_or_a_bad_picture(data: st.DataObject) -> None:
+def test_any_bytes_give_a_image_or_a_bad_image(data: st.DataObject) -> None:
     content = bytearray(encode(photograph(60, 40), data.draw(st.sampled_from(["JPEG", "PNG", "WEBP"]))))
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
-        picture = EncodedPicture(bytes(content))
-        assert picture.crop((0, 0, picture.width, picture.height), 16).shape == (16, 16, 3)
-    except BadPicture:
+        image = EncodedImage(bytes(content))
+        assert image.crop((0, 0, image.width, image.height), 16).shape == (16, 16, 3)
+    except BadImage:
         pass
 
 
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF"])
 def test_other_formats_are_not_opened(form: str) -> None:
-    with pytest.raises(BadPicture):
-        EncodedPicture(encode(photograph().convert("L"), form))
+    with pytest.raises(BadImage):
+        EncodedImage(encode(photograph().convert("L"), form))
 
 
 @pytest.mark.parametrize(("size", "fraction"), [(56, 1.0), (96, 0.875), (64, 0.95)])
@@ -178,7 +178,7 @@ def test_the_middle_crop_is_that_of_the_library_s_processor(
     data = encode(photograph(*sides), "PNG")
     processor = ConvNextImageProcessorPil(size={"shortest_edge": size}, crop_pct=fraction, resample=2)
     pixels = processor(Image.open(io.BytesIO(data)), do_normalize=False, do_rescale=False)["pixel_values"][0]
-    assert np.array_equal(EncodedPicture(data).center_crop(size, fraction), pixels.transpose(1, 2, 0))
+    assert np.array_equal(EncodedImage(data).center_crop(size, fraction), pixels.transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("size", [(160, 90), (90, 160), (101, 77), (33, 32), (64, 64), (7, 5), (5, 200)])
@@ -190,7 +190,7 @@ def test_covering_is_resizing_and_cutting_the_middle(size: tuple[int, int], buck
     left, top = (sides[0] - bucket[1]) // 2, (sides[1] - bucket[0]) // 2
     resized = photograph(*size).resize(sides, Image.Resampling.BILINEAR)
     expected = np.asarray(resized)[top : top + bucket[0], left : left + bucket[1]]
-    found = EncodedPicture(data).cover(*bucket)
+    found = EncodedImage(data).cover(*bucket)
     assert found.shape == (*bucket, 3)
     assert np.array_equal(found, expected)
 
@@ -198,13 +198,13 @@ def test_covering_is_resizing_and_cutting_the_middle(size: tuple[int, int], buck
 @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
 def test_covering_a_square_is_the_middle_crop(width: int, height: int, size: int) -> None:
-    picture = EncodedPicture(encode(photograph(width, height), "PNG"))
-    assert np.array_equal(picture.cover(size, size), picture.center_crop(size, 1.0))
+    image = EncodedImage(encode(photograph(width, height), "PNG"))
+    assert np.array_equal(image.cover(size, size), image.center_crop(size, 1.0))
 
 
 def test_a_line_of_pixels_costs_no_memory() -> None:
     """Resized to a height of 64 it would take 48 GB."""
-    picture = EncodedPicture(encode(Image.new("L", (2_000_000, 1)), "PNG"))
-    for cut in (lambda: picture.cover(64, 64), lambda: picture.center_crop(64, 1.0)):
-        with pytest.raises(BadPicture, match="128000000 x 64 pixels, expected 1 to"):
+    image = EncodedImage(encode(Image.new("L", (2_000_000, 1)), "PNG"))
+    for cut in (lambda: image.cover(64, 64), lambda: image.center_crop(64, 1.0)):
+        with pytest.raises(BadImage, match="128000000 x 64 pixels, expected 1 to"):
             cut()

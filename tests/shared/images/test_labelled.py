@@ -16,7 +16,7 @@ from PIL import Image
 from shared.command_line import UsageError
 from shared.images import files as image_files
 from shared.images import labelled
-from shared.images.decoding import EncodedPicture
+from shared.images.decoding import EncodedImage
 from shared.images.labelled import SAMPLE
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
@@ -24,17 +24,17 @@ from tests.hub_server import Repository, start_hub
 OPTIONS = {"config": "", "image_column": "", "label_column": ""}
 
 
-def read_colors(opened: labelled.LabelledPictures) -> list[tuple[str, str]]:
-    """Class and colour of each picture."""
+def read_colors(opened: labelled.LabelledImages) -> list[tuple[str, str]]:
+    """Class and colour of each image."""
     shown = {(255, 0, 0): "red", (0, 0, 255): "blue", (0, 128, 0): "green"}
-    pixels = [EncodedPicture(opened.files.read(i)).center_crop(4, 1.0)[0, 0] for i in range(len(opened))]
+    pixels = [EncodedImage(opened.files.read(i)).center_crop(4, 1.0)[0, 0] for i in range(len(opened))]
     colors = [
         min(shown, key=lambda color: float(np.abs(np.subtract(color, pixel.astype(int))).sum())) for pixel in pixels
     ]
     return [(opened.class_names[label], shown[color]) for label, color in zip(opened.labels, colors, strict=True)]
 
 
-def picture(color: str, form: str = "PNG") -> bytes:
+def image(color: str, form: str = "PNG") -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (12, 10), color).save(stream, form)
     return stream.getvalue()
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
                 suffix, form = [(".png", "PNG"), (".JPEG", "JPEG"), (".webp", "WEBP")][index % 3]
                 path = tmp_path / "folder" / split / f"class of {color}" / f"{index}{suffix}"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(picture(color, form))
+                path.write_bytes(image(color, form))
     return tmp_path / "folder"
 
 
@@ -58,7 +58,7 @@ def write_parquet(path: Path, rows: list[tuple[str, Any]], **features: Any) -> P
 
     names = features.get("names")
     label = datasets.ClassLabel(names=names) if names else None
-    columns = {"image": [{"bytes": picture(color), "path": None} for color, _ in rows]}
+    columns = {"image": [{"bytes": image(color), "path": None} for color, _ in rows]}
     dataset = datasets.Dataset.from_dict({**columns, "label": [label for _, label in rows]})
     dataset = dataset.cast_column("image", datasets.Image())
     if label:
@@ -76,8 +76,8 @@ def write_parquet(path: Path, rows: list[tuple[str, Any]], **features: Any) -> P
     return path
 
 
-def open_split(data: Any, split: str = "train", **options: str) -> labelled.LabelledPictures:
-    return labelled.open_pictures(str(data), split=split, **{**OPTIONS, **options})
+def open_split(data: Any, split: str = "train", **options: str) -> labelled.LabelledImages:
+    return labelled.open_images(str(data), split=split, **{**OPTIONS, **options})
 
 
 def test_class_folders_with_splits(folder: Path) -> None:
@@ -118,7 +118,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     for shard in range(2):
         with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as tar:
             for number, color in enumerate(("red", "blue", "green")):
-                for suffix, content in ((".jpg", picture(color, "JPEG")), (".cls", str(number).encode())):
+                for suffix, content in ((".jpg", image(color, "JPEG")), (".cls", str(number).encode())):
                     member = tarfile.TarInfo(f"{shard}{number}{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -126,12 +126,12 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     assert read_colors(opened) == 2 * [("0", "red"), ("1", "blue"), ("2", "green")]
 
 
-def test_the_embedded_pictures_are_whole() -> None:
+def test_the_embedded_images_are_whole() -> None:
     train, test = open_split(SAMPLE), open_split(SAMPLE, "test")
     assert np.bincount(train.labels).tolist() == [1000] * 10
     assert np.bincount(test.labels).tolist() == [200] * 10
     assert train.class_names[0] == "T-shirt/top"
-    assert EncodedPicture(train.files.read(0)).center_crop(28, 1.0).shape == (28, 28, 3)
+    assert EncodedImage(train.files.read(0)).center_crop(28, 1.0).shape == (28, 28, 3)
     assert image_files.validation_split(str(SAMPLE), "") == "test"
 
 
@@ -148,7 +148,7 @@ def test_holding_out_takes_a_share_of_each_class() -> None:
 def test_the_fingerprint_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     assert open_split(folder).fingerprint == open_split(tmp_path / "copy").fingerprint
-    (tmp_path / "copy" / "train" / "class of red" / "0.png").write_bytes(picture("blue"))
+    (tmp_path / "copy" / "train" / "class of red" / "0.png").write_bytes(image("blue"))
     assert open_split(tmp_path / "copy").fingerprint != open_split(folder).fingerprint
 
 
@@ -161,10 +161,10 @@ def test_a_file_that_is_gone_is_empty(folder: Path) -> None:
 def test_bad_input_gets_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "readme.txt").write_text("no picture")
+    (tmp_path / "words" / "readme.txt").write_text("no image")
     one = tmp_path / "one" / "lonely"
     one.mkdir(parents=True)
-    (one / "a.png").write_bytes(picture("red"))
+    (one / "a.png").write_bytes(image("red"))
     names = ["blue", "red"]
     outside = write_parquet(tmp_path / "outside.parquet", [("red", 1), ("blue", 2), ("blue", 0)], names=names)
     unlabelled = write_parquet(tmp_path / "unlabelled.parquet", [("red", -1), ("red", 1), ("red", 0)], names=names)
@@ -176,7 +176,7 @@ def test_bad_input_gets_one_line(folder: Path, tmp_path: Path) -> None:
         ("expected at least two classes, got 1", {"data": tmp_path / "one"}),
         ("expected labels from 0 to 1, got label 2 of unnamed (row 1), 1 in all", {"data": outside}),
         ("expected labels from 0 to 1, got label -1", {"data": unlabelled}),
-        ("expected a data set of pictures that can be read", {"data": tmp_path / "broken.parquet"}),
+        ("expected a data set of images that can be read", {"data": tmp_path / "broken.parquet"}),
         ("data_split: 'dev': expected one of train, validation", {"data": folder, "split": "dev"}),
         ("image_column: 'photo': expected", {"data": folder, "image_column": "photo"}),
         ("label_column: 'breed': expected", {"data": folder, "label_column": "breed"}),
@@ -188,9 +188,9 @@ def test_bad_input_gets_one_line(folder: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_class_without_pictures_is_found(tmp_path: Path) -> None:
+def test_a_class_without_images_is_found(tmp_path: Path) -> None:
     missing = write_parquet(tmp_path / "missing.parquet", [("red", 1), ("red", 1)], names=["blue", "red"])
-    with pytest.raises(UsageError, match="data: 'name': expected pictures of each class, got none of blue"):
+    with pytest.raises(UsageError, match="data: 'name': expected images of each class, got none of blue"):
         labelled.check_every_class("name", open_split(missing))
     labelled.check_every_class("name", open_split(SAMPLE))
 
@@ -206,16 +206,16 @@ def test_a_split_to_evaluate_on_may_lack_classes(tmp_path: Path) -> None:
         labelled.number_alike(open_split(train), some.class_names, "train")
 
 
-def test_classes_too_small_to_split_and_pictures_too_small_to_crop(folder: Path) -> None:
+def test_classes_too_small_to_split_and_images_too_small_to_crop(folder: Path) -> None:
     train = open_split(folder)
-    with pytest.raises(UsageError, match=r"eval_fraction: 0.05: expected to leave pictures of each of the 3 classes"):
+    with pytest.raises(UsageError, match=r"eval_fraction: 0.05: expected to leave images of each of the 3 classes"):
         labelled.hold_out(train, 0.05)
     image_files.check_sides("name", train.files, 10)
     with pytest.raises(UsageError, match=r"data: 'name': expected .* at least 11 pixels, .* is 10"):
         image_files.check_sides("name", train.files, 11)
 
 
-def test_pictures_too_small_for_their_buckets() -> None:
+def test_images_too_small_for_their_buckets() -> None:
     """Each is held against its own bucket, that nearest to its aspect ratio; half of them may be smaller."""
     rows = []
     for width, height in ((16, 16), (12, 20), (20, 12), (19, 12), (20, 11), (40, 11)):
@@ -223,9 +223,9 @@ def test_pictures_too_small_for_their_buckets() -> None:
         Image.new("RGB", (width, height)).save(stream, "PNG")
         rows.append({"image": {"bytes": stream.getvalue(), "path": None}})
     buckets = [(16, 16), (20, 12), (12, 20)]
-    files = image_files.PictureFiles(rows, "image", np.arange(len(rows)))
+    files = image_files.ImageFiles(rows, "image", np.arange(len(rows)))
     image_files.check_buckets("name", files, buckets)
-    expected = "expected pictures that fill 16 x 16, 20 x 12, 12 x 20 pixels (height x width); 3 of 5 tried are smaller"
+    expected = "expected images that fill 16 x 16, 20 x 12, 12 x 20 pixels (height x width); 3 of 5 tried are smaller"
     with pytest.raises(UsageError, match=f"^data: 'name': {re.escape(expected)}$"):
         image_files.check_buckets("name", files.subset(np.arange(1, 6)), buckets)
 
@@ -233,12 +233,12 @@ def test_pictures_too_small_for_their_buckets() -> None:
 READ_FROM_HUB = """
 import json, sys
 from shared.command_line import UsageError
-from shared.images.labelled import open_pictures
+from shared.images.labelled import open_images
 from shared.images.files import list_splits, validation_split
 
 data, split = sys.argv[1:]
 try:
-    opened = open_pictures(data, config="", split=split, image_column="", label_column="")
+    opened = open_images(data, config="", split=split, image_column="", label_column="")
     sizes = [len(opened.files.read(index)) for index in range(len(opened))]
     found = [opened.class_names, opened.labels.tolist(), sizes]
     print(json.dumps([*found, list_splits(data, ""), validation_split(data, "")]))
@@ -270,5 +270,5 @@ def test_a_hub_data_set_is_read_like_the_files_it_is_made_of(tmp_path: Path) -> 
     assert read("tester/colors", "train") == [names, [1, 0, 1], sizes, ["train", "validation"], "validation"]
     assert read("tester/colors", "validation")[1] == [0, 1]
     assert read("tester/colors", "dev").startswith("data_split: 'dev': expected one of train, validation")
-    assert read("tester/nothing", "train").startswith("data: 'tester/nothing': expected a data set of pictures")
+    assert read("tester/nothing", "train").startswith("data: 'tester/nothing': expected a data set of images")
     hub.stop()

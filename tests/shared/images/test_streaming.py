@@ -1,4 +1,4 @@
-"""Streams of pictures: exact resume, every picture once a pass, the same parts at every call, no endless search."""
+"""Streams of images: exact resume, every image once a pass, the same parts at every call, no endless search."""
 
 import io
 import itertools
@@ -18,8 +18,8 @@ from PIL import Image
 from shared.command_line import UsageError
 from shared.data.shards import start_of_stream
 from shared.images import streaming
-from shared.images.labelled import SAMPLE, open_pictures
-from shared.images.streaming import PictureStream, open_picture_stream, store
+from shared.images.labelled import SAMPLE, open_images
+from shared.images.streaming import ImageStream, open_image_stream, store
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
 
@@ -33,17 +33,17 @@ def png(value: int) -> bytes:
 
 
 def write_shards(folder: Path, number: int, each: int = 8, labels: Any = None) -> list[bytes]:
-    """Parquet files of `each` different pictures; their bytes in order."""
+    """Parquet files of `each` different images; their bytes in order."""
     classes = datasets.ClassLabel(names=["blue", "red"]) if labels is None else datasets.Value(labels)
     features = datasets.Features({"image": datasets.Image(), "label": classes})
     folder.mkdir()
-    pictures = [png(index) for index in range(number * each)]
+    images = [png(index) for index in range(number * each)]
     for shard in range(number):
-        mine = pictures[shard * each : (shard + 1) * each]
-        rows = {"image": [{"bytes": picture, "path": None} for picture in mine], "label": [0, 1] * each}
+        mine = images[shard * each : (shard + 1) * each]
+        rows = {"image": [{"bytes": image, "path": None} for image in mine], "label": [0, 1] * each}
         rows["label"] = rows["label"][:each]
         datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"train-{shard}.parquet")
-    return pictures
+    return images
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "WINDOW", 4)
 
 
-def open_stream(folder: Path) -> PictureStream:
-    return open_picture_stream(str(folder), config="", split="train", **COLUMNS)
+def open_stream(folder: Path) -> ImageStream:
+    return open_image_stream(str(folder), config="", split="train", **COLUMNS)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5, 7])
-def test_every_picture_comes_once_a_pass(shards: tuple[Path, list[bytes]], processes: int) -> None:
+def test_every_image_comes_once_a_pass(shards: tuple[Path, list[bytes]], processes: int) -> None:
     stream, found = open_stream(shards[0]), []
     for rank in range(processes):
         arriving = stream.read(0, rank, start_of_stream(processes))
@@ -72,16 +72,16 @@ def test_every_picture_comes_once_a_pass(shards: tuple[Path, list[bytes]], proce
         dealt = streaming.deal_records(stream.shards(), 0, rank, start_of_stream(processes))
         for window in windows:
             expected = sorted(next(dealt)[0].data for _ in range(4))
-            assert sorted(picture.data for picture, _ in window) == expected
+            assert sorted(image.data for image, _ in window) == expected
         first_pass = streaming.deal_records(stream.shards(), 0, rank, start_of_stream(processes))
         mine = itertools.takewhile(lambda pair: pair[1]["epoch"] == 0, first_pass)
-        found += [picture.data for picture, _ in mine]
+        found += [image.data for image, _ in mine]
     assert sorted(found) == sorted(shards[1])
 
 
 @given(stop=st.integers(0, 60), processes=st.integers(1, 6), seed=st.integers(0, 3))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_resuming_anywhere_gives_the_same_pictures(
+def test_resuming_anywhere_gives_the_same_images(
     shards: tuple[Path, list[bytes]], stop: int, processes: int, seed: int
 ) -> None:
     stream, rank = open_stream(shards[0]), processes - 1
@@ -93,7 +93,7 @@ def test_resuming_anywhere_gives_the_same_pictures(
 
 def test_parts_are_disjoint_complete_and_chosen_by_content(shards: tuple[Path, list[bytes]]) -> None:
     stream = open_stream(shards[0])
-    first, rest = ({picture.data for picture in stream.between(*ends)} for ends in ((0, 0.3), (0.3, 1)))
+    first, rest = ({image.data for image in stream.between(*ends)} for ends in ((0, 0.3), (0.3, 1)))
     assert first | rest == set(shards[1])
     assert not first & rest
     assert 4 <= len(first) <= 22
@@ -109,22 +109,20 @@ def test_what_is_stored_is_read_by_index(shards: tuple[Path, list[bytes]]) -> No
 
 
 def test_the_size_is_that_of_the_data_set_or_assumed(shards: tuple[Path, list[bytes]]) -> None:
-    sample = open_picture_stream(str(SAMPLE), config="", split="test", **COLUMNS)
-    by_index = open_pictures(str(SAMPLE), config="", split="test", **COLUMNS)
+    sample = open_image_stream(str(SAMPLE), config="", split="test", **COLUMNS)
+    by_index = open_images(str(SAMPLE), config="", split="test", **COLUMNS)
     assert len(sample) in (2000, 10_000)
-    assert [picture.data for picture in itertools.islice(sample, 3)] == [
-        by_index.files.read(index) for index in range(3)
-    ]
+    assert [image.data for image in itertools.islice(sample, 3)] == [by_index.files.read(index) for index in range(3)]
     assert sample.class_names == by_index.class_names
 
 
 def test_class_folders_are_streamed(shapes: Path) -> None:
-    stream = open_picture_stream(str(shapes), config="", split="test", **COLUMNS)
+    stream = open_image_stream(str(shapes), config="", split="test", **COLUMNS)
     assert stream.class_names == ("high", "low", "middle")
-    pictures = list(stream)
-    assert len(pictures) == 21
-    assert sorted(picture.data for picture in pictures) == sorted(file.read_bytes() for file in shapes.glob("test/*/*"))
-    assert all(Path(picture.name).parent.name == stream.class_names[picture.label] for picture in pictures)
+    images = list(stream)
+    assert len(images) == 21
+    assert sorted(image.data for image in images) == sorted(file.read_bytes() for file in shapes.glob("test/*/*"))
+    assert all(Path(image.name).parent.name == stream.class_names[image.label] for image in images)
 
 
 def test_what_cannot_be_streamed_is_refused(shards: tuple[Path, list[bytes]], tmp_path: Path) -> None:
@@ -132,8 +130,8 @@ def test_what_cannot_be_streamed_is_refused(shards: tuple[Path, list[bytes]], tm
     with pytest.raises(UsageError, match="label_column: 'label': expected a column with a list of classes"):
         open_stream(tmp_path / "numbers")
     with pytest.raises(UsageError, match="data_split: 'dev': expected one of train"):
-        open_picture_stream(str(shards[0]), config="", split="dev", **COLUMNS)
-    with pytest.raises(UsageError, match="expected pictures to evaluate on, got none"):
+        open_image_stream(str(shards[0]), config="", split="dev", **COLUMNS)
+    with pytest.raises(UsageError, match="expected images to evaluate on, got none"):
         store(open_stream(shards[0]).between(0, 1e-9), 0)
     nothing = open_stream(shards[0]).between(0, 1e-9)
     with pytest.raises(UsageError, match="got none for process 0 of 1"):
@@ -142,17 +140,17 @@ def test_what_cannot_be_streamed_is_refused(shards: tuple[Path, list[bytes]], tm
 
 STREAM_FROM_HUB = """
 import itertools, json, sys
-from shared.images.streaming import open_picture_stream, store
+from shared.images.streaming import open_image_stream, store
 columns = {"image_column": "", "label_column": ""}
-train = open_picture_stream("tester/colors", config="", split="train", **columns)
-held_out = store(open_picture_stream("tester/colors", config="", split="validation", **columns), 0)
-print(json.dumps([train.class_names, [len(picture.data) for picture in train], held_out.labels.tolist()]))
+train = open_image_stream("tester/colors", config="", split="train", **columns)
+held_out = store(open_image_stream("tester/colors", config="", split="validation", **columns), 0)
+print(json.dumps([train.class_names, [len(image.data) for image in train], held_out.labels.tolist()]))
 """
 
 
 def test_a_hub_data_set_is_not_downloaded(tmp_path: Path) -> None:
     """Through the real client against a Hub on the loopback, in a process that may go online."""
-    pictures = write_shards(tmp_path / "files", 2)
+    images = write_shards(tmp_path / "files", 2)
     hub = start_hub()
     repository = hub.repositories["datasets", "tester/colors"] = Repository(private=False)
     files = {
@@ -166,6 +164,6 @@ def test_a_hub_data_set_is_not_downloaded(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     hub.stop()
     assert done.returncode == 0, done.stderr
-    expected = [["blue", "red"], [len(picture) for picture in pictures], [0, 1] * 4]
+    expected = [["blue", "red"], [len(image) for image in images], [0, 1] * 4]
     assert json.loads(done.stdout.splitlines()[-1]) == expected
     assert not list((tmp_path / "hf").rglob("*train*.parquet"))

@@ -38,7 +38,7 @@ def test_the_surest_mistakes_come_first() -> None:
 
 
 @pytest.mark.parametrize("classes", [3, 8])
-def test_answers_of_batches_are_those_of_all_pictures(classes: int) -> None:
+def test_answers_of_batches_are_those_of_all_images(classes: int) -> None:
     probabilities = torch.rand(9, classes, generator=torch.Generator().manual_seed(0)).softmax(-1)
     labels = torch.tensor([0, 1, 2, IGNORED, 0, 1, 2, 0, IGNORED])
     whole = {"indices": torch.arange(9), "labels": labels}

@@ -22,7 +22,7 @@ from shared.metrics.figures import loss_curve
         [{"step": step, "train/loss": 1 / step, "eval/loss": 2 / step} for step in range(1, 50)],
     ],
 )
-def test_a_picture_comes_out(tmp_path, entries):
+def test_a_image_comes_out(tmp_path, entries):
     path = tmp_path / "figures" / "loss.png"
     for _ in range(2):
         with warnings.catch_warnings(action="error"):
@@ -42,7 +42,7 @@ def test_confusion_matrix_and_grid_are_drawn(tmp_path: Path) -> None:
     figures.confusion_matrix(np.array([[3, 1], [0, 0]]), ["a $class$", "other"], tmp_path / "new" / "matrix.png")
     for number, rows in ((0, 1), (5, 2), (16, 4)):
         shown = [np.full((6, 8, 3), 40 * index % 256, dtype=np.uint8) for index in range(number)]
-        figures.picture_grid(shown, ["$5 title"] * number, tmp_path / "grid.png")
+        figures.image_grid(shown, ["$5 title"] * number, tmp_path / "grid.png")
         assert Image.open(tmp_path / "grid.png").size == (960, 276 * rows)
     with Image.open(tmp_path / "new" / "matrix.png") as image:
         assert len(np.unique(np.asarray(image.convert("L")))) > 10

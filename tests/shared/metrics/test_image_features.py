@@ -1,4 +1,4 @@
-"""Fréchet distances against their closed form, retrieval against counting, and the shipped network on real pictures."""
+"""Fréchet distances against their closed form, retrieval against counting, and the shipped network on real images."""
 
 import importlib.util
 from pathlib import Path
@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared.command_line import UsageError
-from shared.images.captioned import SAMPLE, CaptionedPictures, open_captioned
-from shared.images.decoding import EncodedPicture
+from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
+from shared.images.decoding import EncodedImage
 from shared.metrics.image_features import caption_match, frechet_distance, load_features
 from tests.conftest import ROOT
 
@@ -24,20 +24,20 @@ ASSETS = ROOT / "recipes" / "text_to_image" / "assets"
 SHIPPED = ASSETS / "emoji_resnet"
 
 
-def open_emoji(split: str) -> CaptionedPictures:
+def open_emoji(split: str) -> CaptionedImages:
     options = {"config": "", "image_column": "", "caption_column": "", "max_bad_fraction": 0.0}
     return open_captioned(str(SAMPLE), split=split, **options)
 
 
-def read(opened: CaptionedPictures, rows: list[int]) -> Tensor:
+def read(opened: CaptionedImages, rows: list[int]) -> Tensor:
     """uint8 (B, 3, 64, 64)."""
-    pixels = [EncodedPicture(opened.files.read(row)).center_crop(64, 1.0) for row in rows]
+    pixels = [EncodedImage(opened.files.read(row)).center_crop(64, 1.0) for row in rows]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
 @pytest.fixture(scope="module")
 def emoji() -> Tensor:
-    """100 held-out pictures."""
+    """100 held-out images."""
     return read(open_emoji("test_unseen_combination"), list(range(100)))
 
 
@@ -46,9 +46,9 @@ def shipped() -> nn.Module:
     return load_features(str(SHIPPED), "eval_features")
 
 
-def noisy(pictures: Tensor, deviation: float) -> Tensor:
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0)) * deviation
-    return (pictures + noise).round().clamp(0, 255).to(torch.uint8)
+def noisy(images: Tensor, deviation: float) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * deviation
+    return (images + noise).round().clamp(0, 255).to(torch.uint8)
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def noisy(pictures: Tensor, deviation: float) -> Tensor:
 def test_features_are_what_the_library_s_classifier_sees(shipped: nn.Module, emoji: Tensor) -> None:
     model = transformers.ResNetForImageClassification.from_pretrained(SHIPPED).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(SHIPPED)
-    inputs = processor([Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in emoji], return_tensors="pt")
+    inputs = processor([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in emoji], return_tensors="pt")
     features = shipped(emoji)
     assert features.dtype == torch.float32
     assert features.shape == (100, shipped.num_features)
@@ -68,7 +68,7 @@ def test_features_are_what_the_library_s_classifier_sees(shipped: nn.Module, emo
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of pictures of 32 pixels with a normalisation of its own."""
+    """A classifier of images of 32 pixels with a normalisation of its own."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     folder = tmp_path_factory.mktemp("saved")
@@ -80,13 +80,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("side", [16, 32, 64])
-def test_pictures_are_normalised_and_resized_as_the_classifier_s(saved: Path, emoji: Tensor, side: int) -> None:
-    pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((side, side)) for picture in emoji[:8]]
-    inputs = transformers.AutoImageProcessor.from_pretrained(saved)(pictures, return_tensors="pt")
+def test_images_are_normalised_and_resized_as_the_classifier_s(saved: Path, emoji: Tensor, side: int) -> None:
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side)) for image in emoji[:8]]
+    inputs = transformers.AutoImageProcessor.from_pretrained(saved)(images, return_tensors="pt")
     model = transformers.ResNetForImageClassification.from_pretrained(saved).eval()
     with torch.no_grad():
         expected = model.resnet(**inputs).pooler_output.flatten(1)
-    given = torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    given = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
     found = load_features(str(saved), "eval_features")(given)
     assert float((found - expected).norm() / expected.norm()) < (1e-5 if side == 32 else 0.005)  # Pillow rounds
 
@@ -136,8 +136,8 @@ class Pixel(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(3), requires_grad=False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return pictures[:, :, 0, 0].float() * self.scale
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :, 0, 0].float() * self.scale
 
 
 def closed_form(true: np.ndarray, made: np.ndarray) -> float:
@@ -155,7 +155,7 @@ def closed_form(true: np.ndarray, made: np.ndarray) -> float:
 def test_the_distance_is_the_closed_form(seed: int, number: int, cut: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     true, made = (torch.randint(0, 256, (number, 3, 1, 1), dtype=torch.uint8, generator=draw) for _ in range(2))
-    expected = closed_form(*(pictures[:, :, 0, 0].double().numpy() for pictures in (true, made)))
+    expected = closed_form(*(images[:, :, 0, 0].double().numpy() for images in (true, made)))
     assert frechet_distance(Pixel(), true.split(cut), [made]) == pytest.approx(expected, rel=1e-5, abs=1e-2)
 
 
@@ -172,7 +172,7 @@ def test_the_distance_of_known_normal_distributions() -> None:
 
 def test_the_distance_of_the_shipped_features_is_the_closed_form(shipped: nn.Module, emoji: Tensor) -> None:
     made = noisy(emoji, 40)
-    expected = closed_form(*(shipped(pictures).double().numpy() for pictures in (emoji, made)))
+    expected = closed_form(*(shipped(images).double().numpy() for images in (emoji, made)))
     assert frechet_distance(shipped, emoji.split(32), made.split(50)) == pytest.approx(expected, rel=1e-4)
 
 
@@ -184,9 +184,9 @@ def test_the_distance_grows_with_noise_and_is_none_of_equal_sets(shipped: nn.Mod
 
 
 @pytest.mark.parametrize("numbers", [(1, 5), (5, 1), (5, 0)])
-def test_one_picture_has_no_covariance(numbers: tuple[int, int]) -> None:
-    pictures = torch.zeros(5, 3, 1, 1, dtype=torch.uint8)
-    true, made = (pictures[:number].split(2) if number else () for number in numbers)
+def test_one_image_has_no_covariance(numbers: tuple[int, int]) -> None:
+    images = torch.zeros(5, 3, 1, 1, dtype=torch.uint8)
+    true, made = (images[:number].split(2) if number else () for number in numbers)
     with pytest.raises(RuntimeError, match="More than one sample"):
         frechet_distance(Pixel(), true, made)
 
@@ -196,16 +196,16 @@ def share_of_distance(rank: int, folder: str) -> None:
     torch.set_num_threads(1)  # else a forked process waits for the threads of its parent
     init = f"file://{folder}/together"
     torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    true, made = torch.load(f"{folder}/pictures.pt", weights_only=True)
+    true, made = torch.load(f"{folder}/images.pt", weights_only=True)
     distance = frechet_distance(Pixel(), true[rank::2].split(3), made[rank::2].split(4))
     Path(f"{folder}/{rank}").write_text(str(distance))
     torch.distributed.destroy_process_group()
 
 
-def test_processes_share_the_pictures(tmp_path: Path) -> None:
+def test_processes_share_the_images(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     true, made = (torch.randint(0, 256, (11, 3, 1, 1), dtype=torch.uint8, generator=draw) for _ in range(2))
-    torch.save([true, made], tmp_path / "pictures.pt")
+    torch.save([true, made], tmp_path / "images.pt")
     torch.multiprocessing.start_processes(share_of_distance, (str(tmp_path),), nprocs=2, start_method="fork")
     alone = frechet_distance(Pixel(), [true], [made])
     assert [float((tmp_path / str(rank)).read_text()) for rank in range(2)] == pytest.approx([alone] * 2, rel=1e-6)
@@ -227,12 +227,12 @@ TRUE = around(0, 60, 120, 180, 240, 300)  # their mean is the centre
     ("angle", "target", "top1", "top5"),
     [(2, 0, 1, 1), (2, 1, 0, 1), (62, 1, 1, 1), (2, 3, 0, 0), (182, 3, 1, 1), (100, 5, 0, 0)],
 )
-def test_a_made_picture_belongs_to_the_nearest_true_one(angle: float, target: int, top1: float, top5: float) -> None:
+def test_a_made_image_belongs_to_the_nearest_true_one(angle: float, target: int, top1: float, top5: float) -> None:
     found = caption_match(around(angle), TRUE, torch.tensor([target]))
     assert (found["top1"], found["top5"]) == (top1, top5)
 
 
-def test_shares_are_of_the_made_pictures() -> None:
+def test_shares_are_of_the_made_images() -> None:
     found = caption_match(around(1, 61, 181, 5), TRUE, torch.tensor([0, 1, 0, 1]))
     assert found == {"top1": 0.5, "top5": 0.75, "top1_chance": 1 / 6, "top5_chance": 5 / 6}
     assert caption_match(TRUE[:2], TRUE[:3], torch.tensor([0, 1]))["top5_chance"] == 1
@@ -260,13 +260,13 @@ def test_features_that_tell_nothing_score_nothing(value: float) -> None:
     assert found["top1"] == found["top5"] == 0
 
 
-def test_one_picture_for_all_captions_scores_at_chance() -> None:
+def test_one_image_for_all_captions_scores_at_chance() -> None:
     found = caption_match(around(70).expand(6, 2), TRUE, torch.arange(6))
     assert found["top1"] == pytest.approx(found["top1_chance"])
     assert found["top5"] == pytest.approx(found["top5_chance"])
 
 
-# -- the shipped network on held-out pictures --------------------------------------------------------------------------
+# -- the shipped network on held-out images --------------------------------------------------------------------------
 
 
 def concept(caption: str) -> str:
@@ -275,33 +275,33 @@ def concept(caption: str) -> str:
 
 
 @torch.no_grad()
-def reconstruction(pictures: Tensor) -> Tensor:
+def reconstruction(images: Tensor) -> Tensor:
     vae = diffusers.AutoencoderKL.from_pretrained(ASSETS / "vae").eval()
-    made = vae.decode(vae.encode(pictures.float() / 127.5 - 1).latent_dist.mean).sample
+    made = vae.decode(vae.encode(images.float() / 127.5 - 1).latent_dist.mean).sample
     return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def test_the_nearer_to_the_caption_the_higher_the_score(shipped: nn.Module) -> None:
-    """A reconstruction, a picture of the same thing in another style, and any picture, in this order."""
+    """A reconstruction, an image of the same thing in another style, and any image, in this order."""
     train, held_out = open_emoji("train"), open_emoji("test_unseen_combination")
     first_of = {concept(train.captions[row]): row for row in reversed(range(len(train)))}
     true = read(held_out, list(range(len(held_out))))
     some = torch.arange(0, len(true), 4)
     in_another_style = read(train, [first_of[concept(held_out.captions[row])] for row in some.tolist()])
-    any_picture = read(train, np.random.default_rng(0).choice(len(train), len(some), replace=False).tolist())
-    candidates, kinds = shipped(true), (reconstruction(true[some]), in_another_style, any_picture)
+    any_image = read(train, np.random.default_rng(0).choice(len(train), len(some), replace=False).tolist())
+    candidates, kinds = shipped(true), (reconstruction(true[some]), in_another_style, any_image)
     scores = [caption_match(shipped(made), candidates, some) for made in kinds]
     assert scores[0]["top1"] > 0.95
     assert 0.4 < scores[1]["top1"] < 0.9
     assert scores[2]["top5"] < 0.15
-    # Beside the other style's own picture, which no target points at, a copy of it is worth nothing.
+    # Beside the other style's own image, which no target points at, a copy of it is worth nothing.
     with_copies = torch.cat([candidates, shipped(in_another_style)])
     assert caption_match(shipped(kinds[0]), with_copies, some)["top1"] > 0.9
     assert caption_match(shipped(kinds[1]), with_copies, some)["top1"] == 0
 
 
 @torch.no_grad()
-def test_the_shipped_network_names_unseen_pictures_as_its_card_says() -> None:
+def test_the_shipped_network_names_unseen_images_as_its_card_says() -> None:
     held_out = open_emoji("test_unseen_combination")
     model = transformers.ResNetForImageClassification.from_pretrained(SHIPPED).eval()
     features = load_features(str(SHIPPED), "eval_features")

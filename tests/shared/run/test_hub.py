@@ -34,7 +34,7 @@ LOADABLE = {
     "config.yaml": b"seed: 0\n",
     "run.json": b"{}",
     "metrics.jsonl": b'{"step": 1}\n',
-    "figures/loss.png": b"picture",
+    "figures/loss.png": b"image",
     "samples/generated.txt": b"Once",
 }
 KEPT_BACK = (

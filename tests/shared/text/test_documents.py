@@ -107,7 +107,7 @@ def test_a_folder_is_read_sorted_nested_and_without_hidden_and_unknown_files(tmp
     write(tmp_path / "a" / "z.txt.gz", "second")
     write(tmp_path / "a" / "deep" / "a.txt", "first")
     write(tmp_path / "c.jsonl", '{"text": "fourth"}')
-    for passed_over in (".hidden.txt", ".git/x.txt", "a/.cache/y.txt", "notes.md", "picture.png", "archive.gz", "no"):
+    for passed_over in (".hidden.txt", ".git/x.txt", "a/.cache/y.txt", "notes.md", "image.png", "archive.gz", "no"):
         write(tmp_path / passed_over, "not to be read")
     assert list(texts(tmp_path)) == ["first", "second", "third", "fourth"]
     assert [file.name for file in list_files(tmp_path)] == ["a.txt", "z.txt.gz", "b.txt", "c.jsonl"]
