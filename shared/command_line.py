@@ -2,20 +2,24 @@
 
 A value is read as its field's type asks, whether it stands in the YAML or in a flag, so a wrong key, type or value
 fails in the same way in both. Everything a user can get wrong ends as one `UsageError`: one line that names the
-field, the value and what was expected, exit status 2, no traceback. `tyro` writes `--help`.
+field, the value and what was expected, exit status 2, no traceback. `tyro` writes `--help`: of each field the comment
+behind it or the text below it, what its value must be, and its default, in groups by the headings in the dataclass.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -27,6 +31,7 @@ EXIT_NO_CHECKPOINT = 77
 ConfigT = TypeVar("ConfigT")
 
 _ACCESS_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_GROUPS = ("Data", "Model", "Objective", "Optimization", "Evaluation", "Run")  # of --help, in this order
 _YAML_TAG = "tag:yaml.org,2002:"
 
 
@@ -46,6 +51,19 @@ class NoUsableCheckpoint(Exception):
     """Checkpoints are there, and every one of them is damaged."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What a field's value must be; it stands in the field's annotation, as `Annotated[int, Limit(...)]`.
+
+    Attributes:
+        holds: whether a value is so.
+        expected: the same in words, for messages and --help.
+    """
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
 def expect(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise `UsageError` naming the field, its value and what was expected, unless `condition` holds."""
     if not condition:
@@ -57,6 +75,17 @@ def expect_at_least(config: object, least: float, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         expect(value >= least, field, value, f"at least {least:g}")
+
+
+def check_limits(config: object) -> None:
+    """Check each field by its annotation.
+
+    Raises:
+        UsageError: it names the field, its value and what was expected.
+    """
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
+        for limit in _limits(kind):
+            expect(limit.holds(getattr(config, name)), name, getattr(config, name), limit.expected)
 
 
 def positive_numbers(field: str, text: str, count: int) -> list[float]:
@@ -155,16 +184,60 @@ def redact(text: str) -> str:
     return _ACCESS_TOKEN.sub("hf_***", text)
 
 
+def _limits(kind: Any) -> list[Limit]:
+    return [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Limit)]
+
+
 def _show_help(config_class: type) -> None:
     import tyro
 
+    kinds, groups = get_type_hints(config_class, include_extras=True), dict[str, list[Any]]()
+    for field in dataclasses.fields(config_class):
+        heading, text = _field_texts(config_class)[field.name]
+        words = [text, *(f"{limit.expected[0].upper()}{limit.expected[1:]}." for limit in _limits(kinds[field.name]))]
+        kind: Any = Annotated[kinds[field.name], tyro.conf.arg(help=" ".join(words))]
+        groups.setdefault(heading, []).append((field.name, kind, dataclasses.field(default=field.default)))
+    ordered = [heading for heading in _GROUPS if heading in groups]
+    named = [(heading.lower(), dataclasses.make_dataclass(heading, groups[heading])) for heading in ordered]
+    boxes = [(name, group, dataclasses.field(default_factory=group)) for name, group in named]
+    if is_speaking_process():
+        # tyro would fill the lines up, and no command in them could be copied.
+        print(inspect.cleandoc(sys.modules[config_class.__module__].__doc__ or ""), end="\n\n")  # noqa: T201
     tyro.cli(
-        config_class,
+        dataclasses.make_dataclass("Options", boxes),
         args=["--help"],
-        description=sys.modules[config_class.__module__].__doc__,
+        description="",
         use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=is_speaking_process(),
     )
+
+
+def _field_texts(config_class: type) -> dict[str, tuple[str, str]]:
+    """Field -> its heading and its text, from the source of the dataclass and of those that it inherits from.
+
+    A heading is a line `# Data`, `# Model` and so on above fields. A field that is declared again without one of both
+    keeps what it inherits.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for part in reversed(config_class.__mro__[:-1]):
+        source = textwrap.dedent(inspect.getsource(part))
+        lines, heading = source.splitlines(), ""
+        body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
+        for before, node, after in zip([None, *body], body, [*body[1:], None], strict=False):
+            for line in lines[before.end_lineno if before else 0 : node.lineno - 1]:
+                word = line.strip().removeprefix("# ")
+                heading = word if word in _GROUPS else heading
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+                continue
+            name, text = node.target.id, ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                text = " ".join(str(after.value.value).split())
+            elif "#" in (rest := lines[(node.end_lineno or 0) - 1].encode()[node.end_col_offset or 0 :].decode()):
+                text = rest.partition("#")[2].strip()
+            inherited = found.get(name, ("", ""))
+            found[name] = (heading or inherited[0], text or inherited[1])
+    return found
 
 
 def _read_flags(arguments: list[str], kinds: dict[str, Any]) -> dict[str, Any]:

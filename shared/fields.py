@@ -1,37 +1,72 @@
-"""Fields that several recipes share."""
+"""Fields that several recipes share, and words for what the value of a field must be.
+
+A recipe's `Config` inherits the groups that it needs and adds the fields of its method. A group has no method, and a
+helper that takes one reads the fields of that group alone. A field whose annotation is one of the words below is
+checked by `check_limits`, and `--help` says what it must be.
+"""
 
 import dataclasses
 import math
+from typing import Annotated
 
 import yaml
 
-from shared.command_line import expect, expect_at_least, redact
+from shared.command_line import Limit, check_limits, expect, redact
+
+
+def at_least(least: float) -> Limit:
+    """The limit of a number that must not be less."""
+    return Limit(lambda value: value >= least, f"at least {least:g}")
+
+
+Count = Annotated[int, at_least(1)]
+Natural = Annotated[int, at_least(0)]
+Positive = Annotated[float, Limit(lambda value: value > 0, "more than 0")]
+Amount = Annotated[float, at_least(0)]
+FromOne = Annotated[float, at_least(1)]
+Share = Annotated[float, Limit(lambda value: 0 <= value < 1, "a share in [0, 1)")]
+ShareInside = Annotated[float, Limit(lambda value: 0 < value < 1, "a share in (0, 1)")]
+ShareAboveZero = Annotated[float, Limit(lambda value: 0 < value <= 1, "a share in (0, 1]")]
+ShareToOne = Annotated[float, Limit(lambda value: 0 <= value <= 1, "a share in [0, 1]")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunControl:
-    """What every training stage shares: where it writes, how it resumes, how often it reports."""
+    """What every training stage has: how much an update is, where it writes, how it resumes, how often it reports."""
 
+    # Optimization
+    global_batch_size: Count
+    """Samples of one update, over all processes and micro-batches."""
+    per_device_batch_size: Natural = 0
+    """Samples of one micro-batch on one process. 0 = the process's whole share of the global batch."""
+    max_steps: Count
+    """Optimizer updates."""
+    max_grad_norm: Amount
+    """Norm to which the update's gradient is clipped. 0 = no clipping."""
+    max_bad_updates: Count = 10
+    """Updates in a row with a non-finite gradient after which the run stops."""
+
+    # Evaluation
+    eval_every: Natural = 0
+    """Updates between two evaluations. 0 = only at the end."""
+
+    # Run
     config: str = ""
     """YAML file with differences from the defaults; flags override it. "" = none."""
     output_dir: str = "outputs/run"
     """The run folder; on several nodes it must be one that all of them see."""
-    seed: int = 0
+    seed: Natural = 0
     """The one integer that all randomness derives from."""
     resume: str = "auto"
     """auto = go on from this folder's newest checkpoint; never = refuse a folder that holds a run; or a checkpoint
     folder to go on from, one of another run only until this run has checkpoints of its own."""
-    log_every: int = 10
+    log_every: Count = 10
     """Updates between two log entries."""
-    eval_every: int = 0
-    """Updates between two evaluations; 0 = only at the end."""
-    save_every: int = 0
-    """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
-    keep_checkpoints: int = 2
+    save_every: Natural = 0
+    """Updates between two checkpoints. 0 = only at the end and when a signal stops the run."""
+    keep_checkpoints: Count = 2
     """Number of newest checkpoints that are kept."""
-    max_bad_updates: int = 10
-    """Updates in a row with a non-finite gradient after which the run stops."""
-    num_workers: int = 0
+    num_workers: Natural = 0
     """Data worker processes for each training process; never changes the result. 0 = load in the training process."""
     deterministic: bool = False
     """Only deterministic GPU kernels, so that a resumed run is equal to the bit; slower by 10 to 30 % on GPUs."""
@@ -47,37 +82,112 @@ class RunControl:
     """Hub repository id to push the model to, such as me/my-gpt. "" = do not push."""
     hub_private: bool = True
     """Whether a repository that the push creates is private."""
-    push_every: int = 0
-    """Updates between two pushes of a loadable model; 0 = only at the end."""
+    push_every: Natural = 0
+    """Updates between two pushes of a loadable model. 0 = only at the end."""
     report_to: str = ""
     """Trackers, comma-separated: tensorboard, wandb, ... metrics.jsonl is always written. "" = none."""
-    timeout_minutes: float = 30
+    timeout_minutes: Positive = 30
     """Minutes that one process waits for another in a collective before the run fails."""
     cache_dir: str = ""
     """Folder for tokenised or encoded data, one for each node. "" = HF_HOME/pretraining_recipes."""
 
 
-def check_run_control(config: RunControl) -> None:
-    """Check the fields that every recipe shares.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Where text comes from; `shared/text/documents.py` opens it."""
+
+    # Data
+    data: str = "sample"
+    """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id."""
+    data_config: str = ""
+    """Configuration of a Hub data set. "" = its only one."""
+    data_split: str = "train"
+    """Split of a Hub data set."""
+    text_column: str = ""
+    """Column of the text. "" = the only column that holds text, or the one called text."""
+
+    # Evaluation
+    eval_data: str = ""
+    """Data to evaluate on, in the same forms. "" = hold out eval_fraction of the documents."""
+    eval_split: str = "validation"
+    """Split of eval_data if it is a Hub data set."""
+    eval_fraction: Share = 0.05
+    """Share of the documents held out where eval_data is not given; chosen by their content."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """Where images come from; `shared/images/files.py` opens them."""
+
+    # Data
+    data: str = "sample"
+    """sample, a .parquet or .tar file, a folder of them or of images, or a Hub data set id."""
+    data_config: str = ""
+    """Configuration of a Hub data set. "" = its only one."""
+    data_split: str = "train"
+    """Split to train on."""
+    image_column: str = ""
+    """Column of the images. "" = the only one that holds images."""
+    max_bad_fraction: Share = 0.01
+    """Share of the images that may turn out damaged before the run stops; they are replaced, and named in the log."""
+
+    # Evaluation
+    eval_split: str = ""
+    """Split to evaluate on. "" = the first whose name begins with validation, val or test, else eval_fraction is
+    held out."""
+    eval_fraction: ShareInside = 0.05
+    """Share of the images, of each class where there are classes, held out where there is no split to evaluate on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentData:
+    """Where latents come from; `shared/diffusion/latent_cache.py` opens them."""
+
+    # Data
+    data: str = "sample"
+    """Folder that cache_latents.py made, or sample: outputs/latents, which must be of the embedded emoji, or, if it is
+    not there, their latents made in cache_dir."""
+    data_split: str = "train"
+    """Split to train on."""
+    vae: str = ""
+    """Run folder of train_vae.py, or Hub id of an autoencoder, with which the latents were made. "" = outputs/vae, or
+    the shipped one if that is not there."""
+
+    # Evaluation
+    eval_splits: str = ""
+    """Splits to evaluate on, comma-separated. "" = those whose names begin with validation, val or test, else
+    eval_fraction is held out."""
+    eval_fraction: ShareInside = 0.05
+    """Share of the samples held out where there is no split to evaluate on."""
+    eval_samples: Count = 200
+    """Samples of each split that are evaluated, at most."""
+
+
+def check_run_control(control: RunControl) -> None:
+    """Check each field by its annotation, and what the shared ones say against each other.
 
     Raises:
-        UsageError: a number is out of range, or a field holds an access token, which would end up in files.
+        UsageError: a value is not what it must be, or holds an access token, which would end up in files.
     """
-    expect_at_least(config, 1, "log_every", "keep_checkpoints", "max_bad_updates")
-    expect_at_least(config, 0, "seed", "eval_every", "save_every", "push_every", "num_workers")
-    expect(config.timeout_minutes > 0, "timeout_minutes", config.timeout_minutes, "more than 0")
-    expect(
-        not config.push_every or bool(config.push_to_hub),
-        "push_every",
-        config.push_every,
-        "push_to_hub to be set as well",
-    )
-    for field, value in dataclasses.asdict(config).items():
+    check_limits(control)
+    needs_hub = not control.push_every or bool(control.push_to_hub)
+    expect(needs_hub, "push_every", control.push_every, "push_to_hub to be set as well")
+    for field, value in dataclasses.asdict(control).items():
         shown = redact(str(value))
         expect(shown == str(value), field, shown, "no access token; use `hf auth login` or HF_TOKEN")
 
 
-def to_yaml(config: RunControl) -> str:
-    """Every field of `config` as YAML that `--config` takes back."""
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("config", "dry_run")}
+def check_corpus(corpus: Corpus) -> None:
+    """Check what the fields of a corpus say against each other.
+
+    Raises:
+        UsageError: there is nothing to evaluate on.
+    """
+    has_eval = corpus.eval_fraction > 0 or corpus.eval_data or corpus.data == "sample"
+    expect(bool(has_eval), "eval_fraction", corpus.eval_fraction, "more than 0 where eval_data is not given")
+
+
+def to_yaml(control: RunControl) -> str:
+    """Every field as YAML that `--config` takes back."""
+    fields = {name: value for name, value in dataclasses.asdict(control).items() if name not in ("config", "dry_run")}
     return yaml.safe_dump(fields, sort_keys=False, width=math.inf)

@@ -1,4 +1,4 @@
-"""Pre-train a GPT with a byte-level BPE tokenizer from scratch: causal language modelling.
+r"""Pre-train a GPT with a byte-level BPE tokenizer from scratch: causal language modelling.
 
 Papers: Radford et al. 2019 (GPT-2), Touvron et al. 2023 (Llama), Karpathy 2025 (nanochat, the default: RoPE, QK-norm,
 squared ReLU, soft-capped logits), Jordan et al. 2024 (Muon). With no arguments it trains on the embedded prose on two
@@ -13,7 +13,7 @@ CPU cores in minutes; recipes/gpt/README.md has the measured results and what di
 
 # Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,88 +21,59 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.fields import Amount, Count, Natural, Positive, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.RunControl):
-    """Fields of the method; RunControl has those that every recipe shares."""
+class Config(fields.Corpus, fields.RunControl):
+    """Fields of the method; Corpus says where the text is, RunControl what every training stage has."""
 
     output_dir: str = "outputs/gpt"
-    """The run folder; on several nodes it must be one that all of them see."""
-    eval_every: int = 250
-    """Updates between two evaluations; 0 = only at the end."""
-    save_every: int = 250
-    """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
+    eval_every: Natural = 250
+    save_every: Natural = 250
 
+    # Data
     data: str = "sample"
     """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas."""
-    data_weights: str = ""
-    """Share of the training rows from each of several data, such as 0.7,0.3. "" = equal shares."""
-    data_config: str = ""
-    """Configuration of a Hub data set. "" = its only one."""
-    data_split: str = "train"
-    """Split of a Hub data set."""
-    eval_data: str = ""
-    """Data to evaluate on, in the same forms. "" = hold out eval_fraction of the documents."""
-    eval_split: str = "validation"
-    """Split of eval_data if it is a Hub data set."""
-    eval_fraction: float = 0.05
-    """Share of the documents held out where eval_data is not given; chosen by their content."""
+    data_weights: str = ""  # Share of the rows from each of several data, such as 0.7,0.3. "" = equal shares.
     streaming: bool = False
     """Read the data as it arrives instead of tokenising it once; see the README on order and resuming."""
-    text_column: str = ""
-    """Column of the text. "" = the only column that holds text, or the one called text."""
     tokenizer: str = ""
     """Folder or Hub id of a tokenizer. "" = the one of `init`, else a byte-level BPE trained on the data."""
-    vocab_size: int = 4096
-    """Tokens of a tokenizer trained here; the model's vocabulary is this, padded to a multiple of 64."""
-    seq_length: int = 256
-    """Tokens of a row."""
+    vocab_size: Count = 4096  # Tokens of a tokenizer trained here; the model's vocabulary is padded to 64's.
+    seq_length: Count = 256  # Tokens of a row.
 
+    # Model
     architecture: Literal["nanochat", "gpt2", "llama"] = "nanochat"
     """Which block: nanochat (Karpathy 2025), gpt2 (Radford et al. 2019) or llama (Touvron et al. 2023)."""
-    hidden_size: int = 128
-    """Width of the residual stream."""
-    intermediate_size: int = 0
-    """Width inside the MLP. 0 = 4 x hidden_size."""
-    num_layers: int = 3
-    """Transformer blocks."""
-    num_heads: int = 2
-    """Attention heads."""
-    num_kv_heads: int = 0
-    """Key and value heads of nanochat and llama. 0 = num_heads."""
-    dropout: float = 0.0
-    """Dropout probability: everywhere in gpt2, of attention weights in the others. 0 = none."""
+    hidden_size: Count = 128  # Width of the residual stream.
+    intermediate_size: Natural = 0  # Width inside the MLP. 0 = 4 x hidden_size.
+    num_layers: Count = 3  # Transformer blocks.
+    num_heads: Count = 2  # Attention heads.
+    num_kv_heads: Natural = 0  # Key and value heads of nanochat and llama. 0 = num_heads.
+    dropout: Share = 0.0  # Dropout probability: everywhere in gpt2, of attention weights in the others. 0 = none.
     attention: Literal["sdpa", "flex_attention"] = "sdpa"
     """Attention kernel; flex_attention, for GPUs, skips what other documents of a row hold."""
     init: str = "scratch"
     """scratch, or a run folder or Hub id to start from (continued pre-training): its weights, sizes and dropout."""
 
-    global_batch_size: int = 12
-    """Rows of one update, over all processes and micro-batches."""
-    per_device_batch_size: int = 0
-    """Rows of one micro-batch on one process. 0 = the process's whole share of the global batch."""
-    max_steps: int = 850
-    """Optimizer updates."""
+    # Optimization
+    global_batch_size: Count = 12  # Rows of one update, over all processes and micro-batches.
+    max_steps: Count = 850
+    max_grad_norm: Amount = 1.0
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all."""
-    learning_rate: float = 0.02
-    """Peak rate of AdamW."""
-    muon_learning_rate: float = 0.016
-    """Peak rate of Muon."""
-    weight_decay: float = 0.0
+    learning_rate: Positive = 0.02  # Peak rate of AdamW.
+    muon_learning_rate: Positive = 0.016  # Peak rate of Muon.
+    weight_decay: Amount = 0.0
     """Decoupled weight decay of matrices (adamw: of embeddings too, as Radford et al. do). 0 = none."""
-    max_grad_norm: float = 1.0
-    """Norm to which the update's gradient is clipped. 0 = no clipping."""
     schedule: Literal["wsd", "cosine"] = "wsd"
     """wsd = warm up, hold, fall linearly to 0 over decay_fraction; cosine = warm up, fall to a tenth."""
-    warmup_steps: int = 20
-    """Updates over which the rate rises. 0 = none."""
-    decay_fraction: float = 1.0
-    """Share of the updates over which wsd falls."""
+    warmup_steps: Natural = 20  # Updates over which the rate rises. 0 = none.
+    decay_fraction: ShareAboveZero = 1.0  # Share of the updates over which wsd falls. 1 = from the start.
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -123,19 +94,14 @@ from shared.data.updates import Updates, load_updates
 from shared.models.export import export_model
 from shared.models.pretrained import load_causal_lm
 from shared.optim import schedules
-from shared.optim.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
+from shared.optim.optimizers import MuonWithAdamW, clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
-from shared.performance.flops import peak, training_flops
-from shared.performance.profiling import trace_updates
-from shared.performance.throughput import Throughput
-from shared.run import checkpoints, hub, summary
-from shared.run import folder as run_folder
-from shared.run.log import RunLog
-from shared.run.report import finish_run
-from shared.run.skipped_updates import SkippedUpdates
-from shared.runtime import collectives, launch
+from shared.performance.flops import training_flops
+from shared.run import summary
+from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
-from shared.runtime.signals import StopSignals
+from shared.runtime.collectives import gather_objects, node_main_first
+from shared.runtime.launch import usable_cores
 from shared.text import streaming, tokenization
 from shared.text.documents import open_corpora
 from shared.text.generation import continue_prompt
@@ -148,25 +114,24 @@ print(pipeline("text-generation", "path/of/this/folder")("The President of the U
 
 
 def check_config(cfg: Config) -> None:
-    """Raise `UsageError` for what can be told wrong from the fields alone."""
+    """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
-    cli.expect_at_least(cfg, 1, "num_layers", "num_heads", "hidden_size", "global_batch_size", "max_steps")
-    cli.expect_at_least(cfg, 0, "num_kv_heads", "intermediate_size", "per_device_batch_size")
-    cli.expect_at_least(cfg, 0, "warmup_steps", "weight_decay", "max_grad_norm")
-    for field in ("learning_rate", "muon_learning_rate"):
-        cli.expect(getattr(cfg, field) > 0, field, getattr(cfg, field), "more than 0")
+    fields.check_corpus(cfg)
+    cli.positive_numbers("data_weights", cfg.data_weights, len(cfg.data.split(",")))
     cli.expect(cfg.seq_length >= 2, "seq_length", cfg.seq_length, "at least 2, a token to see and one to predict")
     cli.expect(cfg.vocab_size > 256, "vocab_size", cfg.vocab_size, "more than the 256 bytes and the end token")
     is_even = cfg.hidden_size % (2 * cfg.num_heads) == 0  # RoPE turns pairs
     cli.expect(is_even, "hidden_size", cfg.hidden_size, "a multiple of 2 x num_heads")
     divides = cfg.num_heads % (cfg.num_kv_heads or cfg.num_heads) == 0
     cli.expect(divides, "num_kv_heads", cfg.num_kv_heads, "a divisor of num_heads, or 0")
-    for field in ("eval_fraction", "dropout"):
-        cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
-    has_eval = cfg.eval_fraction > 0 or cfg.eval_data or cfg.data == "sample"
-    cli.expect(bool(has_eval), "eval_fraction", cfg.eval_fraction, "more than 0 where eval_data is not given")
-    cli.positive_numbers("data_weights", cfg.data_weights, len(cfg.data.split(",")))
-    cli.expect(0 < cfg.decay_fraction <= 1, "decay_fraction", cfg.decay_fraction, "a share in (0, 1]")
+
+
+def check_engine(cfg: Config, accelerator: Any) -> None:
+    """Raise `UsageError` for what this engine or device cannot do."""
+    if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
+        raise cli.UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
+    has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
+    cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,35 +146,29 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[Packe
     eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
     eval_texts = open_corpora(eval_data, split=cfg.eval_split, **columns) if eval_data else []
     fraction = 0.0 if eval_texts else cfg.eval_fraction
-    with collectives.node_main_first(accelerator):
+    with node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         options = {"cache_dir": cache_folder(cfg.cache_dir), "seq_length": cfg.seq_length}
         tokenizer = tokenization.load_or_train(name, texts, vocab_size=cfg.vocab_size, **options)
-        options |= {"tokenizer": tokenizer, "num_processes": launch.usable_cores()}
+        options |= {"tokenizer": tokenizer, "num_processes": usable_cores()}
         if cfg.streaming:
-            train = [stream.leaving_out(fraction) for stream in texts]
+            train, evals = [stream.leaving_out(fraction) for stream in texts], []
             eval_texts = eval_texts or [stream.held_out(fraction) for stream in texts]
-            evals = []
         else:
-            train, evals = zip(
-                *[pack_corpus(source, eval_fraction=fraction, **options) for source in texts], strict=True
-            )
+            pairs = [pack_corpus(source, eval_fraction=fraction, **options) for source in texts]
+            train, evals = map(list, zip(*pairs, strict=True))
         if eval_texts and not cfg.dry_run:
             evals = [pack_corpus(source, eval_fraction=1.0, **options)[1] for source in eval_texts]
-    return tokenizer, list(train), list(evals)
+    return tokenizer, train, evals
 
 
 def open_updates(
     cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any], batch_size: int, step: int, streams: list[Any]
 ) -> Any:
     """Updates from `step` on: each this process's micro-batches of at most (B, T), and its streams' states after it."""
-    order = {
-        "weights": cli.positive_numbers("data_weights", cfg.data_weights, len(train)),
-        "seed": cfg.seed,
-        "global_batch_size": cfg.global_batch_size,
-        "rank": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-    }
+    weights = cli.positive_numbers("data_weights", cfg.data_weights, len(train))
+    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+    order = {"weights": weights, "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
     if cfg.streaming:
         dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, batch_size, order, step, streams)
         return load_updates(dataset, None, min(1, cfg.num_workers), accelerator.device)
@@ -327,7 +286,7 @@ def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size
             nll += causal_lm_loss_sum(forward(model, batch), batch["labels"]).item()
             num_targets += int((batch["labels"] != IGNORED).sum())
     model.train()
-    nll, num_targets = np.sum(collectives.gather_objects(accelerator, (nll, num_targets)), axis=0)
+    nll, num_targets = np.sum(gather_objects(accelerator, (nll, num_targets)), axis=0)
     bits_per_byte = nll / math.log(2) / sum(rows.cache.num_bytes for rows in sources)
     loss = float(nll / num_targets)
     return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss)), "eval/bits_per_byte": float(bits_per_byte)}
@@ -344,12 +303,15 @@ def sample(cfg: Config, accelerator: Any, model: Any, tokenizer: Any) -> str:
 # Training
 
 
-def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
-    """One optimizer update: its mean loss a target (nats) over all processes and micro-batches, and its gradient norm.
+def learning_rate_factor(cfg: Config, step: int) -> float:
+    """Share of the peak rate at `step`."""
+    if cfg.schedule == "wsd":
+        return schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
+    return schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.1)  # Brown et al. 2020, B
 
-    A gradient that is not finite changes nothing, on all processes alike; DeepSpeed, which steps inside the backward
-    pass, finds that by itself.
-    """
+
+def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
+    """One optimizer update: its mean loss a target (nats) over processes and micro-batches, and its gradient norm."""
     num_targets = accelerator.reduce(sum((batch["labels"] != IGNORED).sum() for batch in batches), "sum")
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets
@@ -360,32 +322,18 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
             micro_nll = causal_lm_loss_sum(forward(model, batch), batch["labels"])
             accelerator.backward(micro_nll * scale)
         nlls.append(micro_nll.detach())
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
-    if math.isfinite(grad_norm):
-        optimizer.step()
-    optimizer.zero_grad()
+    grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
     return accelerator.reduce(torch.stack(nlls).sum(), "sum") / num_targets, grad_norm
 
 
 def main(cfg: Config) -> None:
     """Train, evaluate, save, and leave a model that `from_pretrained` loads."""
     check_config(cfg)
-    run_dir = Path(cfg.output_dir)
-    run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
+    accelerator, micro_batch_size = start(cfg)
+    check_engine(cfg, accelerator)
     if cfg.dry_run:
         cfg = replace(cfg, streaming=True)  # the beginning of the data is enough
-    launch.follow_launcher()
-    accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
-    micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
-    launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
-    if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
-        raise cli.UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
-    has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
-    cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
-    with collectives.raise_together(accelerator):
-        hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
-
-    tokenizer, train, eval_sources = open_data(cfg, accelerator)
+    tokenizer, train, held_out = open_data(cfg, accelerator)
     if cfg.dry_run:
         [batch, *_], _ = next(open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, 0, []))
         report_costs(cfg, accelerator, tokenizer, train, to_device(batch, accelerator.device))
@@ -397,73 +345,39 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
-    skipped = SkippedUpdates(state, cfg.max_bad_updates)
-    updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, step, state.get("streams", []))
-    record = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
-    with collectives.raise_together(accelerator):
-        hub.check_push(hub_id, private=cfg.hub_private)
-        if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
-    log = RunLog(accelerator, run_dir, step, cfg.max_steps)
-    pusher = hub.HubPusher(hub_id, cfg.hub_private)
-    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_row"], peak(accelerator) * accelerator.num_processes)
-    seconds_before = state.get("training_seconds", 0.0)
-    stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
+    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    streams = run.state.get("streams", [])
+    updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, run.step, streams)
+    data = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
+    run.record(Path(__file__), {**data, **facts})
     model.train()
-    while step < cfg.max_steps:
-        with throughput.waiting_for_data():
-            batches, streams = next(updates)
+    for step, (batches, streams) in run.updates(updates, facts["flops_per_row"]):
         factor = learning_rate_factor(cfg, step)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
-        step += 1
-        throughput.add(samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
-        skipped.count(grad_norm)
 
-        is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = collectives.on_any_process(accelerator, stop.received)
-        metrics = {}
-        if is_last or step % cfg.log_every == 0:
+        rows = cfg.global_batch_size
+        due, metrics = run.count_update(grad_norm, samples=rows, units=rows * cfg.seq_length), {}
+        if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
-            metrics |= throughput.read("tokens")
-        seconds = seconds_before + throughput.training_seconds
-        with throughput.pause():
-            if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
-                metrics |= evaluate(accelerator, model, eval_sources, micro_batch_size)
-                log.write_samples(step, sample(cfg, accelerator, model, tokenizer))
-            log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
-            if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, **skipped.state()}
-                state["streams"] = collectives.gather_objects(accelerator, streams)
-                checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
-            if schedules.is_due(step, cfg.push_every):
-                export_model(accelerator, model, tokenizer, run_dir)
-                pusher.push(run_dir, f"step {step}", f"step-{step}")
-        if profiler:
-            profiler.step()
-        skipped.check(step)
-        if is_stopping and step < cfg.max_steps:
-            raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
+            metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
+        with run.pause():
+            if due.evaluate:
+                metrics |= evaluate(accelerator, model, held_out, micro_batch_size)
+                run.write_samples(sample(cfg, accelerator, model, tokenizer))
+            run.write(metrics)
+            if due.save:
+                run.save({"streams": gather_objects(accelerator, streams)})
+            if due.push:
+                export_model(accelerator, model, tokenizer, run.folder)
+                run.push()
 
-    export_model(accelerator, model, tokenizer, run_dir)
-    flops = facts["flops_per_row"] * cfg.global_batch_size * step
-    results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
-    samples = sample(cfg, accelerator, model, tokenizer)
-    shown = {"pipeline_tag": "text-generation", "usage": USAGE, "results": results, "samples": samples, "figures": {}}
-    finish_run(log, pusher, run_dir, **shown, is_main_process=accelerator.is_main_process)
-    log.say(f"generate: python recipes/gpt/generate.py --model {run_dir}")
-    accelerator.end_training()
-
-
-def learning_rate_factor(cfg: Config, step: int) -> float:
-    """Share of the peak rate at `step`."""
-    if cfg.schedule == "wsd":
-        return schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
-    return schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.1)  # Brown et al. 2020, B
+    export_model(accelerator, model, tokenizer, run.folder)
+    results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
+    shown = {"samples": sample(cfg, accelerator, model, tokenizer), "figures": {}}
+    generate = f"generate: python recipes/gpt/generate.py --model {run.folder}"
+    run.finish("text-generation", USAGE, results=results, **shown, next_command=generate)
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dict[str, Any]:
@@ -481,18 +395,16 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dic
 
 def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any], batch: dict[str, Tensor]) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    inputs = {**batch, "use_cache": False}
+    inputs, seconds = {**batch, "use_cache": False}, None
     with dry_run.without_memory():
         model = build_model(replace(cfg, attention="sdpa"), tokenizer)
         facts = describe(cfg, accelerator, model, train)
-        optimizer_bytes = state_bytes(build_optimizer(cfg, model)) / facts["parameters"]
-        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes)
-    rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
+        state = state_bytes_per_parameter(build_optimizer(cfg, model))
+        costs = dry_run.costs(accelerator, model, inputs, state)
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, tokenizer)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-        rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
-        rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
+    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 
 

@@ -5,6 +5,7 @@ in bfloat16 on GPUs and in float32 on CPUs, where bfloat16 is emulated slowly by
 (`torch.optim.Muon` always takes bfloat16).
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -135,6 +136,37 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
+
+
+def state_bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes that AdamW, LAMB, SGD or `MuonWithAdamW` keep in float32: of two moments, of one, or of none."""
+
+    def num_moments(group: dict[str, Any]) -> int:
+        if isinstance(optimizer, torch.optim.SGD):
+            return int(group["momentum"] > 0)
+        return 1 if group.get("use_muon") else 2
+
+    sizes = [(num_moments(group), sum(map(torch.numel, group["params"]))) for group in optimizer.param_groups]
+    return 4 * sum(moments * size for moments, size in sizes) / sum(size for _, size in sizes)
+
+
+def clip_and_step(accelerator: Any, model: Any, optimizer: Any, max_grad_norm: float) -> float:
+    """Clip the gradient of an update, take the step, forget the gradient, and return its norm before clipping.
+
+    A gradient that is not finite changes nothing, on all processes alike; DeepSpeed, which steps inside the backward
+    pass, finds that by itself.
+
+    Args:
+        accelerator: knows the engine.
+        model: prepared.
+        optimizer: prepared.
+        max_grad_norm: norm to which the gradient is clipped; 0 = no clipping.
+    """
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -1,4 +1,4 @@
-"""What happens when: learning rates as factors in [0, 1] of the peak rate, and what is due; functions of the step."""
+"""Learning rates as factors in [0, 1] of the peak rate: functions of the step."""
 
 import math
 

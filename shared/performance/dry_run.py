@@ -194,6 +194,22 @@ def checkpoint_bytes(model: nn.Module, optimizer_bytes_per_parameter: float) -> 
     return _num_bytes(saved.values()) + int(num_trained * optimizer_bytes_per_parameter)
 
 
+def describe(costs: dict[str, int], seconds: float | None, max_steps: int, *, compiles: bool) -> dict[str, str]:
+    """Rows of a table.
+
+    Args:
+        costs: see `costs`.
+        seconds: of one update; None = not timed.
+        max_steps: of the run.
+        compiles: whether the run's model is compiled, which the one that was timed is not.
+    """
+    rows = {name: human_bytes(size) for name, size in costs.items()}
+    if seconds is not None:
+        rows["one update"] = human_seconds(seconds) + (", not compiled" if compiles else "")
+        rows["all updates"] = human_seconds(seconds * max_steps)
+    return rows
+
+
 def human_bytes(num_bytes: float) -> str:
     """Bytes in binary units and three digits: 1.5 GiB."""
     return _scaled(num_bytes, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))

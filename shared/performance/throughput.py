@@ -28,7 +28,7 @@ class Throughput:
         """Seconds since this was made, pauses left out."""
         return self._now() - self._made
 
-    def add(self, *, samples: int, units: int) -> None:
+    def add(self, *, samples: float, units: int) -> None:
         """Count one update's samples and units (tokens or images), over all processes."""
         self._samples += samples
         self._units += units
@@ -83,4 +83,4 @@ class Throughput:
     def _restart(self) -> None:
         self._started = self._now()
         self._seconds_waited = 0.0
-        self._samples = self._units = 0
+        self._samples, self._units = 0.0, 0

@@ -28,8 +28,8 @@ def main(raw: Path) -> None:
     for split, prefix in SPLITS.items():
         images = read_idx(raw / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(raw / f"{prefix}-labels-idx1-ubyte.gz")
-        images = [{"bytes": to_png(image), "path": f"{row:05d}.png"} for row, image in enumerate(images)]
-        table = pyarrow.table({"image": images, "label": labels.astype(np.int64)}, schema=features.arrow_schema)
+        encoded = [{"bytes": to_png(image), "path": f"{row:05d}.png"} for row, image in enumerate(images)]
+        table = pyarrow.table({"image": encoded, "label": labels.astype(np.int64)}, schema=features.arrow_schema)
         target = Path(__file__).parent / "fashion" / f"{split}.parquet"
         target.parent.mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, target, row_group_size=ROWS_IN_GROUP, compression="zstd")

@@ -49,8 +49,8 @@ def test_rows_are_the_library_s_latents_of_every_image(latents: Path, captioned:
         for index in (0, 5, number - 1):
             data = (captioned / split / f"{index:02d}.png").read_bytes()
             pixels = EncodedImage(data).center_crop(16, 1.0)
-            for mirrored, image in ((False, pixels), (True, pixels[:, ::-1].copy())):
-                scaled = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+            for mirrored, shown in ((False, pixels), (True, pixels[:, ::-1].copy())):
+                scaled = torch.from_numpy(shown).permute(2, 0, 1)[None].float() / 127.5 - 1
                 with torch.no_grad():
                     posterior = vae.encode(scaled).latent_dist
                 found = read.read(index, mirrored=mirrored)
@@ -94,9 +94,9 @@ def test_images_of_many_shapes_are_resized_and_cut_to_their_buckets(
             image = image.resize((int(image.width * scale + 1e-6), int(image.height * scale + 1e-6)), Image.BILINEAR)
             left, top = (image.width - width) // 2, (image.height - height) // 2
             pixels = np.array(image.crop((left, top, left + width, top + height)))
-            for mirrored, image in ((False, pixels), (True, pixels[:, ::-1].copy())):
+            for mirrored, shown in ((False, pixels), (True, pixels[:, ::-1].copy())):
                 with torch.no_grad():
-                    scaled = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+                    scaled = torch.from_numpy(shown).permute(2, 0, 1)[None].float() / 127.5 - 1
                     posterior = vae.encode(scaled).latent_dist
                 found = read.read(index, mirrored=mirrored)
                 for name in ("mean", "std"):

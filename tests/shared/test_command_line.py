@@ -42,6 +42,9 @@ TOKEN = "hf_" + "a1B2" * 9
 class Config(RunControl):
     """Fields of a method."""
 
+    global_batch_size: int = 8
+    max_steps: int = 5
+    max_grad_norm: float = 1.0
     data: str = "sample"
     """Where the text is."""
     learning_rate: float = 4e-3
@@ -436,8 +439,9 @@ from shared.fields import RunControl
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunControl):
+    global_batch_size: int = 8
     max_steps: int = 5
-    \"\"\"Optimizer updates.\"\"\"
+    max_grad_norm: float = 1.0
 
 if __name__ == "__main__":
     with exit_codes():

@@ -14,6 +14,9 @@ TOKEN = "hf_" + "a1B2" * 9
 class Config(RunControl):
     """Fields of a method."""
 
+    global_batch_size: int = 8
+    max_steps: int = 5
+    max_grad_norm: float = 1.0
     data: str = "sample"
     """Where the text is."""
 

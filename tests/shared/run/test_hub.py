@@ -124,7 +124,7 @@ def run_client(hub: Hub, code: str, **environment: str) -> subprocess.CompletedP
 
 
 def test_repository_is_created_private_by_default(hub: Hub) -> None:
-    assert check_push("my-gpt", private=RunControl().hub_private) == REPO
+    assert check_push("my-gpt", private=RunControl.hub_private) == REPO
     assert hub.model(REPO).private
     assert check_push(REPO, private=True) == REPO  # it exists now
     assert [json.loads(request.body)["visibility"] for request in hub.sent("/repos/create")] == ["private"] * 2

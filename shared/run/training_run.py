@@ -1,0 +1,266 @@
+"""A training run but for its training: it starts, resumes, counts, records, stops and reports. The recipe has the loop.
+
+    accelerator, micro_batch_size = start(cfg)               # processes are up, nothing is written
+    ...                                                      # data, model, accelerator.prepare
+    run = Run(cfg, accelerator)                              # model and optimizer are filled from the checkpoint
+    run.record(Path(__file__), facts)                        # from here on there are files
+    for step, batches in run.updates(loader, flops_per_sample):
+        loss, grad_norm = ...                                # one optimizer update
+        due = run.count_update(grad_norm, samples=..., units=...)
+        metrics = {"train/loss": loss.item(), **run.rates("tokens")} if due.log else {}
+        with run.pause():
+            if due.evaluate:
+                metrics |= ...
+            run.write(metrics)                               # before the checkpoint: no step is lost, none comes twice
+            if due.save:
+                run.save({...})
+            if due.push:
+                ...                                          # export the model
+                run.push()
+    run.finish(...)
+
+Every process makes every call. What is `due` is the same on all of them, so a block under it may hold collectives.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from shared.command_line import RunStopped
+from shared.fields import RunControl, to_yaml
+from shared.performance.flops import peak
+from shared.performance.profiling import trace_updates
+from shared.performance.throughput import Throughput
+from shared.run import checkpoints, hub
+from shared.run.folder import check_run_folder, write_run_record
+from shared.run.log import RunLog
+from shared.run.report import finish_run
+from shared.run.skipped_updates import SkippedUpdates
+from shared.runtime import collectives, launch
+from shared.runtime.signals import StopSignals
+
+Update = TypeVar("Update")
+
+
+class Due(NamedTuple):
+    """What happens after an update, the same on all processes.
+
+    Attributes:
+        log: metrics of the training.
+        evaluate: metrics on held-out data.
+        save: a checkpoint.
+        push: the exported model goes to the Hub.
+    """
+
+    log: bool
+    evaluate: bool
+    save: bool
+    push: bool
+
+
+def start(control: RunControl) -> tuple[Any, int]:
+    """Check the run folder, start the processes, derive accumulation, and see that the Hub knows who pushes.
+
+    Nothing is written.
+
+    Args:
+        control: of the run; all of its fields are compared with those that the folder may hold.
+
+    Returns:
+        The `Accelerator`, and the samples of one micro-batch on one process.
+
+    Raises:
+        UsageError: see `check_run_folder`, `launch` and `hub.check_login`.
+    """
+    check_run_folder(Path(control.output_dir), control.resume, asdict(control))
+    launch.follow_launcher()
+    accelerator = launch.start_accelerator(
+        control.timeout_minutes, control.report_to, control.output_dir, control.deterministic
+    )
+    micro_batch_size = launch.set_accumulation(accelerator, control.global_batch_size, control.per_device_batch_size)
+    launch.set_deepspeed_values(accelerator, micro_batch_size, control.max_grad_norm)
+    with collectives.raise_together(accelerator):
+        hub.check_login(control.push_to_hub if accelerator.is_main_process else "")
+    return accelerator, micro_batch_size
+
+
+class Run:
+    """What goes on beside the updates of a run.
+
+    Args:
+        control: of the run.
+        accelerator: its prepared model and optimizer are filled from the checkpoint to go on from, if there is one.
+        previous_phase: run folder whose newest checkpoint a new run begins with, at step 0; None = as they are.
+
+    Attributes:
+        folder: of the run.
+        step: updates done so far.
+        state: what `save` was given, of the run that goes on; empty at the beginning.
+
+    Raises:
+        NoUsableCheckpoint, UsageError: see `checkpoints.resume_run`.
+    """
+
+    def __init__(self, control: RunControl, accelerator: Any, previous_phase: Path | None = None) -> None:
+        self._control, self._accelerator, self.folder = control, accelerator, Path(control.output_dir)
+        self.step, self.state = checkpoints.resume_run(accelerator, self.folder, control.resume, previous_phase)
+        self._skipped = SkippedUpdates(self.state, control.max_bad_updates)
+        self._seconds: float = self.state.get("training_seconds", 0.0)  # at the newest checkpoint
+        self._written = self._saved = self.step  # the newest steps of the metrics and of the checkpoints
+
+    def record(self, recipe: Path, facts: dict[str, Any]) -> None:
+        """Write what the run is made of, see that it may push, and open its log.
+
+        Args:
+            recipe: the program, of which the folder keeps a copy.
+            facts: for run.json: data, data_fingerprint, init, and what follows from the configuration.
+
+        Raises:
+            UsageError: see `hub.check_push` and `write_run_record`.
+        """
+        control, accelerator, hub_id = self._control, self._accelerator, ""
+        with collectives.raise_together(accelerator):
+            if accelerator.is_main_process:
+                hub_id = hub.check_push(control.push_to_hub, private=control.hub_private)
+                write_run_record(self.folder, to_yaml(control), recipe, facts)
+        self._log = RunLog(accelerator, self.folder, self.step, control.max_steps)
+        self._pusher = hub.HubPusher(hub_id, control.hub_private)
+
+    def updates(self, loader: Iterator[Update], flops_per_sample: float) -> Iterator[tuple[int, Update]]:
+        """What each update sees, with its number from 0, from the next one to the last.
+
+        A signal ends the run after an update, once it is saved; so do too many updates without a finite gradient.
+
+        Args:
+            loader: gives the updates from `step` on.
+            flops_per_sample: floating-point operations of one sample's forward and backward pass.
+
+        Raises:
+            RunStopped, TooManyNonFiniteUpdates: the run has ended, and is saved.
+        """
+        control, accelerator = self._control, self._accelerator
+        profiler = trace_updates(self.folder / "profile") if control.profile else None
+        self._throughput = Throughput(flops_per_sample, peak(accelerator) * accelerator.num_processes)
+        self._seconds_before = self._seconds
+        self._stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
+        while self.step < control.max_steps:
+            number = self.step
+            with self._throughput.waiting_for_data():
+                update = next(loader)
+            yield number, update
+            assert self.step == self._written == number + 1, "each update is to be counted and written, once"
+            assert self._saved == self.step or not self._due.save, "a checkpoint was due and is not there"
+            if profiler:
+                profiler.step()
+            self._skipped.check(self.step)
+            if self._is_stopping and self.step < control.max_steps:
+                raise RunStopped(
+                    f"saved at step {self.step} of {control.max_steps}; the same command goes on from there"
+                )
+
+    def count_update(self, grad_norm: float, *, samples: float, units: int) -> Due:
+        """Note that an update was done, and say what is due after it.
+
+        Args:
+            grad_norm: the same on all processes; an update whose norm is not finite counts as skipped.
+            samples: over all processes, in units of `flops_per_sample`.
+            units: tokens or images, over all processes.
+        """
+        control = self._control
+        self.step += 1
+        self._throughput.add(samples=samples, units=units)
+        self._skipped.count(grad_norm)
+        self._is_stopping = collectives.on_any_process(self._accelerator, self._stop.received)
+        is_finished = self.step == control.max_steps
+        is_last = is_finished or self._skipped.are_too_many
+        self._due = Due(
+            log=is_last or _is_due(self.step, control.log_every),
+            evaluate=is_finished or _is_due(self.step, control.eval_every),
+            save=is_last or self._is_stopping or _is_due(self.step, control.save_every),
+            push=_is_due(self.step, control.push_every),
+        )
+        return self._due
+
+    def rates(self, unit: str) -> dict[str, float]:
+        """Updates skipped so far, and the rates since the last call, see `Throughput.read`.
+
+        Call it after something that waits for the device, such as `loss.item()`.
+        """
+        return {"train/skipped_updates": self._skipped.total, **self._throughput.read(unit)}
+
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        """Do not count the block's time as training: evaluation, saving."""
+        return self._throughput.pause()
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Record this update's metrics, if there are any, and move the bar. Once an update, before `save`."""
+        self._log.write(self.step, metrics and {**metrics, "perf/training_seconds": self._training_seconds()})
+        self._written = self.step
+
+    def write_samples(self, text: str) -> None:
+        """Keep what the model made after this update in samples/."""
+        self._log.write_samples(self.step, text)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint.
+
+        Args:
+            state: what else resuming needs: JSON, and under the key tensors a dict of tensors.
+        """
+        assert self._written == self.step, "metrics are written before the checkpoint, or a kill could lose them"
+        self._seconds = self._training_seconds()
+        everything = {"training_seconds": self._seconds, **self._skipped.state(), **state}
+        checkpoints.save_checkpoint(
+            self._accelerator, self.folder, self.step, everything, self._control.keep_checkpoints
+        )
+        self._saved = self.step
+
+    def push(self) -> None:
+        """Push the exported model in the background, if the run is to be pushed."""
+        self._pusher.push(self.folder, f"step {self.step}", f"step-{self.step}")
+
+    def finish(
+        self,
+        pipeline_tag: str,
+        usage: str,
+        *,
+        results: dict[str, Any],
+        samples: str,
+        figures: dict[str, str],
+        next_command: str = "",
+    ) -> None:
+        """Report on the run, whose model is exported, push it, and end the processes.
+
+        Args:
+            pipeline_tag: the Hub's task name, such as text-generation.
+            usage: Python that loads the model.
+            results: training_flops and what else run.json is to say.
+            samples: what the model made, as plain text.
+            figures: heading -> file name in figures/, of images beside the loss curve.
+            next_command: what the user may want to type now; "" = nothing.
+        """
+        accelerator = self._accelerator
+        finish_run(
+            self._log,
+            self._pusher,
+            self.folder,
+            pipeline_tag=pipeline_tag,
+            usage=usage,
+            results={"steps": self.step, "training_seconds": self._seconds, **results},
+            samples=samples,
+            figures=figures,
+            is_main_process=accelerator.is_main_process,
+        )
+        if next_command:
+            self._log.say(next_command)
+        accelerator.end_training()
+
+    def _training_seconds(self) -> float:
+        return self._seconds_before + self._throughput.training_seconds
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 = never, happens after `step`."""
+    return every > 0 and step % every == 0
