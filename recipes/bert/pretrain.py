@@ -1,4 +1,4 @@
-"""Pre-train BERT with a WordPiece tokenizer from scratch: masked language modelling and next sentence prediction.
+r"""Pre-train BERT with a WordPiece tokenizer from scratch: masked language modelling and next sentence prediction.
 
 Papers: Devlin et al. 2019 (BERT), Shoeybi et al. 2020 (the pre-norm block of Megatron, the default), Wettig et al. 2023
 (how much to mask), You et al. 2020 (LAMB). With no arguments it trains on the embedded prose on two CPU cores in
@@ -11,7 +11,7 @@ minutes; recipes/bert/README.md has the measured results and what differs from t
 
 # Shapes: B pairs of a micro-batch, T tokens of a row, M masked positions of a row, H width, V vocabulary.
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,93 +19,62 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.fields import Amount, Count, Natural, Positive, Share, ShareInside
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.RunControl):
-    """Fields of the method; RunControl has those that every recipe shares."""
+class Config(fields.Corpus, fields.RunControl):
+    """Fields of the method; Corpus says where the text is, RunControl what every training stage has."""
 
     output_dir: str = "outputs/bert"
-    """The run folder; on several nodes it must be one that all of them see."""
-    eval_every: int = 500
-    """Updates between two evaluations; 0 = only at the end."""
-    save_every: int = 500
-    """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
+    eval_every: Natural = 500
+    save_every: Natural = 500
 
-    data: str = "sample"
-    """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id."""
-    data_config: str = ""
-    """Configuration of a Hub data set. "" = its only one."""
-    data_split: str = "train"
-    """Split of a Hub data set."""
-    eval_data: str = ""
-    """Data to evaluate on, in the same forms. "" = hold out eval_fraction of the documents."""
-    eval_split: str = "validation"
-    """Split of eval_data if it is a Hub data set."""
-    eval_fraction: float = 0.05
-    """Share of the documents held out where eval_data is not given; chosen by their content."""
-    text_column: str = ""
-    """Column of the text. "" = the only column that holds text, or the one called text."""
-    language: str = "en"
-    """Code of the language, for splitting text into sentences."""
-    one_sentence_per_line: bool = False
-    """The text is split already: a line is a sentence, and a blank line ends a document."""
-    tokenizer: str = ""
-    """Folder or Hub id of a tokenizer. "" = the one of `init`, else a WordPiece trained on the data."""
-    vocab_size: int = 8192
-    """Tokens of a tokenizer trained here; the model's vocabulary is this, padded to a multiple of 64."""
-    lowercase: bool = True
-    """Whether a tokenizer trained here ignores case and accents."""
-    seq_length: int = 64
-    """Tokens of a row: [CLS] A [SEP] B [SEP]."""
-    mask_fraction: float = 0.25  # Geiping and Goldstein 2022
-    """Share of the tokens to predict in training; evaluation always has 0.15."""
+    # Data
+    language: str = "en"  # Code of the language, for splitting text into sentences.
+    one_sentence_per_line: bool = False  # The text is split already, and a blank line ends a document.
+    tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a WordPiece trained on the data.
+    vocab_size: Count = 8192  # Tokens of a tokenizer trained here; the model's vocabulary is padded to 64's.
+    lowercase: bool = True  # Whether a tokenizer trained here ignores case and accents.
+    seq_length: Count = 64  # Tokens of a row: [CLS] A [SEP] B [SEP].
+
+    # Objective
+    mask_fraction: ShareInside = 0.25
+    """Share of the tokens to predict in training (Geiping and Goldstein 2022); evaluation always has 0.15."""
     whole_word_masking: bool = True
     """Mask all tokens of a word together in training; evaluation always masks tokens one by one."""
 
+    # Model
     architecture: Literal["megatron", "bert"] = "megatron"
     """Which block: megatron (pre-norm, Shoeybi et al. 2020) or bert (post-norm, Devlin et al. 2019)."""
-    hidden_size: int = 128
-    """Width of the residual stream."""
-    intermediate_size: int = 0
-    """Width inside the MLP. 0 = 4 x hidden_size."""
-    num_layers: int = 3
-    """Transformer blocks."""
-    num_heads: int = 4
-    """Attention heads."""
-    max_positions: int = 128
-    """Rows of the table of positions: the longest row that this model, or a next phase of it, can see."""
+    hidden_size: Count = 128  # Width of the residual stream.
+    intermediate_size: Natural = 0  # Width inside the MLP. 0 = 4 x hidden_size.
+    num_layers: Count = 3  # Transformer blocks.
+    num_heads: Count = 4  # Attention heads.
+    max_positions: Count = 128  # Rows of the table of positions: the longest row of this model or of a next phase.
     neighbour_heads: bool = True
     """Let two thirds of the attention heads begin by looking at the tokens beside, see the README."""
-    dropout: float = 0.0
-    """Dropout probability of attention weights and of each block's outputs. 0 = none."""
+    dropout: Share = 0.0  # Dropout probability of attention weights and of each block's outputs. 0 = none.
     init: str = "scratch"
     """scratch, or a run folder or Hub id to start from (next phase, continued pre-training): its weights and sizes."""
     init_optimizer: bool = False
     """Start with the optimizer's state of `init` too, a run folder with a checkpoint; the step begins at 0."""
 
-    global_batch_size: int = 32
-    """Pairs of one update, over all processes and micro-batches."""
-    per_device_batch_size: int = 0
-    """Pairs of one micro-batch on one process. 0 = the process's whole share of the global batch."""
-    max_steps: int = 2500
-    """Optimizer updates."""
+    # Optimization
+    global_batch_size: Count = 32  # Pairs of one update, over all processes and micro-batches.
+    max_steps: Count = 2500
+    max_grad_norm: Amount = 1.0
     optimizer: Literal["muon", "adamw", "lamb"] = "muon"
     """muon = Muon for hidden matrices and AdamW for the rest; adamw or lamb = that one for all."""
-    learning_rate: float = 0.002
-    """Peak rate of AdamW or LAMB."""
-    muon_learning_rate: float = 0.008
-    """Peak rate of Muon."""
-    weight_decay: float = 0.0
+    learning_rate: Positive = 0.002  # Peak rate of AdamW or LAMB.
+    muon_learning_rate: Positive = 0.008  # Peak rate of Muon.
+    weight_decay: Amount = 0.0
     """Decoupled weight decay of all but biases and norms (muon: of its matrices only). 0 = none."""
-    max_grad_norm: float = 1.0
-    """Norm to which the update's gradient is clipped. 0 = no clipping."""
-    warmup_steps: int = 50
-    """Updates over which the rate rises; then it falls linearly. 0 = none."""
-    schedule_steps: int = 0
+    warmup_steps: Natural = 50  # Updates over which the rate rises; then it falls linearly. 0 = none.
+    schedule_steps: Natural = 0
     """Updates after which the rate is 0, more than max_steps where a next phase goes on. 0 = max_steps."""
 
 
@@ -128,61 +97,60 @@ from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
 from shared.metrics.accuracy import Accuracy
 from shared.models.export import export_model
+from shared.models.masked_heads import BertForPreTraining, MegatronBertForPreTraining
 from shared.models.neighbour_heads import attend_to_neighbours
 from shared.models.pretrained import check_saved_sizes, load_pretrained
 from shared.optim import schedules
-from shared.optim.optimizers import MuonWithAdamW, set_learning_rates, state_bytes
+from shared.optim.optimizers import MuonWithAdamW, clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
-from shared.performance.flops import peak, training_flops
-from shared.performance.profiling import trace_updates
-from shared.performance.throughput import Throughput
-from shared.run import checkpoints, hub, summary
-from shared.run import folder as run_folder
-from shared.run.log import RunLog
-from shared.run.report import finish_run
-from shared.run.skipped_updates import SkippedUpdates
-from shared.runtime import collectives, launch
+from shared.performance.flops import training_flops
+from shared.run import summary
+from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
-from shared.runtime.signals import StopSignals
+from shared.runtime.collectives import gather_objects, node_main_first
+from shared.runtime.launch import usable_cores
 from shared.text import tokenization, wordpiece
 from shared.text.documents import Beginning, open_texts
-from shared.text.filled_masks import show_filled
+from shared.text.filled_masks import show_answer, show_filled
 from shared.text.sentence_cache import split_corpus
-from shared.text.sentence_pairs import NUM_SPECIAL, SentencePairs
+from shared.text.sentence_pairs import NUM_SPECIAL, SentencePairs, cut_padding, without_targets
+from shared.text.wordpiece import Vocabulary
 
 SHORT_FRACTION = 0.1  # of the pairs are made shorter, to a random length (Devlin et al. 2019, released code)
 EVAL_MASK_FRACTION = 0.15  # Devlin et al. 2019, section 3.1: what published accuracies are measured at
 EVAL_SEED = 0  # of the pairs and masks to evaluate on, so that runs of any seed compare
 DRY_RUN_CHARACTERS = 1 << 22  # of the corpus that a dry run reads
 NUM_SAMPLES = 4
-ANSWERS = ("continuation", "other document")  # in the order of the labels
 USAGE = """from transformers import pipeline
 
 print(pipeline("fill-mask", "path/of/this/folder")("The President of the United [MASK]."))"""
 
 
+MODEL_CLASSES = {"bert": BertForPreTraining, "megatron-bert": MegatronBertForPreTraining}
+
+
 def check_config(cfg: Config) -> None:
-    """Raise `UsageError` for what can be told wrong from the fields alone."""
+    """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
-    cli.expect_at_least(cfg, 1, "num_layers", "num_heads", "hidden_size", "global_batch_size", "max_steps")
-    cli.expect_at_least(cfg, 0, "intermediate_size", "per_device_batch_size")
-    cli.expect_at_least(cfg, 0, "warmup_steps", "weight_decay", "max_grad_norm")
-    for field in ("learning_rate", "muon_learning_rate"):
-        cli.expect(getattr(cfg, field) > 0, field, getattr(cfg, field), "more than 0")
+    fields.check_corpus(cfg)
     cli.expect(cfg.seq_length >= 8, "seq_length", cfg.seq_length, "at least 8, for two segments and 3 special tokens")
     cli.expect(cfg.seq_length <= cfg.max_positions, "seq_length", cfg.seq_length, "at most max_positions")
     cli.expect(cfg.hidden_size % cfg.num_heads == 0, "hidden_size", cfg.hidden_size, "a multiple of num_heads")
-    for field in ("eval_fraction", "dropout"):
-        cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
     is_long = not cfg.schedule_steps or cfg.schedule_steps >= cfg.max_steps
     cli.expect(is_long, "schedule_steps", cfg.schedule_steps, "0, or at least max_steps")
     is_code = 2 <= len(cfg.language) <= 3 and cfg.language.isalpha()
     cli.expect(is_code, "language", cfg.language, "a code of two or three letters, such as en")
-    cli.expect(0 < cfg.mask_fraction < 1, "mask_fraction", cfg.mask_fraction, "a share in (0, 1)")
-    has_eval = cfg.eval_fraction > 0 or cfg.eval_data or cfg.data == "sample"
-    cli.expect(bool(has_eval), "eval_fraction", cfg.eval_fraction, "more than 0 where eval_data is not given")
     has_run = cfg.init != "scratch" or not cfg.init_optimizer
     cli.expect(has_run, "init", cfg.init, "a run folder with checkpoints, for init_optimizer")
+
+
+def check_engine(cfg: Config, accelerator: Any) -> None:
+    """Raise `UsageError` for what this engine cannot do."""
+    if cfg.optimizer != "adamw" and accelerator.distributed_type == "DEEPSPEED":
+        needs = "ZeRO flattens the matrices that it needs, use --optimizer adamw"
+        raise cli.UsageError(f"optimizer: {cfg.optimizer!r}: {needs}")
+    if cfg.optimizer == "lamb" and accelerator.distributed_type == "FSDP":
+        raise cli.UsageError("optimizer: 'lamb': FSDP2 cuts the matrices whose norms it needs, use muon or adamw")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,13 +167,13 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, Senten
     if cfg.dry_run:
         texts = Beginning(texts, DRY_RUN_CHARACTERS)
         eval_texts = eval_texts and Beginning(eval_texts, DRY_RUN_CHARACTERS)
-    with collectives.node_main_first(accelerator):
+    with node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         sizes = {"vocab_size": cfg.vocab_size, "seq_length": cfg.max_positions, "lowercase": cfg.lowercase}
         cache_dir = cache_folder(cfg.cache_dir)
         tokenizer = wordpiece.load_or_train(name, texts, **sizes, cache_dir=cache_dir)
         options = {"language": cfg.language, "one_sentence_per_line": cfg.one_sentence_per_line}
-        options |= {"cache_dir": cache_dir, "num_processes": launch.usable_cores()}
+        options |= {"cache_dir": cache_dir, "num_processes": usable_cores()}
         train, held_out = split_corpus(texts, tokenizer, eval_fraction=fraction, **options)
         if eval_texts:
             _, held_out = split_corpus(eval_texts, tokenizer, eval_fraction=1.0, **options)
@@ -215,24 +183,6 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, Senten
         for needed_by_all in (pairs, eval_pairs):
             needed_by_all.epoch(0)
     return tokenizer, pairs, eval_pairs
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What masking needs to know of a tokenizer."""
-
-    mask_token_id: int
-    is_special: np.ndarray  # bool (V,)
-    continues_word: np.ndarray  # bool (V,): whether a token continues the word before it
-    ordinary_ids: np.ndarray  # int64, of all tokens that are not special
-
-
-def look_up(tokenizer: Any) -> Vocabulary:
-    """The special tokens, and those that continue a word."""
-    ids = np.array(sorted(tokenizer.get_vocab().values()))
-    is_special = np.isin(np.arange(tokenization.num_ids(tokenizer)), tokenizer.all_special_ids)
-    continues_word = wordpiece.continues_word(tokenizer)
-    return Vocabulary(tokenizer.mask_token_id, is_special, continues_word, ids[~is_special[ids]])
 
 
 def mask_tokens(
@@ -270,17 +220,11 @@ def mask_tokens(
     return {**row, "input_ids": ids, "masked_positions": masked_positions, "labels": labels}
 
 
-def cut_padding(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The batch without columns that none of its rows needs."""
-    ends = dict.fromkeys(("input_ids", "token_type_ids", "attention_mask"), int(batch["attention_mask"].sum(1).max()))
-    ends |= dict.fromkeys(("masked_positions", "labels"), max(1, int((batch["labels"] != IGNORED).sum(1).max())))
-    return {name: values[:, : ends[name]] if name in ends else values for name, values in batch.items()}
-
-
+@dataclass(frozen=True)
 class MaskedUpdates(Dataset):
     """Item `step` is what update `step` sees on this process: a function of seed and step, whoever reads it.
 
-    Args:
+    Attributes:
         cfg: of the run.
         pairs: to train on.
         vocabulary: of the tokenizer.
@@ -288,84 +232,24 @@ class MaskedUpdates(Dataset):
         order: global_batch_size, rank and num_processes.
     """
 
-    def __init__(
-        self, cfg: Config, pairs: SentencePairs, vocabulary: Vocabulary, micro_batch_size: int, order: dict[str, int]
-    ) -> None:
-        self._cfg, self._pairs, self._vocabulary = cfg, pairs, vocabulary
-        self._micro_batch_size, self._order = micro_batch_size, order
+    cfg: Config
+    pairs: SentencePairs
+    vocabulary: Vocabulary
+    micro_batch_size: int
+    order: dict[str, int]
 
     def __getitem__(self, step: int) -> list[dict[str, np.ndarray]]:
         """The micro-batches of update `step`."""
-        cfg = self._cfg
-        rows = [
-            mask_tokens(
-                self._pairs.read(epoch, pair),
-                self._vocabulary,
-                cfg.mask_fraction,
-                cfg.whole_word_masking,
-                derive_seed(cfg.seed, "mask", epoch, pair),
-            )
-            for epoch, pair in self._pairs.samples_of_update(step, **self._order)
-        ]
-        return [cut_padding(batch) for batch in micro_batches(rows, self._micro_batch_size)]
+        fraction, whole_words, seed = self.cfg.mask_fraction, self.cfg.whole_word_masking, self.cfg.seed
+        rows = []
+        for epoch, pair in self.pairs.samples_of_update(step, **self.order):
+            row, draw = self.pairs.read(epoch, pair), derive_seed(seed, "mask", epoch, pair)
+            rows.append(mask_tokens(row, self.vocabulary, fraction, whole_words, draw))
+        return [cut_padding(batch) for batch in micro_batches(rows, self.micro_batch_size)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
-
-
-class AtMaskedPositions:
-    """A library class with both heads, the large one computed at the masked positions only."""
-
-    # FSDP2's units are to be the blocks, and all else together: the decoder shares its weight with the embeddings and
-    # its bias with the head, and accelerate would put what these name into a unit without the head.
-    get_input_embeddings = get_output_embeddings = lambda self: None
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor,
-        attention_mask: Tensor,
-        masked_positions: Tensor,
-        labels: Tensor | None = None,
-        next_sentence_label: Tensor | None = None,
-    ) -> transformers.models.bert.modeling_bert.BertForPreTrainingOutput:
-        """Logits (B, M, V) of the masked tokens and (B, 2) of the next sentence.
-
-        Args:
-            input_ids: (B, T)
-            token_type_ids: (B, T), 0 in the first segment and 1 in the second.
-            attention_mask: (B, T), 0 at padding.
-            masked_positions: (B, M)
-            labels: (B, M), -100 at places without a target; with them there is a loss, the library class's.
-            next_sentence_label: (B,), 0 where the second segment continues the first.
-        """
-        encoded = self.bert(input_ids=input_ids, token_type_ids=token_type_ids, attention_mask=attention_mask)
-        hidden = encoded.last_hidden_state  # (B, T, H)
-        at_masks = hidden.gather(1, masked_positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        token_logits, next_logits = self.cls(at_masks, encoded.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(token_logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-            loss = loss + cross_entropy(next_logits, next_sentence_label)
-        return transformers.models.bert.modeling_bert.BertForPreTrainingOutput(
-            loss=loss, prediction_logits=token_logits, seq_relationship_logits=next_logits
-        )
-
-
-class BertForPreTraining(AtMaskedPositions, transformers.BertForPreTraining):
-    """The library's class, under its name, which is what config.json will say."""
-
-    _no_split_modules = ("BertLayer",)
-
-
-class MegatronBertForPreTraining(AtMaskedPositions, transformers.MegatronBertForPreTraining):
-    """The library's class, under its name, which is what config.json will say."""
-
-    _no_split_modules = ("MegatronBertLayer",)
-
-
-MODEL_CLASSES = {"bert": BertForPreTraining, "megatron-bert": MegatronBertForPreTraining}
 
 
 def build_model(cfg: Config, tokenizer: Any) -> Any:
@@ -427,7 +311,7 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 
 
 def forward(model: Any, batch: dict[str, Tensor]) -> Any:
-    """Logits of the masked tokens and of the next sentence, see `AtMaskedPositions`."""
+    """Logits of the masked tokens and of the next sentence, see `masked_heads`."""
     inputs = ("input_ids", "token_type_ids", "attention_mask", "masked_positions")
     return model(**{name: batch[name] for name in inputs})
 
@@ -458,9 +342,8 @@ def evaluate(
     model.eval()
     by_length = np.argsort(pairs.lengths(pairs.epoch(0)), kind="stable")
     starts = range(0, len(by_length), batch_size * accelerator.num_processes)
-    is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
     nlls, tokens, answers = np.zeros(2), [], []  # tokens and answers: (2, N), what was predicted and what was right
-    for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
+    for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=accelerator.process_index > 0 or None):
         mine = by_length[first + accelerator.process_index * batch_size :][:batch_size]
         rows = [row_to_evaluate(pairs, pair, vocabulary) for pair in mine.tolist()]
         # A process that has no pair left takes one without a target: all must run equally often.
@@ -471,9 +354,7 @@ def evaluate(
         tokens.append(torch.stack([output.prediction_logits.argmax(-1), batch["labels"]]).flatten(1))
         answers.append(torch.stack([output.seq_relationship_logits.argmax(-1), batch["next_sentence_label"]]))
     model.train()
-    gathered = collectives.gather_objects(
-        accelerator, [nlls, *(torch.cat(both, 1).cpu().numpy() for both in (tokens, answers))]
-    )
+    gathered = gather_objects(accelerator, [nlls, *(torch.cat(both, 1).cpu().numpy() for both in (tokens, answers))])
     mlm_nll, nsp_nll = np.sum([process[0] for process in gathered], axis=0).tolist()
     tokens, answers = (np.concatenate([process[kind] for process in gathered], axis=1) for kind in (1, 2))
     tokens, answers = (both[:, both[1] != IGNORED] for both in (tokens, answers))
@@ -487,11 +368,6 @@ def evaluate(
     }
 
 
-def without_targets(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The row with nothing to predict."""
-    return {**row, **{name: np.full_like(row[name], IGNORED) for name in ("labels", "next_sentence_label")}}
-
-
 @torch.no_grad()
 def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, vocabulary: Vocabulary) -> str:
     """What the model fills into the masks of `NUM_SAMPLES` pairs and answers about them; every process takes part."""
@@ -501,10 +377,9 @@ def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, v
         batch = cut_padding(micro_batches([row_to_evaluate(pairs, pair, vocabulary)], 1)[0])
         output = forward(model, to_device(batch, accelerator.device))
         hidden = [batch[name][0] for name in ("input_ids", "masked_positions", "labels")]
-        guess = ANSWERS[int(output.seq_relationship_logits[0].argmax())]
-        truth = ANSWERS[int(batch["next_sentence_label"][0])]
-        verdict = f"second segment: {guess}" + ("" if guess == truth else f", wrong, it is the {truth}")
-        texts.append(f"{show_filled(tokenizer, *hidden, output.prediction_logits[0].argmax(-1).cpu())}\n=> {verdict}")
+        filled = show_filled(tokenizer, *hidden, output.prediction_logits[0].argmax(-1).cpu())
+        answers = (output.seq_relationship_logits[0].argmax(), batch["next_sentence_label"][0])
+        texts.append(f"{filled}\n=> {show_answer(*map(int, answers))}")
     model.train()
     return "\n\n".join(texts)
 
@@ -516,8 +391,7 @@ def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, v
 def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
     """One optimizer update: its losses (nats: MLM a masked token, NSP a pair) over all processes and micro-batches.
 
-    The objective is the sum of both means (Devlin et al. 2019, appendix A.2). A gradient that is not finite changes
-    nothing, on all processes alike; DeepSpeed, which steps inside the backward pass, finds that by itself.
+    The objective is the sum of both means (Devlin et al. 2019, appendix A.2).
 
     Returns:
         The two losses (2,), and the gradient norm.
@@ -533,34 +407,19 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
             micro_nlls = torch.stack(loss_sums(forward(model, batch), batch))
             accelerator.backward((micro_nlls * scales).sum())
         nlls.append(micro_nlls.detach())
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
-    if math.isfinite(grad_norm):
-        optimizer.step()
-    optimizer.zero_grad()
+    grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
     return accelerator.reduce(torch.stack(nlls).sum(0), "sum") / num_targets, grad_norm
 
 
 def main(cfg: Config) -> None:
     """Train, evaluate, save, and leave a model that `from_pretrained` loads."""
     check_config(cfg)
-    run_dir = Path(cfg.output_dir)
-    run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
-    launch.follow_launcher()
-    accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
-    micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
-    launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
-    if cfg.optimizer != "adamw" and accelerator.distributed_type == "DEEPSPEED":
-        needs = "ZeRO flattens the matrices that it needs, use --optimizer adamw"
-        raise cli.UsageError(f"optimizer: {cfg.optimizer!r}: {needs}")
-    if cfg.optimizer == "lamb" and accelerator.distributed_type == "FSDP":
-        raise cli.UsageError("optimizer: 'lamb': FSDP2 cuts the matrices whose norms it needs, use muon or adamw")
-    with collectives.raise_together(accelerator):
-        hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
-
+    accelerator, micro_batch_size = start(cfg)
+    check_engine(cfg, accelerator)
     tokenizer, pairs, eval_pairs = open_data(cfg, accelerator)
-    vocabulary = look_up(tokenizer)
-    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"global_batch_size": cfg.global_batch_size, **rank}
+    vocabulary = wordpiece.look_up_vocabulary(tokenizer)
+    order = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+    order["global_batch_size"] = cfg.global_batch_size
     updates = MaskedUpdates(cfg, pairs, vocabulary, micro_batch_size, order)
     if cfg.dry_run:
         report_costs(cfg, accelerator, tokenizer, pairs, to_device(updates[0][0], accelerator.device))
@@ -572,68 +431,41 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    previous_phase = Path(cfg.init) if cfg.init_optimizer else None
-    step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase)
-    skipped = SkippedUpdates(state, cfg.max_bad_updates)
-    loader = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
-    record = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
-    with collectives.raise_together(accelerator):
-        hub.check_push(hub_id, private=cfg.hub_private)
-        if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
-    log = RunLog(accelerator, run_dir, step, cfg.max_steps)
-    pusher = hub.HubPusher(hub_id, cfg.hub_private)
-    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_pair"], peak(accelerator) * accelerator.num_processes)
-    seconds_before, schedule_steps = state.get("training_seconds", 0.0), cfg.schedule_steps or cfg.max_steps
-    stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
+    run = Run(cfg, accelerator, Path(cfg.init) if cfg.init_optimizer else None)  # goes on from its newest checkpoint
+    loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    data = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
+    run.record(Path(__file__), {**data, **facts})
     model.train()
-    while step < cfg.max_steps:
-        with throughput.waiting_for_data():
-            batches = next(loader)
+    for step, batches in run.updates(loader, facts["flops_per_pair"]):
         own_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)  # other processes' are nearly as many
         # Warm up, then fall linearly to 0 at schedule_steps: released code of Devlin et al. 2019, optimization.py.
-        factor = schedules.warmup_stable_decay(step, schedule_steps, cfg.warmup_steps, decay_fraction=1.0)
+        factor = schedules.warmup_stable_decay(step, cfg.schedule_steps or cfg.max_steps, cfg.warmup_steps, 1.0)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
-        step += 1
-        throughput.add(samples=cfg.global_batch_size, units=own_tokens * accelerator.num_processes)
-        skipped.count(grad_norm)
 
-        is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = collectives.on_any_process(accelerator, stop.received)
-        metrics = {}
-        if is_last or step % cfg.log_every == 0:
+        counts = {"samples": cfg.global_batch_size, "units": own_tokens * accelerator.num_processes}
+        due, metrics = run.count_update(grad_norm, **counts), {}
+        if due.log:
             mlm_loss, nsp_loss = losses.tolist()
             metrics = {"train/loss": mlm_loss + nsp_loss, "train/mlm_loss": mlm_loss, "train/nsp_loss": nsp_loss}
             metrics |= {"train/learning_rate": cfg.learning_rate * factor, "train/grad_norm": grad_norm}
-            metrics |= {"train/skipped_updates": skipped.total, **throughput.read("tokens")}
-        seconds = seconds_before + throughput.training_seconds
-        with throughput.pause():
-            if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
+            metrics |= run.rates("tokens")
+        with run.pause():
+            if due.evaluate:
                 metrics |= evaluate(accelerator, model, eval_pairs, vocabulary, micro_batch_size)
-                log.write_samples(step, sample(accelerator, model, tokenizer, eval_pairs, vocabulary))
-            log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
-            if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, **skipped.state()}
-                checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
-            if schedules.is_due(step, cfg.push_every):
-                export_model(accelerator, model, tokenizer, run_dir)
-                pusher.push(run_dir, f"step {step}", f"step-{step}")
-        if profiler:
-            profiler.step()
-        skipped.check(step)
-        if is_stopping and step < cfg.max_steps:
-            raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
+                run.write_samples(sample(accelerator, model, tokenizer, eval_pairs, vocabulary))
+            run.write(metrics)
+            if due.save:
+                run.save({})
+            if due.push:
+                export_model(accelerator, model, tokenizer, run.folder)
+                run.push()
 
-    export_model(accelerator, model, tokenizer, run_dir)
-    flops = facts["flops_per_pair"] * cfg.global_batch_size * step
-    results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
+    export_model(accelerator, model, tokenizer, run.folder)
+    results = {"training_flops": facts["flops_per_pair"] * cfg.global_batch_size * run.step}
     samples = sample(accelerator, model, tokenizer, eval_pairs, vocabulary)
-    shown = {"pipeline_tag": "fill-mask", "usage": USAGE, "results": results, "samples": samples, "figures": {}}
-    finish_run(log, pusher, run_dir, **shown, is_main_process=accelerator.is_main_process)
-    accelerator.end_training()
+    run.finish("fill-mask", USAGE, results=results, samples=samples, figures={})
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, pairs: SentencePairs) -> dict[str, Any]:
@@ -652,17 +484,15 @@ def describe(cfg: Config, accelerator: Any, model: Any, pairs: SentencePairs) ->
 
 def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, pairs: Any, batch: dict[str, Tensor]) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
+    seconds = None
     with dry_run.without_memory():
         model = build_model(cfg, tokenizer)
         facts = describe(cfg, accelerator, model, pairs)
-        optimizer_bytes = state_bytes(build_optimizer(cfg, model)) / facts["parameters"]
-        costs = dry_run.costs(accelerator, model, batch, optimizer_bytes)
-    rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
+        costs = dry_run.costs(accelerator, model, batch, state_bytes_per_parameter(build_optimizer(cfg, model)))
     if dry_run.can_time(accelerator, facts["flops_per_pair"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, tokenizer)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), batch)
-        rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
-        rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
+    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 
 

@@ -39,10 +39,8 @@ class Config(fields.Corpus, fields.RunControl):
     data: str = "sample"
     """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas."""
     data_weights: str = ""  # Share of the rows from each of several data, such as 0.7,0.3. "" = equal shares.
-    streaming: bool = False
-    """Read the data as it arrives instead of tokenising it once; see the README on order and resuming."""
-    tokenizer: str = ""
-    """Folder or Hub id of a tokenizer. "" = the one of `init`, else a byte-level BPE trained on the data."""
+    streaming: bool = False  # Read the data as it arrives instead of tokenising it once; see the README.
+    tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a byte-level BPE trained on the data.
     vocab_size: Count = 4096  # Tokens of a tokenizer trained here; the model's vocabulary is padded to 64's.
     seq_length: Count = 256  # Tokens of a row.
 
@@ -86,9 +84,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
-from shared.data.batches import IGNORED, micro_batches, to_device
+from shared.data.batches import IGNORED, to_device
 from shared.data.randomness import derive_seed
 from shared.data.updates import Updates, load_updates
 from shared.models.export import export_model
@@ -103,14 +100,15 @@ from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import gather_objects, node_main_first
 from shared.runtime.launch import usable_cores
 from shared.text import streaming, tokenization
-from shared.text.documents import open_corpora
+from shared.text.documents import open_corpora, open_held_out
 from shared.text.generation import continue_prompt
-from shared.text.packing import PackedRows, fill_row, pack_corpus
+from shared.text.packing import PackedRows, pack_corpus
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
 
 print(pipeline("text-generation", "path/of/this/folder")("The President of the United States"))"""
+NEXT = "generate: python recipes/gpt/generate.py --model {}"
 
 
 def check_config(cfg: Config) -> None:
@@ -143,9 +141,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[Packe
     columns = {"config": cfg.data_config, "text_column": cfg.text_column}
     open_training = streaming.open_streams if cfg.streaming else open_corpora
     texts = open_training(cfg.data, split=cfg.data_split, **columns)
-    eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
-    eval_texts = open_corpora(eval_data, split=cfg.eval_split, **columns) if eval_data else []
-    fraction = 0.0 if eval_texts else cfg.eval_fraction
+    eval_texts, fraction = open_held_out(cfg)
     with node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         options = {"cache_dir": cache_folder(cfg.cache_dir), "seq_length": cfg.seq_length}
@@ -172,8 +168,8 @@ def open_updates(
     if cfg.streaming:
         dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, batch_size, order, step, streams)
         return load_updates(dataset, None, min(1, cfg.num_workers), accelerator.device)
-    steps = range(step, cfg.max_steps)
-    return load_updates(Updates(train, batch_size, order), steps, cfg.num_workers, accelerator.device)
+    updates = Updates(train, batch_size, order)
+    return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,8 +240,7 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
         ]
         kept = [group for group in groups if group["params"]]
         return torch.optim.AdamW(kept, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
-    is_transposed = model.config.model_type == "gpt2"  # the library stores its matrices as (in, out)
-    of_muon = {"use_muon": True, "stored_transposed": is_transposed}
+    of_muon = {"use_muon": True, "stored_transposed": model.config.model_type == "gpt2"}  # the library's are (in, out)
     matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, **of_muon}
     rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
     return MuonWithAdamW([matrices, rest])
@@ -276,13 +271,8 @@ def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size
     model.eval()
     nll, num_targets = 0.0, 0
     for rows in sources:
-        starts = range(0, len(rows), batch_size * accelerator.num_processes)
-        is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
-        for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
-            mine = range(first + accelerator.process_index * batch_size, len(rows))[:batch_size]
-            # A process that has no row left takes an empty one: all must run equally often.
-            samples = [rows.read(row) for row in mine] or [fill_row([], rows.seq_length, rows.pad_token_id)]
-            batch = to_device(micro_batches(samples, batch_size)[0], accelerator.device)
+        for batch in rows.batches(batch_size, accelerator.process_index, accelerator.num_processes):
+            batch = to_device(batch, accelerator.device)
             nll += causal_lm_loss_sum(forward(model, batch), batch["labels"]).item()
             num_targets += int((batch["labels"] != IGNORED).sum())
     model.train()
@@ -346,10 +336,10 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     run = Run(cfg, accelerator)  # goes on from its newest checkpoint
-    streams = run.state.get("streams", [])
-    updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, run.step, streams)
-    data = {"data": cfg.data, "data_fingerprint": [source.fingerprint for source in train], "init": cfg.init}
-    run.record(Path(__file__), {**data, **facts})
+    saved = run.state.get("streams", [])
+    updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, run.step, saved)
+    fingerprints = [source.fingerprint for source in train]
+    run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
     for step, (batches, streams) in run.updates(updates, facts["flops_per_row"]):
         factor = learning_rate_factor(cfg, step)
@@ -376,8 +366,7 @@ def main(cfg: Config) -> None:
     export_model(accelerator, model, tokenizer, run.folder)
     results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
     shown = {"samples": sample(cfg, accelerator, model, tokenizer), "figures": {}}
-    generate = f"generate: python recipes/gpt/generate.py --model {run.folder}"
-    run.finish("text-generation", USAGE, results=results, **shown, next_command=generate)
+    run.finish("text-generation", USAGE, results=results, **shown, next_command=NEXT.format(run.folder))
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dict[str, Any]:
@@ -399,8 +388,7 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any]
     with dry_run.without_memory():
         model = build_model(replace(cfg, attention="sdpa"), tokenizer)
         facts = describe(cfg, accelerator, model, train)
-        state = state_bytes_per_parameter(build_optimizer(cfg, model))
-        costs = dry_run.costs(accelerator, model, inputs, state)
+        costs = dry_run.costs(accelerator, model, inputs, state_bytes_per_parameter(build_optimizer(cfg, model)))
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, tokenizer)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)

@@ -20,6 +20,7 @@ from typing import IO, Any, Protocol
 
 from shared.command_line import UsageError
 from shared.data.hub_ids import is_hub_id
+from shared.fields import Corpus
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".xz", ".zst")
@@ -134,6 +135,19 @@ def open_corpora(data: str, *, config: str, split: str, text_column: str) -> lis
     """`open_texts` for each of several comma-separated names."""
     names = [name.strip() for name in data.split(",")]
     return [open_texts(name, config=config, split=split, text_column=text_column) for name in names]
+
+
+def open_held_out(corpus: Corpus) -> tuple[list[LocalTexts | HubTexts], float]:
+    """The corpora to evaluate on, and the share of the training documents to hold out, 0 where there are such corpora.
+
+    Raises:
+        UsageError: see `open_texts`.
+    """
+    name = corpus.eval_data or ("sample_eval" if corpus.data == "sample" else "")
+    if not name:
+        return [], corpus.eval_fraction
+    columns = {"config": corpus.data_config, "text_column": corpus.text_column}
+    return open_corpora(name, split=corpus.eval_split, **columns), 0.0
 
 
 def local_path(data: str) -> Path | None:

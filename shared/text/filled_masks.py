@@ -1,10 +1,12 @@
-"""What a masked language model filled in, as text that a reader can check."""
+"""What a masked language model filled in and answered, as text that a reader can check."""
 
 from typing import Any
 
 import numpy as np
 
 from shared.data.batches import IGNORED
+
+ANSWERS = ("continuation", "other document")  # whether a second segment follows, in the order of the labels
 
 
 def show_filled(
@@ -25,3 +27,9 @@ def show_filled(
             truth, guessed = tokenizer.convert_ids_to_tokens([label, guess])
             words[position] = f"[{guessed}]" if guess == label else f"[{guessed}, not {truth}]"
     return tokenizer.convert_tokens_to_string(words)
+
+
+def show_answer(guess: int, truth: int) -> str:
+    """What the model takes the second segment for, and what it is where that is wrong; both as labels, 0 or 1."""
+    wrong = "" if guess == truth else f", wrong, it is the {ANSWERS[truth]}"
+    return f"second segment: {ANSWERS[guess]}{wrong}"

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from shared.data.batches import IGNORED
+from shared.data.batches import IGNORED, micro_batches
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.documents import Texts
@@ -160,6 +161,17 @@ class PackedRows:
         pieces = self.pieces[first : int(self.row_ends[row])].tolist()
         stretches = [self.cache.tokens[start : start + length + 1] for start, length in pieces]
         return fill_row(stretches, self.seq_length, self.pad_token_id)
+
+    def batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's share of the rows, in batches of (B, T), with a bar on a terminal.
+
+        All processes get as many batches: where no row is left for one, it has one of padding.
+        """
+        starts = range(0, len(self), batch_size * num_processes)
+        for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=rank > 0 or None):
+            mine = range(first + rank * batch_size, len(self))[:batch_size]
+            rows = [self.read(row) for row in mine] or [fill_row([], self.seq_length, self.pad_token_id)]
+            yield micro_batches(rows, batch_size)[0]
 
 
 def fill_row(stretches: list[np.ndarray], seq_length: int, pad_token_id: int) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.data.batches import IGNORED
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.runtime.atomic_folder import one_at_a_time, written_aside
 from shared.text.sentence_cache import SentenceCache
@@ -193,3 +194,19 @@ def _write_epoch(folder: Path, cache: SentenceCache, seq_length: int, short_frac
         pairs = make_pairs(cache, seq_length, short_fraction, seed)
         while block := list(itertools.islice(pairs, _WRITTEN_AT_ONCE)):
             file.write(np.array(block, dtype=np.int64).tobytes())
+
+
+def cut_padding(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch of pairs, their tokens masked, without columns that none of its rows needs.
+
+    Args:
+        batch: input_ids, token_type_ids and attention_mask (B, T); masked_positions and labels (B, M).
+    """
+    ends = dict.fromkeys(("input_ids", "token_type_ids", "attention_mask"), int(batch["attention_mask"].sum(1).max()))
+    ends |= dict.fromkeys(("masked_positions", "labels"), max(1, int((batch["labels"] != IGNORED).sum(1).max())))
+    return {name: values[:, : ends[name]] if name in ends else values for name, values in batch.items()}
+
+
+def without_targets(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The row of a pair, its tokens masked, with nothing to predict."""
+    return {**row, **{name: np.full_like(row[name], IGNORED) for name in ("labels", "next_sentence_label")}}

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,21 @@ def continues_word(tokenizer: Any) -> np.ndarray:
     continues = np.zeros(tokenization.num_ids(tokenizer), dtype=bool)
     continues[[number for token, number in tokenizer.get_vocab().items() if token.startswith(CONTINUATION)]] = True
     return continues
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What masking needs to know of a tokenizer."""
+
+    mask_token_id: int
+    is_special: np.ndarray  # bool (V,)
+    continues_word: np.ndarray  # bool (V,): whether a token continues the word before it
+    ordinary_ids: np.ndarray  # int64, of all tokens that are not special
+
+
+def look_up_vocabulary(tokenizer: Any) -> Vocabulary:
+    """The special tokens, and those that continue a word."""
+    ids = np.array(sorted(tokenizer.get_vocab().values()))
+    is_special = np.isin(np.arange(tokenization.num_ids(tokenizer)), tokenizer.all_special_ids)
+    ordinary_ids = ids[~is_special[ids]]
+    return Vocabulary(tokenizer.mask_token_id, is_special, continues_word(tokenizer), ordinary_ids)

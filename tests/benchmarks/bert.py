@@ -57,8 +57,11 @@ WIDE_VOCABULARY = 30_522
 
 def prepare(folder: str) -> dict[str, Any]:
     """Build the caches and a vocabulary as large as the paper's; return what the other parts need."""
+    from shared.run.folder import hardware
+    from shared.runtime.launch import start_accelerator
+
     recipe, cfg = load_recipe(RECIPE, [])
-    accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", folder, False)
+    accelerator = start_accelerator(cfg.timeout_minutes, "", folder, False)
     tokenizer, pairs, _ = recipe.open_data(cfg, accelerator)
     vocabulary = tokenizer.get_vocab()
     vocabulary |= {f"[unused{number}]": number for number in range(len(vocabulary), WIDE_VOCABULARY)}
@@ -68,7 +71,7 @@ def prepare(folder: str) -> dict[str, Any]:
         "pairs_per_update": cfg.global_batch_size,
         "parameters": recipe.build_model(cfg, tokenizer).num_parameters(),
         "padding": padding_share(recipe, cfg, pairs),
-        "hardware": recipe.run_folder.hardware(),
+        "hardware": hardware(),
     }
 
 
@@ -138,7 +141,7 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, evaluate
     result |= {"tokens_per_update": cfg.global_batch_size * statistics.mean(sizes), "learning_rate": learning_rate}
     if evaluate:
         own.load_state_dict(network.state_dict())
-        vocabulary = recipe.look_up(tokenizer)
+        vocabulary = recipe.wordpiece.look_up_vocabulary(tokenizer)
         with torch.no_grad():
             result |= recipe.evaluate(accelerator, own, eval_pairs, vocabulary, cfg.global_batch_size)
     return result
@@ -178,8 +181,10 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
 
 def make_pairs(flags: list[str]) -> dict[str, float]:
     """Find the pairs of one epoch that nobody has asked for yet."""
+    from shared.runtime.launch import start_accelerator
+
     recipe, cfg = load_recipe(RECIPE, flags)
-    accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", "", False)
+    accelerator = start_accelerator(cfg.timeout_minutes, "", "", False)
     _, pairs, _ = recipe.open_data(cfg, accelerator)
     from shared.text.sentence_pairs import make_pairs as make
 

@@ -70,8 +70,11 @@ def prepare(folder: str) -> dict[str, Any]:
     """Build the caches, the Trainer's rows and the configurations of its models; return what the other parts need."""
     import numpy as np
 
+    from shared.run.folder import hardware
+    from shared.runtime.launch import start_accelerator
+
     recipe, cfg = load_recipe(RECIPE, [])
-    accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", folder, False)
+    accelerator = start_accelerator(cfg.timeout_minutes, "", folder, False)
     tokenizer, [train], _ = recipe.open_data(cfg, accelerator)
     model = recipe.build_model(cfg, tokenizer)
     # As run_clm's group_texts: documents, each closed by the end token, one behind the other and cut into rows.
@@ -102,7 +105,7 @@ def prepare(folder: str) -> dict[str, Any]:
         "tokens_per_update": cfg.global_batch_size * cfg.seq_length,
         "max_steps": cfg.max_steps,
         "padding_share": 1 - float(train.pieces[:, 1].sum()) / (len(train) * cfg.seq_length),
-        "hardware": recipe.run_folder.hardware(),
+        "hardware": hardware(),
     }
 
 

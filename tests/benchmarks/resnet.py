@@ -63,13 +63,16 @@ CROP, NUM_JPEGS = 176, 64
 
 def prepare(folder: str) -> dict[str, Any]:
     """What the other parts need."""
+    from shared.run.folder import hardware
+    from shared.runtime.launch import start_accelerator
+
     recipe, cfg = load_recipe(RECIPE, [])
-    accelerator = recipe.launch.start_accelerator(cfg.timeout_minutes, "", folder, False)
+    accelerator = start_accelerator(cfg.timeout_minutes, "", folder, False)
     train, _ = recipe.open_data(cfg, accelerator)
     return {
         "max_steps": cfg.max_steps,
         "parameters": recipe.build_model(cfg, train.class_names).num_parameters(),
-        "hardware": recipe.run_folder.hardware(),
+        "hardware": hardware(),
     }
 
 

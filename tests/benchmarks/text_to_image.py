@@ -83,6 +83,8 @@ def prepare(folder: str) -> dict[str, Any]:
     import torch
     import transformers
 
+    from shared.run.folder import hardware
+
     recipe, cfg = load_recipe(RECIPE, [])
     from shared.diffusion.latent_encoding import sample_splits
 
@@ -118,7 +120,7 @@ def prepare(folder: str) -> dict[str, Any]:
         "batch": cfg.global_batch_size,
         "max_steps": cfg.max_steps,
         "parameters": own.unet.num_parameters(),
-        "hardware": recipe.run_folder.hardware(),
+        "hardware": hardware(),
     }
 
 
@@ -166,6 +168,8 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     from diffusers.training_utils import EMAModel, compute_snr
     from torch.nn.functional import mse_loss
 
+    from shared.optim import schedules
+
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns of every data worker
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe, cfg = load_recipe(RECIPE, flags)
@@ -183,7 +187,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     warmup_steps = round(max_steps * cfg.warmup_steps / cfg.max_steps)  # the recipe's share
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: recipe.schedules.warmup_stable_decay(step, max_steps, warmup_steps, cfg.decay_fraction),
+        lambda step: schedules.warmup_stable_decay(step, max_steps, warmup_steps, cfg.decay_fraction),
     )
     unet, optimizer, loader, schedule = accelerator.prepare(own.unet, optimizer, loader, schedule)
     average = EMAModel(unet.parameters(), decay=cfg.ema_decay)

@@ -79,7 +79,7 @@ def test_masking_hides_the_asked_share_of_the_text(
 ) -> None:
     bert = load_recipe("bert/pretrain.py")
     tokenizer = train_wordpiece([" ".join(WORDS)] * 20, vocab_size=60, seq_length=32, lowercase=True)
-    row, vocabulary = row_of(tokenizer, first, second), bert.look_up(tokenizer)
+    row, vocabulary = row_of(tokenizer, first, second), bert.wordpiece.look_up_vocabulary(tokenizer)
     masked = bert.mask_tokens(row, vocabulary, fraction, whole_words, seed)
     again = bert.mask_tokens(row, vocabulary, fraction, whole_words, seed)
     assert all(np.array_equal(masked[name], again[name]) for name in masked)
@@ -113,7 +113,7 @@ def test_masking_hides_the_asked_share_of_the_text(
 
 
 def test_eight_of_ten_hidden_tokens_are_masks(bert: ModuleType, tokenizer: Any) -> None:
-    row, vocabulary = row_of(tokenizer, " ".join(WORDS), " ".join(WORDS)), bert.look_up(tokenizer)
+    row, vocabulary = row_of(tokenizer, " ".join(WORDS), " ".join(WORDS)), bert.wordpiece.look_up_vocabulary(tokenizer)
     fates = np.zeros(3)
     for seed in range(1500):
         masked = bert.mask_tokens(row, vocabulary, 0.3, False, seed)
@@ -132,7 +132,7 @@ def test_eight_of_ten_hidden_tokens_are_masks(bert: ModuleType, tokenizer: Any) 
 
 def random_batch(bert: ModuleType, tokenizer: Any, rows: int, seed: int) -> dict[str, torch.Tensor]:
     """Pairs of different lengths, with 1 to 8 masked tokens each: a mean of means would differ in the second digit."""
-    draw, vocabulary = random.Random(seed), bert.look_up(tokenizer)
+    draw, vocabulary = random.Random(seed), bert.wordpiece.look_up_vocabulary(tokenizer)
     samples = []
     for row in range(rows):
         first, second = (" ".join(draw.choices(WORDS, k=draw.randint(1, 2 + row))) for _ in range(2))
@@ -264,7 +264,7 @@ def test_evaluation_counts_every_pair_once(bert: ModuleType, reference: Path, se
     """Against the plainest way: the library's model, one pair at a time, logits at every position."""
     cfg = config_of(bert, sentences_file, reference)
     tokenizer, _, pairs = bert.open_data(cfg, Accelerator(cpu=True))
-    vocabulary = bert.look_up(tokenizer)
+    vocabulary = bert.wordpiece.look_up_vocabulary(tokenizer)
     model = transformers.AutoModelForPreTraining.from_pretrained(reference)
     mlm = nsp = 0.0
     right = next_right = targets = 0
