@@ -114,7 +114,6 @@ from shared.text.documents import Beginning, open_texts
 from shared.text.filled_masks import show_answer, show_filled
 from shared.text.sentence_cache import split_corpus
 from shared.text.sentence_pairs import NUM_SPECIAL, SentencePairs, cut_padding, without_targets
-from shared.text.wordpiece import Vocabulary
 
 SHORT_FRACTION = 0.1  # of the pairs are made shorter, to a random length (Devlin et al. 2019, released code)
 EVAL_MASK_FRACTION = 0.15  # Devlin et al. 2019, section 3.1: what published accuracies are measured at
@@ -186,7 +185,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, Senten
 
 
 def mask_tokens(
-    row: dict[str, np.ndarray], vocabulary: Vocabulary, fraction: float, whole_words: bool, seed: int
+    row: dict[str, np.ndarray], vocabulary: wordpiece.Vocabulary, fraction: float, whole_words: bool, seed: int
 ) -> dict[str, np.ndarray]:
     """Hide `fraction` of a pair's tokens (Devlin et al. 2019, section 3.1 and appendix A.1).
 
@@ -234,7 +233,7 @@ class MaskedUpdates(Dataset):
 
     cfg: Config
     pairs: SentencePairs
-    vocabulary: Vocabulary
+    vocabulary: wordpiece.Vocabulary
     micro_batch_size: int
     order: dict[str, int]
 
@@ -328,7 +327,7 @@ def loss_sums(output: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 # Evaluation
 
 
-def row_to_evaluate(pairs: SentencePairs, pair: int, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+def row_to_evaluate(pairs: SentencePairs, pair: int, vocabulary: wordpiece.Vocabulary) -> dict[str, np.ndarray]:
     """A pair with the same tokens hidden at every call, one by one, whatever the training masks are."""
     seed = derive_seed(EVAL_SEED, "mask", pair)
     return mask_tokens(pairs.read(0, pair), vocabulary, EVAL_MASK_FRACTION, whole_words=False, seed=seed)
@@ -336,7 +335,7 @@ def row_to_evaluate(pairs: SentencePairs, pair: int, vocabulary: Vocabulary) -> 
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Any, model: Any, pairs: SentencePairs, vocabulary: Vocabulary, batch_size: int
+    accelerator: Any, model: Any, pairs: SentencePairs, vocabulary: wordpiece.Vocabulary, batch_size: int
 ) -> dict[str, float]:
     """Losses (nats) and accuracies of both objectives over every pair once."""
     model.eval()
@@ -369,7 +368,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, vocabulary: Vocabulary) -> str:
+def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, vocabulary: wordpiece.Vocabulary) -> str:
     """What the model fills into the masks of `NUM_SAMPLES` pairs and answers about them; every process takes part."""
     model.eval()
     texts = []
@@ -444,8 +443,8 @@ def main(cfg: Config) -> None:
         batches = [to_device(batch, accelerator.device) for batch in batches]
         losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
 
-        counts = {"samples": cfg.global_batch_size, "units": own_tokens * accelerator.num_processes}
-        due, metrics = run.count_update(grad_norm, **counts), {}
+        pairs_done, tokens = cfg.global_batch_size, own_tokens * accelerator.num_processes
+        due, metrics = run.count_update(grad_norm, samples=pairs_done, units=tokens), {}
         if due.log:
             mlm_loss, nsp_loss = losses.tolist()
             metrics = {"train/loss": mlm_loss + nsp_loss, "train/mlm_loss": mlm_loss, "train/nsp_loss": nsp_loss}

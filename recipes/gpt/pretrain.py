@@ -139,8 +139,7 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[PackedRows]]:
     """The tokenizer, what to train on (packed rows, or streams), and packed rows to evaluate on."""
     columns = {"config": cfg.data_config, "text_column": cfg.text_column}
-    open_training = streaming.open_streams if cfg.streaming else open_corpora
-    texts = open_training(cfg.data, split=cfg.data_split, **columns)
+    texts = (streaming.open_streams if cfg.streaming else open_corpora)(cfg.data, split=cfg.data_split, **columns)
     eval_texts, fraction = open_held_out(cfg)
     with node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
