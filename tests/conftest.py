@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,9 +41,41 @@ WORDS = [
 sys.path.insert(0, str(ROOT))
 
 
+# What takes longest begins first, or one worker would be busy with it when the others have nothing left.
+LONGEST_FIRST = (
+    *("test_commands_of_the_text_to_image_readme", "test_commands_of_the_resnet_readme"),
+    *("test_commands_of_the_bert_readme", "test_commands_of_the_gpt_readme"),
+    *("test_text_to_image_engines.py", "test_gpt_engines.py", "test_bert_engines.py", "test_resnet_engines.py"),
+)
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` is: a worker for each core, and no more than there are long files of tests."""
     return min(len(CORES), 8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests, which share fixtures, run in one worker; each walk through a README where there is one."""
+
+    def place(item: pytest.Item) -> int:
+        return next((at for at, name in enumerate(LONGEST_FIRST) if name in item.nodeid), len(LONGEST_FIRST))
+
+    for item in items:
+        is_walk = item.path.name == "test_docs.py" and item.get_closest_marker("slow")
+        item.add_marker(pytest.mark.xdist_group(item.name if is_walk else item.path.relative_to(ROOT).as_posix()))
+    items.sort(key=place)
+
+
+@pytest.fixture
+def all_cores() -> Iterator[int]:
+    """The programs that the test starts may use every core, as a user's do; how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, CORES)
+        yield len(CORES)
+        os.sched_setaffinity(0, own)
+    else:
+        yield os.cpu_count() or 1
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-from ast import literal_eval
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from shared.command_line import UsageError
 from shared.runtime import launch
 from tests import launching
 from tests.conftest import ROOT
+from tests.shared.runtime.test_collectives import facts
 
 PROGRAM = Path(__file__).with_name("launch_program.py")
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -196,16 +196,9 @@ print(pages() - before)
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
-def facts(output: str) -> list[tuple[bool, float, int]]:
-    """(goes first, when it had its turn, threads) of each process."""
-    found = re.search(r"^processes \d+ engine \w+ facts (.*)$", output, re.MULTILINE)
-    assert found, output
-    return literal_eval(found[1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--num_processes=1"], ["cpu"]])
-def test_one_process_uses_all_cores(options: list[str]) -> None:
+def test_one_process_uses_all_cores(options: list[str], all_cores: int) -> None:
     """Also bare, where `accelerate launch` leaves it one."""
     if options == ["cpu"]:
         status, output = launching.launch("cpu", PROGRAM, launcher=())
@@ -214,31 +207,7 @@ def test_one_process_uses_all_cores(options: list[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         status, output = done.returncode, done.stdout
     assert status == 0, output
-    assert [threads for _, _, threads in facts(output)] == [launch.usable_cores()]
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_cores_and_wait_longer_than_the_time_out() -> None:
-    """The first takes six seconds, twice what any collective of training may take."""
-    status, output = launching.launch("multi_cpu", PROGRAM, "6")
-    assert status == 0, output
-    assert "processes 2 engine MULTI_CPU" in output
-    (first, first_time, threads), (second, second_time, other_threads) = facts(output)
-    assert (first, second) == (True, False)
-    assert second_time > first_time
-    assert threads == other_threads == max(1, launch.usable_cores() // 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "message"), [("first", "data: expected some"), ("main", "run_dir: expected another")]
-)
-def test_error_of_one_process_is_the_only_message(where: str, message: str) -> None:
-    status, output = launching.launch("multi_cpu", PROGRAM, "0.1", where)
-    assert status == 1
-    assert output.count(f"error: {message}") == 1
-    assert "error: another process ended" not in output
-    launching.assert_no_traceback(output)
+    assert [threads for _, _, threads in facts(output)] == [all_cores]
 
 
 @pytest.mark.slow
