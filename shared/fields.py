@@ -112,7 +112,7 @@ class Corpus:
     eval_split: str = "validation"
     """Split of eval_data if it is a Hub data set."""
     eval_fraction: Share = 0.05
-    """Share of the documents held out where eval_data is not given; chosen by their content."""
+    """Share of the documents held out where eval_data is not given; chosen by their content. 0 = none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,8 @@ class Images:
     image_column: str = ""
     """Column of the images. "" = the only one that holds images."""
     max_bad_fraction: Share = 0.01
-    """Share of the images that may turn out damaged before the run stops; they are replaced, and named in the log."""
+    """Share of the images that may turn out damaged before the run stops; they are replaced, and named in the log.
+    0 = not one."""
 
     # Evaluation
     eval_split: str = ""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, load_recipe
+from tests.hub_server import start_hub
 
 READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("README.md"))]
 # Commands that name no run folder, and the one they get here.
@@ -76,22 +77,60 @@ def test_commands_of_the_text_to_image_readme_run_in_order(tmp_path: Path) -> No
     assert len(images) == 4
 
 
+@pytest.mark.slow
+def test_commands_of_the_top_readme_run(tmp_path: Path) -> None:
+    """Those after the first two, with a small model and few updates; pushes go to a Hub on loopback."""
+    hub = start_hub()
+    small = shlex.split("--max_steps 4 --hidden_size 32 --num_layers 1 --data shared/samples/prose/eval.parquet")
+    environment = {**environment_for(tmp_path), **hub.environment(), "HF_HUB_OFFLINE": "0"}
+    commands = [command for command in commands_of(ROOT / "README.md") if not command.startswith("pip install")]
+    assert [command for command in commands if "--push_to_hub" in command]
+    for command in commands:
+        words = words_for(tmp_path, command) + (small if "pretrain.py" in command else [])
+        run_command([*words, *(["--push_every", "2"] if "--push_to_hub" in command else [])], environment)
+
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("## What a run folder holds") : readme.index("## Licence")]
+    for name in re.findall(r"`([\w.]+(?:\.\w+|/))`", table):
+        assert (tmp_path / "outputs" / "mine" / name).exists(), name
+    assert list((tmp_path / "outputs" / "tracked").rglob("events.out.tfevents.*"))
+    loading = re.search(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert loading
+    program = loading[1].replace("YOU/", "tester/").replace("step-500", "step-2") + "print(model.num_parameters())"
+    run_command([sys.executable, "-c", program], {**environment, "HF_HOME": str(tmp_path / "other_home")})
+    assert hub.model("tester/my-gpt").private
+    assert not [name for name in hub.files("tester/my-gpt") if "checkpoint" in name or name.endswith((".bin", ".pkl"))]
+    hub.stop()
+
+
+def run_command(words: list[str], environment: dict[str, str]) -> None:
+    """From the repository's root; it must end well."""
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def environment_for(folder: Path) -> dict[str, str]:
+    """That of a new user, who has an empty home."""
+    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HOME": str(folder / "home")}
+    return {**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+
+
+def words_for(folder: Path, command: str) -> list[str]:
+    """The command, whose run folders and copies go to `folder`."""
+    words = [word.replace("outputs/", f"{folder}/outputs/") for word in shlex.split(command)]
+    words = [word.replace("../my_", f"{folder}/my_") for word in words]
+    return words + (["--output_dir", f"{folder}/outputs/{DEFAULT_RUNS[command]}"] if command in DEFAULT_RUNS else [])
+
+
 def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
     """As written, from the repository's root, with an empty home; the metrics of the first one's run.
 
     Run folders and copies go to a temporary folder.
     """
-    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HOME": str(folder / "home")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    commands = commands_of(ROOT / "recipes" / family / "README.md")
+    environment, commands = environment_for(folder), commands_of(ROOT / "recipes" / family / "README.md")
     assert commands[0] in DEFAULT_RUNS
     for command in commands:
-        words = [word.replace("outputs/", f"{folder}/outputs/") for word in shlex.split(command)]
-        words = [word.replace("../my_", f"{folder}/my_") for word in words]
-        if command in DEFAULT_RUNS:
-            words += ["--output_dir", f"{folder}/outputs/{DEFAULT_RUNS[command]}"]
-        result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        run_command(words_for(folder, command), environment)
     metrics = folder / "outputs" / DEFAULT_RUNS[commands[0]] / "metrics.jsonl"
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 

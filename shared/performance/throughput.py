@@ -41,13 +41,16 @@ class Throughput:
 
         Returns:
             perf/{unit}_per_second: over all processes.
-            perf/mfu: model FLOPs utilisation, the share of the devices' peak that the samples needed.
+            perf/mfu: model FLOPs utilisation, the share of the devices' peak that the samples needed, at most 1.
             perf/data_wait_fraction: share of the time that this process waited for data.
         """
         seconds = max(self._now() - self._started, 1e-9)
+        done = self._samples * self._flops_per_sample / seconds
+        # A peak that was measured while other programs used the machine can be below what the run then does.
+        self._peak_flops_total = max(self._peak_flops_total, done)
         metrics = {
             f"perf/{unit}_per_second": self._units / seconds,
-            "perf/mfu": self._samples * self._flops_per_sample / (seconds * self._peak_flops_total),
+            "perf/mfu": done / self._peak_flops_total,
             "perf/data_wait_fraction": self._seconds_waited / seconds,
         }
         self._restart()

@@ -42,7 +42,9 @@ class RunLog:
             with self._file.open("a") as stream:
                 stream.write(_line({"step": step, **metrics}))
         self._accelerator.log(metrics, step=step)
-        shown = "  ".join(f"{key.split('/')[-1]} {_short(key, value)}" for key, value in metrics.items())
+        # Without the groups, but for evaluation's, whose loss would stand beside that of training under the same name.
+        names = {key: key.removeprefix("train/").removeprefix("perf/") for key in metrics}
+        shown = "  ".join(f"{names[key]} {_short(key, value)}" for key, value in metrics.items())
         if self._bar.disable:
             seconds = (time.perf_counter() - self._started) / max(1, step - self._first) * (self._max_steps - step)
             self.say(f"step {step}/{self._max_steps}  {shown}  left {int(seconds // 60)}:{int(seconds % 60):02d}")

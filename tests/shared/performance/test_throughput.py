@@ -51,6 +51,15 @@ def test_reading_starts_a_new_window(clock, throughput):
     assert metrics["perf/data_wait_fraction"] == 0
 
 
+def test_a_peak_below_what_is_done_is_raised_to_it(clock, throughput):
+    clock.seconds += 1
+    throughput.add(samples=16, units=1)  # twice the peak that was measured
+    assert throughput.read("images")["perf/mfu"] == 1
+    clock.seconds += 1
+    throughput.add(samples=4, units=1)
+    assert throughput.read("images")["perf/mfu"] == pytest.approx(0.25)
+
+
 def test_pauses_do_not_count_nested_or_not(clock, throughput):
     clock.seconds += 3
     with throughput.pause():

@@ -105,6 +105,11 @@ def test_lines_without_a_terminal(accelerator, tmp_path, capsys):
     assert (second, err) == ("done", "")
 
 
+def test_the_two_losses_of_a_line_are_told_apart(accelerator, tmp_path, capsys):
+    RunLog(accelerator, tmp_path, 0, 20).write(10, {"train/loss": 1.5, "eval/loss": 2.5})
+    assert "  loss 1.5  eval/loss 2.5  left" in capsys.readouterr().out
+
+
 def test_trackers_get_every_entry(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
