@@ -1,7 +1,9 @@
 """What update t sees, for corpora that are read by index; `text.streaming` has the same for streams."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -106,8 +108,14 @@ def _begin_on_a_cpu(worker: int) -> None:
 
 
 def _begin(worker: int) -> None:
-    """Let a data worker heed the SIGTERM of the training process, which waits for it when it exits, and no other."""
+    """Let a data worker heed the SIGTERM of the training process, which waits for it when it exits, and no other.
+
+    Linux ends it with that process. Torch would too, but then it waits until its last items are read, for ever.
+    """
     del worker
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     threading.Thread(target=_wait_for_the_parent, daemon=True).start()
 
 

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from shared.command_line import UsageError
 from shared.data.sample_order import samples_of_update
 from shared.data.updates import Updates, load_updates
+from tests.launching import wait_for
 
 
 class Numbers:
@@ -116,6 +118,26 @@ def test_a_program_ends_though_its_workers_are_still_reading(then: str, code: in
     assert ("RuntimeError: of the loop" in ended.stderr) == (code == 1)
 
 
+KILLED = """
+import multiprocessing, os, sys, torch
+sys.path[:0] = {path}
+from shared.data.updates import load_updates
+from test_updates import Arrays
+updates = load_updates(Arrays(1 << 7), range(1000), 1, torch.device("cpu"))
+next(updates)
+print(multiprocessing.active_children()[0].pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_worker_does_not_outlive_a_parent_that_was_killed() -> None:
+    """Though it has more to say than fits into its pipe, which nobody reads any more."""
+    program = KILLED.format(path=[str(Path(__file__).parents[3]), str(Path(__file__).parent)])
+    ended = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL
+    wait_for(lambda: not psutil.pid_exists(int(ended.stdout)), seconds=20)
+
+
 def test_workers_outlive_a_signal_that_their_parent_did_not_send() -> None:
     others = set(multiprocessing.active_children())
     updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 1, torch.device("cpu"))
@@ -143,15 +165,18 @@ def test_workers_let_training_go_first_on_a_cpu() -> None:
 
 
 class Arrays(torch.utils.data.Dataset):
-    """Items of a small and a large array, and of what is no array."""
+    """Items of a small and a large array of this side, and of what is no array."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
 
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], str, None]:
-        return [{"labels": np.arange(step, 5), "pixel_values": np.full((1 << 10, 1 << 10), step)}], "name", None
+        return [{"labels": np.arange(step, 5), "pixel_values": np.full((self.side, self.side), step)}], "name", None
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_arrays_of_any_size_arrive_as_tensors(num_workers: int) -> None:
-    for step, item in enumerate(load_updates(Arrays(), range(3), num_workers, torch.device("cpu"))):
+    for step, item in enumerate(load_updates(Arrays(1 << 10), range(3), num_workers, torch.device("cpu"))):
         [batch], name, nothing = item
         assert (name, nothing) == ("name", None)
         assert batch["labels"].tolist() == list(range(step, 5))
