@@ -1,8 +1,11 @@
 """Start programs by `accelerate launch` as users do, and leave none behind."""
 
+import atexit
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +15,35 @@ import psutil
 
 from tests.conftest import ROOT
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+PYTHON = [sys.executable]
+ACCELERATE = [*PYTHON, "-m", "accelerate.commands.launch"]
 # What the tests change in the configurations for GPUs: two processes, and float32, which shows real differences.
 ON_CPUS = ("--num_processes=2", "--mixed_precision=no")
 
 
+@functools.cache
+def preloaded_python() -> list[str]:
+    """What to put in the place of `PYTHON` where a new interpreter is not what a test is about, see fork_server.py."""
+    path = str(Path(tempfile.mkdtemp(prefix="fork_server_")) / "socket")
+    server = subprocess.Popen(
+        [*PYTHON, str(ROOT / "tests/fork_server.py"), path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    atexit.register(server.kill)
+    return [*PYTHON, "-S", str(ROOT / "tests/fork_client.py"), path]
+
+
 def start(
-    config: str, *program: str | Path, launcher: tuple[str, ...] = ON_CPUS, cwd: Path = ROOT, **environment: str
+    config: str,
+    *program: str | Path,
+    launcher: tuple[str, ...] = ON_CPUS,
+    cwd: Path = ROOT,
+    python: list[str] = PYTHON,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """Start `accelerate launch` with accelerate_configs/`config`.yaml; its output and errors go into one pipe.
 
@@ -27,10 +52,12 @@ def start(
         program: the program and its flags.
         launcher: flags that override the file.
         cwd: where it runs.
+        python: `PYTHON`, or `preloaded_python()`.
         environment: variables to add.
     """
     command = [
-        *ACCELERATE,
+        *python,
+        *("-m", "accelerate.commands.launch"),
         "--config_file",
         str(ROOT / "accelerate_configs" / f"{config}.yaml"),
         "--main_process_port=0",

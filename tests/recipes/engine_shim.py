@@ -59,7 +59,8 @@ def disturb(recipe: ModuleType) -> None:
         step, updates = updates, updates + 1
         is_poisoned = step == poison_step and poison_rank in (-1, own_rank)
         if step == signal_step and own_rank == max(signal_rank, 0):
-            os.kill(os.getppid() if signal_rank < 0 else os.getpid(), signal.SIGTERM)
+            launcher = int(os.environ.get("LAUNCHER_PID", os.getppid()))  # which fork_client.py knows
+            os.kill(launcher if signal_rank < 0 else os.getpid(), signal.SIGTERM)
         return train_update(*args)
 
     recipe.train_update, recipe.forward = disturbed_update, disturbed_forward  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from tests.hub_server import TOKEN, start_hub
-from tests.launching import finish, start
+from tests.launching import finish, preloaded_python, start
 
 SHIM = Path(__file__).with_name("engine_shim.py")
 
@@ -146,7 +146,7 @@ class Runs:
             options["FSDP_ON_CPU"] = "1"
         shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
         flags = [f"--{name}={value}" for name, value in {**fields, **self.common, "output_dir": run_dir}.items()]
-        return start(engine, *shim, str(self.recipe.__file__), *flags, **options)
+        return start(engine, *shim, str(self.recipe.__file__), *flags, python=preloaded_python(), **options)
 
     def run(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> tuple[int, str]:
         """Run to the end: exit status and output."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import assert_no_traceback, launch
+from tests.launching import assert_no_traceback, launch, preloaded_python
 from tests.recipes import float64_updates
 from tests.recipes.runs import Runs, assert_same, metric, weights
 from tests.recipes.test_bert_pretrain import TINY as SIZES
@@ -76,7 +76,9 @@ def test_engine_equals_one_process(runs: Runs, engine: str, optimizer: str) -> N
 @pytest.mark.slow
 def test_float64_updates_are_equal(bert: ModuleType, tmp_path: Path) -> None:
     """One batch of 8, two micro-batches of 4, two processes, and two with two micro-batches: the same to 1e-10."""
-    status, output = launch("multi_cpu", Path(float64_updates.__file__), "bert", tmp_path, "4", "2")
+    status, output = launch(
+        "multi_cpu", Path(float64_updates.__file__), "bert", tmp_path, "4", "2", python=preloaded_python()
+    )
     assert status == 0, output
     results = [float64_updates.train("bert", bert, micro_batch_size) for micro_batch_size in (8, 4)]
     results += [load_file(tmp_path / f"{micro_batch_size}.safetensors") for micro_batch_size in (4, 2)]

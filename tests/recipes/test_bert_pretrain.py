@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +24,7 @@ from shared import command_line as cli
 from shared.data.batches import IGNORED, micro_batches
 from shared.text.wordpiece import train_wordpiece
 from tests.conftest import ROOT, WORDS, load_recipe
+from tests.launching import preloaded_python
 from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, weights
 
 TINY = {
@@ -396,7 +396,7 @@ def split_and_count(split_corpus: Any, read: list[int]) -> Any:
 
 def test_a_stopped_run_goes_on(sentences_file: Path, tmp_path: Path) -> None:
     fields = {**TINY, "max_steps": 600, "data": sentences_file, "output_dir": tmp_path / "run"}
-    command = [sys.executable, str(ROOT / "recipes/bert/pretrain.py"), *(f"--{k}={v}" for k, v in fields.items())]
+    command = [*preloaded_python(), str(ROOT / "recipes/bert/pretrain.py"), *(f"--{k}={v}" for k, v in fields.items())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/") as process:
         assert process.stdout is not None
         assert any(line.startswith("step 3/") for line in process.stdout)

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +22,7 @@ from shared import command_line as cli
 from shared.data.batches import IGNORED
 from shared.text import streaming, tokenization
 from tests.conftest import ROOT
+from tests.launching import PYTHON, preloaded_python
 from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run
 
 TINY = {
@@ -43,7 +43,8 @@ def config_of(gpt: ModuleType, corpus: Path, run_dir: Path, **fields: Any) -> An
 
 
 def launch(*arguments: str, start_new_session: bool = False, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "recipes" / "gpt" / "pretrain.py"), *arguments]
+    python = PYTHON if start_new_session else preloaded_python()  # whose programs are not in the caller's session
+    command = [*python, str(ROOT / "recipes" / "gpt" / "pretrain.py"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, **environment}
     return subprocess.Popen(command, cwd="/", env=environment, start_new_session=start_new_session, **pipes)

@@ -25,6 +25,7 @@ from shared.data.batches import IGNORED
 from shared.images import captioned
 from shared.models.batch_statistics import RunningStatistics
 from tests.conftest import ROOT
+from tests.launching import preloaded_python
 from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, state_at, weights
 
 TINY = {
@@ -394,7 +395,11 @@ def test_dry_run_leaves_nothing(
 
 def test_a_stopped_run_goes_on(shapes: Path, tmp_path: Path) -> None:
     fields = {**TINY, "max_steps": 600, "data": shapes, "output_dir": tmp_path / "run", "num_workers": 1}
-    command = [sys.executable, str(ROOT / "recipes/resnet/pretrain.py"), *(f"--{k}={v}" for k, v in fields.items())]
+    command = [
+        *preloaded_python(),
+        str(ROOT / "recipes/resnet/pretrain.py"),
+        *(f"--{k}={v}" for k, v in fields.items()),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/") as process:
         assert process.stdout is not None
         assert any(line.startswith("step 3/") for line in process.stdout)

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +26,7 @@ from shared.diffusion import latent_cache
 from shared.diffusion.captions import load_text_encoder, text_identity
 from shared.images.decoding import EncodedImage
 from tests.conftest import ROOT
-from tests.launching import finish, start
+from tests.launching import finish, preloaded_python, start
 from tests.recipes.conftest import cache_flags
 from tests.recipes.runs import run
 
@@ -173,7 +172,8 @@ def test_two_processes_with_workers_make_the_same_files(
     full_latents: Path, full_flags: dict[str, Any], tmp_path: Path
 ) -> None:
     options = {**full_flags, "output_dir": tmp_path / "latents", "num_workers": 1}
-    process = start("multi_cpu", str(PROGRAM), *(f"--{name}={value}" for name, value in options.items()))
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    process = start("multi_cpu", PROGRAM, *flags, python=preloaded_python())
     output = finish(process)
     assert process.returncode == 0, output
     assert output.count("10 captions of this run were cut to 6 tokens") == 1
@@ -193,7 +193,7 @@ def test_two_processes_with_workers_make_the_same_files(
 def test_a_kill_at_any_moment_loses_and_doubles_nothing(full_flags: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL while it encodes, again and again, until a run comes to its end."""
     options = {**full_flags, "output_dir": tmp_path / "latents", "images_per_shard": 2, "batch_size": 1}
-    command = [sys.executable, str(PROGRAM), *(f"--{name}={value}" for name, value in options.items())]
+    command = [*preloaded_python(), str(PROGRAM), *(f"--{name}={value}" for name, value in options.items())]
     kills = 0
     while True:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
@@ -204,6 +204,7 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(full_flags: dict[str, An
             break
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        time.sleep(0.1)  # until the program itself has gone
         kills += 1
     assert process.returncode == 0
     assert kills >= 5
