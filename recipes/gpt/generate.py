@@ -7,30 +7,31 @@ python recipes/gpt/generate.py --model openai-community/gpt2 --max_new_tokens 20
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared.fields import Count, ShareAboveZero
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What to generate."""
 
-    config: str = ""
-    """YAML file with differences from the defaults; flags override it. "" = none."""
-    model: str = "outputs/gpt"
-    """Run folder, folder of save_pretrained, or Hub id."""
-    prompt: str = "The President of the United States"
-    """Text to continue; may be empty."""
-    max_new_tokens: int = 128
-    """Tokens to add at most; the end token ends earlier."""
-    temperature: float = 0.8
+    # Data
+    prompt: str = "The President of the United States"  # Text to continue; may be empty.
+    max_new_tokens: Count = 128  # Tokens to add at most; the end token ends earlier.
+
+    # Model
+    model: str = "outputs/gpt"  # Run folder, folder of save_pretrained, or Hub id.
+    temperature: Annotated[float, cli.Limit(lambda value: value >= 0, "0 or more")] = 0.8
     """Below 1 sharpens, above 1 flattens the distribution. 0 = always the likeliest token."""
-    top_p: float = 0.95
-    """Smallest probability mass to draw from (nucleus sampling). 1 = all."""
-    seed: int = 0
-    """The same seed gives the same text."""
+    top_p: ShareAboveZero = 0.95  # Smallest probability mass to draw from (nucleus sampling). 1 = all.
+
+    # Run
+    config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
+    seed: int = 0  # The same seed gives the same text.
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -46,9 +47,7 @@ from shared.text.tokenization import load_tokenizer
 
 def main(cfg: Config) -> None:
     """Load the model and stream a continuation to the terminal."""
-    cli.expect(cfg.max_new_tokens >= 1, "max_new_tokens", cfg.max_new_tokens, "at least 1")
-    cli.expect(cfg.temperature >= 0, "temperature", cfg.temperature, "0 or more")
-    cli.expect(0 < cfg.top_p <= 1, "top_p", cfg.top_p, "a share in (0, 1]")
+    cli.check_limits(cfg)
     from transformers import AutoModelForCausalLM, TextStreamer
 
     model = load_pretrained(AutoModelForCausalLM, cfg.model, "model")

@@ -1,4 +1,4 @@
-"""Encode captioned images once with a trained autoencoder, so that training never does.
+r"""Encode captioned images once with a trained autoencoder, so that training never does.
 
 Rombach et al. 2022 train on latents; encoding them at every step costs about 1.4 times the time and money (MosaicML
 2023, training Stable Diffusion from scratch). A run that was stopped or killed goes on with the same command, on any
@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared.fields import Count, Natural, Positive, Share
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -27,73 +28,52 @@ from shared import command_line as cli
 class Config:
     """What to encode with what."""
 
-    config: str = ""
-    """YAML file with differences from the defaults; flags override it. "" = none."""
-    output_dir: str = "outputs/latents"
-    """Folder of the cache; on several nodes it must be one that all of them see."""
-
+    # Data
     data: str = "sample"
     """sample, a .parquet or .tar file, a folder of them or of images with metadata.jsonl, or a Hub data set id."""
-    data_config: str = ""
-    """Configuration of a Hub data set. "" = its only one."""
-    data_splits: str = ""
-    """Splits to encode, comma-separated. "" = all."""
-    image_column: str = ""
-    """Column of the images. "" = the only one that holds images."""
-    caption_column: str = ""
-    """Column of the captions. "" = the one called caption, text or txt."""
-    max_bad_fraction: float = 0.01
+    data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
+    data_splits: str = ""  # Splits to encode, comma-separated. "" = all.
+    image_column: str = ""  # Column of the images. "" = the only one that holds images.
+    caption_column: str = ""  # Column of the captions. "" = the one called caption, text or txt.
+    max_bad_fraction: Share = 0.01
     """Share of the images that may be damaged, and of the captions that may be empty; they are left out."""
+    image_size: Count = 64  # Side of the images in pixels, cut as the largest square in the middle.
+    bucket_multiple: Natural = 0
+    """Cut images not to squares but to rectangles of about that area, each to the one nearest to its aspect
+    ratio, whose sides are multiples of so many pixels; 64 in SDXL. 0 = squares."""
+    mirrored: bool = True  # Encode the mirror images as well, from which training then takes half of the images.
 
+    # Model
     vae: str = ""
     """Run folder of train_vae.py, or Hub id of an autoencoder. "" = outputs/vae, or the shipped one if that is not
     there."""
-    image_size: int = 64
-    """Side of the images in pixels, cut as the largest square in the middle."""
-    bucket_multiple: int = 0
-    """Cut images not to squares but to rectangles of about that area, each to the one nearest to its aspect
-    ratio, whose sides are multiples of so many pixels; 64 in SDXL. 0 = squares."""
-    mirrored: bool = True
-    """Encode the mirror images as well, from which training then takes half of the images."""
     text_encoder: str = ""
     """Run folder or Hub id of a frozen CLIP text encoder, or of a pipeline that has one, to encode the captions as
     well; each takes 118 KB with CLIP ViT-L/14. "" = none, the captions alone."""
 
-    batch_size: int = 32
-    """Images, or captions, that are encoded at a time."""
-    images_per_shard: int = 1024
+    # Run
+    config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
+    output_dir: str = "outputs/latents"  # Folder of the cache; on several nodes it must be one that all of them see.
+    batch_size: Count = 32  # Images, or captions, that are encoded at a time.
+    images_per_shard: Count = 1024
     """Images of one file; what a killed run has to do again, at most, on each process."""
-    num_workers: int = 1
-    """Data worker processes for each process. 0 = decode in the process that encodes."""
-    timeout_minutes: float = 600
-    """Minutes that a process that is ready waits for the others."""
+    num_workers: Natural = 1  # Data worker processes for each process. 0 = decode in the process that encodes.
+    timeout_minutes: Positive = 600  # Minutes that a process that is ready waits for the others.
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
 
-import diffusers
-
 from shared.diffusion import latent_cache
 from shared.diffusion.captions import load_text_encoder
-from shared.diffusion.latent_encoding import cache_identity, encode_shards
+from shared.diffusion.latent_encoding import cache_identity, encode_shards, load_autoencoder
 from shared.images import files as image_files
 from shared.images.aspect_ratios import aspect_ratio_buckets
 from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
-from shared.models.pretrained import load_diffusion_model
 from shared.runtime import collectives, launch
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
-
-
-def check_config(cfg: Config) -> None:
-    """Raise `UsageError` for what can be told wrong from the fields alone."""
-    for field in ("image_size", "batch_size", "images_per_shard"):
-        cli.expect_at_least(cfg, 1, field)
-    cli.expect_at_least(cfg, 0, "num_workers", "bucket_multiple")
-    cli.expect(0 <= cfg.max_bad_fraction < 1, "max_bad_fraction", cfg.max_bad_fraction, "a share in [0, 1)")
-    cli.expect(cfg.timeout_minutes > 0, "timeout_minutes", cfg.timeout_minutes, "more than 0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,8 +103,7 @@ def open_data(cfg: Config, buckets: list[tuple[int, int]], accelerator: Any) -> 
 
 def open_vae(cfg: Config) -> Any:
     """The frozen autoencoder, which must be able to halve all sides as often as it does."""
-    name = cfg.vae or str(TRAINED if TRAINED.is_dir() else SHIPPED)
-    vae = load_diffusion_model(diffusers.AutoencoderKL, name, "vae").eval().requires_grad_(False)
+    vae = load_autoencoder(cfg.vae, TRAINED, SHIPPED)
     times = 2 ** (len(vae.config.block_out_channels) - 1)
     field = "bucket_multiple" if cfg.bucket_multiple else "image_size"
     expected = f"a multiple of {times}, for the autoencoder halves it"
@@ -138,7 +117,7 @@ def open_vae(cfg: Config) -> Any:
 
 def main(cfg: Config) -> None:
     """Encode the shards that are missing, this process's share of them, and write the manifest."""
-    check_config(cfg)
+    cli.check_limits(cfg)
     folder, buckets = Path(cfg.output_dir), plan_buckets(cfg)
     launch.follow_launcher()
     accelerator = launch.start_accelerator(cfg.timeout_minutes, "", cfg.output_dir, deterministic=False)

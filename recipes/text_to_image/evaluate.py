@@ -1,4 +1,4 @@
-"""Measure a text-to-image model on captions that it was not trained on: are its images like true ones, and which?
+r"""Measure a text-to-image model on captions that it was not trained on: are its images like true ones, and which?
 
 It makes one image for each caption and compares, in the features of a classifier, how all of them are spread
 (Heusel et al. 2017: Frechet distance) and whether each is nearer to the true image of its caption than to the others.
@@ -13,11 +13,12 @@ The autoencoder's reconstructions of the true images show what its diffusion mod
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared.fields import Count, Natural, Share, at_least
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -27,44 +28,41 @@ from shared import command_line as cli
 class Config:
     """What to measure on what."""
 
-    config: str = ""
-    """YAML file with differences from the defaults; flags override it. "" = none."""
-    model: str = "outputs/text_to_image"
-    """Run folder, folder of save_pretrained, or Hub id of a latent diffusion pipeline of diffusers."""
-    output_dir: str = ""
-    """Folder for evaluation.json and figures/evaluation.png. "" = the model's, if that is a folder."""
-
+    # Data
     data: str = "sample"
     """sample, a .parquet or .tar file, a folder of them or of images with metadata.jsonl, or a Hub data set id."""
-    data_config: str = ""
-    """Configuration of a Hub data set. "" = its only one."""
+    data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
     data_split: str = ""
     """Split of held-out images. "" = test_unseen_combination of the sample, else the first whose name begins with
     validation, val or test."""
-    image_column: str = ""
-    """Column of the images. "" = the only one that holds images."""
-    caption_column: str = ""
-    """Column of the captions. "" = the one called caption, text or txt."""
-    max_bad_fraction: float = 0.01
-    """Share of the captions that may be empty; they are left out."""
-    image_size: int = 64
+    image_column: str = ""  # Column of the images. "" = the only one that holds images.
+    caption_column: str = ""  # Column of the captions. "" = the one called caption, text or txt.
+    max_bad_fraction: Share = 0.01  # Share of the captions that may be empty; they are left out.
+    image_size: Count = 64
     """Side of the model's images in pixels; true ones are cut to it as the largest square in the middle."""
-    max_images: int = 200
-    """Captions that an image is made for, at most, spread over the split."""
 
-    seed: int = 0
-    """The same seed gives the same images, whatever the batch size."""
-    num_steps: int = 25
-    """Steps in which an image is made."""
+    # Model
+    model: str = "outputs/text_to_image"
+    """Run folder, folder of save_pretrained, or Hub id of a latent diffusion pipeline of diffusers."""
+    num_steps: Count = 25  # Steps in which an image is made.
     guidance_scale: float = 4.0
     """How far images follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
-    batch_size: int = 25
-    """Images that are made, or looked at, at a time."""
+
+    # Evaluation
+    max_images: Annotated[int, at_least(2)] = 200
+    """Captions that an image is made for, at most, spread over the split."""
     others_split: str = ""
     """Split whose images can also be taken for those of the captions. "" = train of the sample, else none."""
     features: str = ""
     """Whose features images are compared in: a run folder of recipes/resnet or Hub id of a ResNet classifier, or
     inception. "" = a classifier of the embedded emoji that lies in assets."""
+
+    # Run
+    config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
+    output_dir: str = ""
+    """Folder for evaluation.json and figures/evaluation.png. "" = the model's, if that is a folder."""
+    seed: Natural = 0  # The same seed gives the same images, whatever the batch size.
+    batch_size: Count = 25  # Images that are made, or looked at, at a time.
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -104,10 +102,7 @@ logger = logging.getLogger(__name__)
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong before anything is loaded."""
-    cli.expect_at_least(cfg, 1, "image_size", "num_steps", "batch_size")
-    cli.expect_at_least(cfg, 0, "seed")
-    cli.expect_at_least(cfg, 2, "max_images")
-    cli.expect(0 <= cfg.max_bad_fraction < 1, "max_bad_fraction", cfg.max_bad_fraction, "a share in [0, 1)")
+    cli.check_limits(cfg)
     check_guidance(cfg.model, cfg.guidance_scale)
     is_clear = bool(cfg.output_dir) or Path(cfg.model).is_dir()
     cli.expect(is_clear, "output_dir", cfg.output_dir, f"a folder, for the model {cfg.model!r} is none")

@@ -12,38 +12,33 @@ from pathlib import Path
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared.fields import Count, Natural
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What to make."""
 
-    config: str = ""
-    """YAML file with differences from the defaults; flags override it. "" = none."""
+    # Data
+    prompt: str = "3D Fluent emoji, red apple"  # What the images are to show.
+    prompts_file: str = ""  # Text file with a prompt on each line, instead of prompt. "" = prompt.
+    negative_prompt: str = ""  # What the images are to be guided away from. "" = the empty prompt.
+    images_per_prompt: Count = 4  # Images of each prompt.
+
+    # Model
     model: str = "outputs/text_to_image"
     """Run folder, folder of save_pretrained, or Hub id of a text-to-image pipeline of diffusers."""
-    output_dir: str = "outputs/images"
-    """Folder for the images, grid.png and prompts.jsonl; files of the same names are replaced."""
-
-    prompt: str = "3D Fluent emoji, red apple"
-    """What the images are to show."""
-    prompts_file: str = ""
-    """Text file with a prompt on each line, instead of prompt. "" = prompt."""
-    negative_prompt: str = ""
-    """What the images are to be guided away from. "" = the empty prompt."""
-    images_per_prompt: int = 4
-    """Images of each prompt."""
-    seed: int = 0
-    """The same seed gives the same images, whatever the batch size."""
-
-    num_steps: int = 25
-    """Steps in which an image is made."""
+    num_steps: Count = 25  # Steps in which an image is made.
     guidance_scale: float = 4.0
     """How far images follow the prompt's prediction beyond the empty prompt's. 1 = no guidance."""
-    scheduler: str = ""
-    """Sampler: ddim, dpm, euler or unipc. "" = the model's own."""
-    batch_size: int = 8
-    """Images that are made at a time."""
+    scheduler: str = ""  # Sampler: ddim, dpm, euler or unipc. "" = the model's own.
+
+    # Run
+    config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
+    output_dir: str = "outputs/images"
+    """Folder for the images, grid.png and prompts.jsonl; files of the same names are replaced."""
+    seed: Natural = 0  # The same seed gives the same images, whatever the batch size.
+    batch_size: Count = 8  # Images that are made at a time.
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -77,8 +72,7 @@ logger = logging.getLogger(__name__)
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong before the model is loaded."""
-    cli.expect_at_least(cfg, 1, "images_per_prompt", "num_steps", "batch_size")
-    cli.expect_at_least(cfg, 0, "seed")
+    cli.check_limits(cfg)
     check_writable(Path(cfg.output_dir))
     check_guidance(cfg.model, cfg.guidance_scale)
     is_heard = not cfg.negative_prompt or cfg.guidance_scale > 1

@@ -1,4 +1,4 @@
-"""Pre-train a text-to-image model from scratch: flow matching with a transformer that reads captions.
+r"""Pre-train a text-to-image model from scratch: flow matching with a transformer that reads captions.
 
 Papers: Liu et al. 2022 and Lipman et al. 2022 (flow matching), Esser et al. 2024 (its times), Krause et al. 2025
 (routed tokens), Ho and Salimans 2022 (guidance); the transformer is Photoroom's PRX. With no arguments it trains on the
@@ -13,113 +13,74 @@ embedded emoji, whose latents it makes at the first start, on two CPU cores in m
 # a caption, D width of the text encoder.
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
 from shared import fields
+from shared.fields import Amount, Count, FromOne, Natural, Positive, Share, ShareToOne
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.RunControl):
-    """Fields of the method; RunControl has those that every recipe shares."""
+class Config(fields.LatentData, fields.RunControl):
+    """Fields of the method; LatentData says where the latents are, RunControl what every training stage has."""
 
     output_dir: str = "outputs/text_to_image_transformer"
-    """The run folder; on several nodes it must be one that all of them see."""
-    log_every: int = 20
-    """Updates between two log entries."""
-    eval_every: int = 500
-    """Updates between two evaluations; 0 = only at the end."""
-    save_every: int = 500
-    """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
-    num_workers: int = 1
-    """Data worker processes for each training process; never changes the result. 0 = load in the training process."""
+    log_every: Count = 20
+    eval_every: Natural = 500
+    save_every: Natural = 500
+    num_workers: Natural = 1
 
-    data: str = "sample"
-    """Folder that cache_latents.py made, or sample: outputs/latents, which must be of the embedded emoji, or, if it is
-    not there, their latents made in cache_dir."""
-    data_split: str = "train"
-    """Split to train on."""
-    eval_splits: str = ""
-    """Splits to evaluate on, comma-separated. "" = those whose names begin with validation, val or test, else
-    eval_fraction is held out."""
-    eval_fraction: float = 0.05
-    """Share of the samples held out where there is no split to evaluate on."""
-    eval_samples: int = 200
-    """Samples of each split that are evaluated, at most."""
-    vae: str = ""
-    """Run folder of train_vae.py, or Hub id of an autoencoder, with which the latents were made. "" = outputs/vae, or
-    the shipped one if that is not there."""
-
+    # Model
     text_encoder: str = "scratch"
     """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is and with which
     cache_latents.py made embeddings, of captions as they are: the pipeline then takes skip_text_cleaning=True."""
-    vocab_size: int = 2048
-    """Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch."""
-    caption_length: int = 32
+    vocab_size: int = 2048  # Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch.
+    caption_length: Annotated[int, fields.at_least(3)] = 32
     """Tokens of a caption, start and end included, for a text encoder from scratch; longer ones are cut."""
-    text_hidden_size: int = 128
-    """Width of the text encoder from scratch."""
-    text_num_layers: int = 2
-    """Layers of the text encoder from scratch."""
-    text_num_heads: int = 4
-    """Attention heads of the text encoder from scratch."""
-
-    patch_size: int = 2
-    """Side of the squares of latents that are one image token."""
-    hidden_size: int = 128
+    text_hidden_size: Count = 128  # Width of the text encoder from scratch.
+    text_num_layers: Count = 2  # Layers of the text encoder from scratch.
+    text_num_heads: Count = 4  # Attention heads of the text encoder from scratch.
+    patch_size: Count = 2  # Side of the squares of latents that are one image token.
+    hidden_size: Count = 128
     """Width of the transformer; a multiple of 4 x num_heads, since positions turn half of a head for each axis."""
-    mlp_ratio: float = 3.0
-    """Width inside the gated MLP, in hidden sizes."""
-    num_layers: int = 8
-    """Blocks of the transformer."""
-    num_heads: int = 4
-    """Attention heads."""
-    init: str = "scratch"
-    """scratch, or a run folder or Hub id of a pipeline of these sizes to start from."""
+    mlp_ratio: Positive = 3.0  # Width inside the gated MLP, in hidden sizes.
+    num_layers: Count = 8  # Blocks of the transformer.
+    num_heads: Count = 4  # Attention heads.
+    init: str = "scratch"  # scratch, or a run folder or Hub id of a pipeline of these sizes to start from.
 
-    logit_mean: float = 0.0
-    """Mean of the logits of the times that are trained; higher = more noise."""
-    logit_std: float = 1.0
-    """Standard deviation of these logits."""
-    shift: float = 1.0
+    # Objective
+    logit_mean: float = 0.0  # Mean of the logits of the times that are trained; higher = more noise.
+    logit_std: Positive = 1.0  # Standard deviation of these logits.
+    shift: Positive = 1.0
     """By how much times are moved to more noise, in training and in the sampler: sqrt(m / n) for m image tokens where n
     need no shift. 1 = not at all."""
-    routed_fraction: float = 0.5
-    """Share of the image tokens that skip routed_layers in training. 0 = none."""
-    routed_layers: str = "2,7"
-    """First and last of the blocks, from 1, that routed tokens skip."""
-    caption_dropout: float = 0.1
+    routed_fraction: Share = 0.5  # Share of the image tokens that skip routed_layers in training. 0 = none.
+    routed_layers: str = "2,7"  # First and last of the blocks, from 1, that routed tokens skip.
+    caption_dropout: Share = 0.1
     """Share of the captions that are replaced by the empty one, so that guidance works. 0 = none."""
 
-    global_batch_size: int = 16
-    """Samples of one update, over all processes and micro-batches."""
-    per_device_batch_size: int = 0
-    """Samples of one micro-batch on one process. 0 = the process's whole share."""
-    max_steps: int = 2500
-    """Optimizer updates."""
-    learning_rate: float = 2e-3
-    """Peak rate."""
-    weight_decay: float = 0.01
-    """Decoupled decay of matrices, not of embeddings, norms and biases. 0 = none."""
-    max_grad_norm: float = 1.0
-    """Norm to which the update's gradient is clipped. 0 = no clipping."""
-    warmup_steps: int = 100
-    """Updates over which the rate rises linearly."""
-    decay_fraction: float = 0.5
+    # Optimization
+    global_batch_size: Count = 16
+    max_steps: Count = 2500
+    max_grad_norm: Amount = 1.0
+    learning_rate: Positive = 2e-3  # Peak rate.
+    weight_decay: Amount = 0.01  # Decoupled decay of matrices, not of embeddings, norms and biases. 0 = none.
+    warmup_steps: Natural = 100  # Updates over which the rate rises linearly.
+    decay_fraction: ShareToOne = 0.5
     """Share of the updates, at the end, over which the rate falls linearly to 0. 0 = it never falls."""
-    ema_decay: float = 0.995
+    ema_decay: Share = 0.995
     """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""
 
-    sample_steps: int = 25
-    """Steps in which each of the shown images is made."""
-    guidance_scale: float = 4.0
+    # Evaluation
+    sample_steps: Count = 25  # Steps in which each of the shown images is made.
+    guidance_scale: FromOne = 4.0
     """How far shown images follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
 
 
@@ -127,45 +88,33 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
 
-import logging
 import math
 
 import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers.models.transformers.transformer_prx import get_image_ids, img2seq, seq2img
 from torch import Tensor, nn
 
 from shared.data.batches import to_device
-from shared.data.randomness import derive_seed, normal_numbers, uniform_numbers
-from shared.data.updates import load_updates
-from shared.diffusion import latent_cache
-from shared.diffusion.captions import CleanedCaptions, clean_captions, encode_captions, load_text_encoder, token_ids
-from shared.diffusion.clip_tokenizer import train_clip_tokenizer
-from shared.diffusion.latent_cache import Latents
-from shared.diffusion.latent_encoding import open_latents
-from shared.diffusion.latent_updates import FixedSamples, LatentUpdates
-from shared.metrics import figures
+from shared.data.randomness import derive_seed, uniform_numbers
+from shared.diffusion import captions, latent_updates
+from shared.diffusion.fixed_evaluation import BandErrors, fixed_batches
+from shared.diffusion.generation import decode_images, starting_noise
+from shared.diffusion.latent_cache import Latents, some_captions
+from shared.diffusion.latent_encoding import load_autoencoder, open_latents
+from shared.diffusion.latent_updates import FixedSamples
+from shared.metrics.figures import image_grid
 from shared.models.averaged_weights import AveragedWeights
-from shared.models.export import export_pipeline
+from shared.models.export import export_pipeline, whole_weights
 from shared.models.pretrained import check_sizes, load_diffusion_model
 from shared.optim import schedules
-from shared.optim.optimizers import set_learning_rates
+from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
-from shared.performance.flops import peak, training_flops
-from shared.performance.profiling import trace_updates
-from shared.performance.throughput import Throughput
-from shared.run import checkpoints, hub, summary
-from shared.run import folder as run_folder
-from shared.run.log import RunLog
-from shared.run.report import finish_run
-from shared.run.skipped_updates import SkippedUpdates
-from shared.runtime import collectives, launch
+from shared.performance.flops import training_flops
+from shared.run import summary
+from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
-from shared.runtime.signals import StopSignals
-
-logger = logging.getLogger(__name__)
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 CACHED = Path("outputs/latents")
@@ -179,19 +128,8 @@ image = pipeline({!r}, guidance_scale={}, num_inference_steps={}, **options).ima
 
 
 def check_config(cfg: Config) -> None:
-    """Raise `UsageError` for what can be told wrong from the fields alone."""
+    """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
-    cli.expect_at_least(cfg, 1, "eval_samples", "text_hidden_size", "text_num_layers", "text_num_heads", "patch_size")
-    cli.expect_at_least(cfg, 1, "hidden_size", "num_layers", "num_heads", "global_batch_size", "max_steps")
-    cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
-    cli.expect_at_least(cfg, 3, "caption_length")
-    cli.expect_at_least(cfg, 1, "sample_steps", "guidance_scale")
-    for field in ("learning_rate", "mlp_ratio", "logit_std", "shift"):
-        cli.expect(getattr(cfg, field) > 0, field, getattr(cfg, field), "more than 0")
-    for field in ("ema_decay", "caption_dropout", "routed_fraction"):
-        cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
-    cli.expect(0 < cfg.eval_fraction < 1, "eval_fraction", cfg.eval_fraction, "a share in (0, 1)")
-    cli.expect(0 <= cfg.decay_fraction <= 1, "decay_fraction", cfg.decay_fraction, "a share in [0, 1]")
     is_guidable = cfg.guidance_scale == 1 or cfg.caption_dropout > 0
     expected = "1 with caption_dropout 0: a model that never sees the empty caption cannot be guided by it"
     cli.expect(is_guidable, "guidance_scale", cfg.guidance_scale, expected)
@@ -209,30 +147,28 @@ def check_config(cfg: Config) -> None:
 # Data
 
 
-def open_data(
-    cfg: Config, accelerator: Any, vae: Any, text: tuple[Any, Any] | None
-) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
-    """Latents to train on, those to evaluate on by the names of their splits, and the manifest of the cache."""
-    with collectives.node_main_first(accelerator):
-        options = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
-        folder, manifest = open_latents(cfg.data, vae, text, **options)
-        train, held_out = latent_cache.open_splits(folder, manifest, cfg.data_split, cfg.eval_splits, cfg.eval_fraction)
-    for (_, *sides), _ in (bucket for latents in (train, *held_out.values()) for bucket in latents.buckets()):
-        fits = all(side % cfg.patch_size == 0 for side in sides)
-        cli.expect(fits, "patch_size", cfg.patch_size, f"a divisor of the latents' sides, {sides}")
-    return train, held_out, manifest
+def check_sides(patch_size: int, latents: list[Latents]) -> None:
+    """Raise `UsageError` unless patches fill all latents."""
+    for (_, *sides), _ in (bucket for part in latents for bucket in part.buckets()):
+        fits = all(side % patch_size == 0 for side in sides)
+        cli.expect(fits, "patch_size", patch_size, f"a divisor of the latents' sides, {sides}")
+
+
+def open_tokenizer(cfg: Config, train: Latents) -> Any:
+    """The tokenizer of the text encoder that trains along: that of `init`, or one trained on captions as cleaned."""
+    cleaned = captions.clean_captions(train.captions())
+    tokenizer = captions.load_or_train_tokenizer(cfg.init, cleaned, cfg.vocab_size, cfg.caption_length)
+    captions.warn_of_cut_captions(captions.CleanedCaptions(tokenizer), some_captions([train], 10_000))
+    return tokenizer
 
 
 def open_updates(
     cfg: Config, accelerator: Any, train: Latents, reading: dict[str, Any], micro_batch_size: int, step: int
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Updates from `step` on: each this process's micro-batches."""
-    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"global_batch_size": cfg.global_batch_size, **rank}
-    draws = {"caption_dropout": cfg.caption_dropout, "seed": cfg.seed}
-    updates = LatentUpdates(train, reading, **draws, micro_batch_size=micro_batch_size, order=order)
-    loaded = load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
-    return ([choose_kept(cfg, batch) for batch in batches] for batches in loaded)
+    order = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
+    updates = latent_updates.open_updates(accelerator, cfg, train, reading, **order, step=step)
+    return ([choose_kept(cfg, batch) for batch in batches] for batches in updates)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,19 +254,12 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_channels: int) 
         "num_attention_heads": cfg.text_num_heads,
         "max_position_embeddings": tokenizer.model_max_length,
     }
-    text_encoder = None
     if cfg.init == "scratch":
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        text_config = transformers.CLIPTextConfig(**text_sizes, **ends, pad_token_id=tokenizer.pad_token_id)
         transformer = diffusers.PRXTransformer2DModel(**sizes)
-        text_encoder = transformers.CLIPTextModel(text_config) if frozen is None else None
     else:
         transformer = load_diffusion_model(diffusers.PRXTransformer2DModel, cfg.init, "init", subfolder="transformer")
         check_sizes(cfg.init, "a transformer", transformer.config, sizes)
-        if frozen is None:
-            _, text_encoder = load_text_encoder(cfg.init, "init")
-            check_sizes(cfg.init, "a text encoder", text_encoder.config, text_sizes)
-            text_encoder.train().requires_grad_(True)
+    text_encoder = captions.build_text_encoder(cfg.init, tokenizer, text_sizes) if frozen is None else None
     first, last = cli.whole_numbers("routed_layers", cfg.routed_layers)
     model = Denoiser(transformer, text_encoder, range(first - 1, last))
     if cfg.gradient_checkpointing:
@@ -386,24 +315,11 @@ def errors(model: Any, batch: dict[str, Tensor], times: Tensor) -> Tensor:
 def evaluate(cfg: Config, accelerator: Any, model: Any, held_out: dict[str, FixedSamples]) -> dict[str, float]:
     """Errors on the fixed noise of each split, of all tokens: over all times from 0 to 1 and in each band of them."""
     model.eval()
-    processes, totals = accelerator.num_processes, torch.zeros(len(held_out), NUM_BANDS, 2, dtype=torch.float64)
-    for row, samples in enumerate(held_out.values()):
-        steps = range(accelerator.process_index, math.ceil(len(samples) / processes) * processes, processes)
-        batches = load_updates(samples, steps, cfg.num_workers, accelerator.device)
-        for number, batch in zip(steps, batches, strict=True):
-            batch = to_device(batch, accelerator.device)
-            error = errors(model, batch, batch["uniform"])
-            counts = torch.tensor([error.double().sum().item(), len(error)], dtype=torch.float64)
-            totals[row, number % NUM_BANDS] += counts * (number < len(samples))
+    found = BandErrors(held_out)
+    for place, batch in fixed_batches(accelerator, held_out, cfg.num_workers):
+        found.add(place, errors(model, batch, batch["uniform"]))
     model.train()
-    sums, numbers = torch.stack(collectives.gather_objects(accelerator, totals)).sum(0).unbind(-1)
-    means = dict(zip(held_out, (sums.sum(1) / numbers.sum(1)).tolist(), strict=True))
-    metrics = {"eval/loss": float(np.mean([mean for name, mean in means.items() if name != cfg.data_split]))}
-    for row, (name, mean) in enumerate(means.items()):
-        metrics[f"eval/loss_{name}"] = mean
-        for band, value in enumerate((sums[row] / numbers[row]).tolist()):
-            metrics[f"eval/loss_{name}_band_{band}"] = value
-    return metrics
+    return found.metrics(accelerator, cfg.data_split)
 
 
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
@@ -417,8 +333,7 @@ def make_images(
     """
     model.eval()
     scheduler, device, number = build_scheduler(cfg), accelerator.device, len(texts["text"])
-    noise = normal_numbers(derive_seed(cfg.seed, "pictures"), np.arange(number), count=math.prod(latent_shape))
-    latents = torch.from_numpy(noise.astype(np.float32)).reshape(-1, *latent_shape).to(device)
+    latents = starting_noise(cfg.seed, number, latent_shape).to(device)
     both = {name: torch.cat([empty[name].expand_as(rows), rows]).to(device) for name, rows in texts.items()}
     scheduler.set_timesteps(cfg.sample_steps, device=device)
     for timestep in scheduler.timesteps:
@@ -427,20 +342,20 @@ def make_images(
         velocity = without + cfg.guidance_scale * (with_text - without)
         latents = scheduler.step(velocity, timestep, latents).prev_sample
     model.train()
-    pixels = vae.decode(latents / vae.config.scaling_factor).sample
-    return list(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    return decode_images(vae, latents)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any]) -> tuple[Tensor, float]:
-    """One optimizer update: its mean loss over all processes and micro-batches, and its gradient norm.
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """AdamW with its usual betas, as micro_diffusion has it (Sehwag et al. 2024), and decay of matrices alone."""
+    return torch.optim.AdamW(decay_of_matrices(model, cfg.weight_decay), lr=cfg.learning_rate, fused=True)
 
-    A gradient that is not finite changes nothing, on all processes alike; DeepSpeed, which steps inside the backward
-    pass, finds that by itself.
-    """
+
+def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any]) -> tuple[Tensor, float]:
+    """One optimizer update: its mean loss over all processes and micro-batches, and its gradient norm."""
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
     total = torch.zeros((), device=accelerator.device)
@@ -450,10 +365,7 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
             loss = errors(model, batch, times).sum()
             accelerator.backward(loss * scale)
         total += loss.detach()
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
-    if math.isfinite(grad_norm):
-        optimizer.step()
-    optimizer.zero_grad()
+    grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
     return accelerator.reduce(total, "sum") / cfg.global_batch_size, grad_norm
 
 
@@ -461,10 +373,10 @@ def export(
     cfg: Config, accelerator: Any, model: Any, frozen: Any, vae: Any, tokenizer: Any, side: int, run_dir: Path
 ) -> None:
     """Write all parts as a PRXPipeline for images of `side` pixels. Every process calls this."""
-    weights = accelerator.get_state_dict(model)
+    weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         bare = build_model(replace(cfg, init="scratch"), tokenizer, frozen, vae.config.latent_channels)
-        bare.load_state_dict({name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()})
+        bare.load_state_dict(weights)
         vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and cannot add None
         pipeline = diffusers.PRXPipeline(
             transformer=bare.transformer,
@@ -481,29 +393,23 @@ def export(
 def main(cfg: Config) -> None:
     """Train, evaluate, save, and leave a pipeline that `from_pretrained` loads."""
     check_config(cfg)
-    run_dir = Path(cfg.output_dir)
-    run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
-    launch.follow_launcher()
-    accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
-    micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
-    launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
-    with collectives.raise_together(accelerator):
-        hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
-
-    vae = open_vae(cfg).to(accelerator.device)
-    text = None if cfg.text_encoder == "scratch" else load_text_encoder(cfg.text_encoder, "text_encoder")
-    train, held_out, manifest = open_data(cfg, accelerator, vae, text)
+    accelerator, micro_batch_size = start(cfg)
+    vae = load_autoencoder(cfg.vae, TRAINED, SHIPPED).to(accelerator.device)
+    text = None if cfg.text_encoder == "scratch" else captions.load_text_encoder(cfg.text_encoder, "text_encoder")
+    folders = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
+    train, held_out, manifest = open_latents(accelerator, cfg, vae, text, **folders)
+    check_sides(cfg.patch_size, [train, *held_out.values()])
     tokenizer, frozen = text or (open_tokenizer(cfg, train), None)
-    reader = tokenizer if text else CleanedCaptions(tokenizer)  # embeddings are of captions as they are
-    empty = encode_captions([""], reader, frozen)
+    reader = tokenizer if text else captions.CleanedCaptions(tokenizer)  # embeddings are of captions as they are
+    empty = captions.encode_captions([""], reader, frozen)
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": reader}
     reading["empty"] = None if frozen is None else empty["text"][0].numpy()
-    shape = min((shape for shape, _ in train.buckets()), key=lambda shape: abs(shape[1] - shape[2]))
     batch, *_ = next(open_updates(replace(cfg, num_workers=0), accelerator, train, reading, micro_batch_size, 0))
     inputs = {"timesteps": batch["uniform"], **{name: batch[name] for name in batch.keys() - {"noise", "uniform"}}}
     if cfg.dry_run:
         report_costs(cfg, accelerator, train, to_device(inputs, accelerator.device), tokenizer, frozen)
         return
+    shape = train.squarest_shape()
     model = build_model(cfg, tokenizer, frozen, shape[0])
     facts = describe(cfg, accelerator, model, train, inputs)
     accelerator.print(summary.table(facts))
@@ -511,117 +417,56 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
-    skipped = SkippedUpdates(state, cfg.max_bad_updates)
-    average = AveragedWeights(accelerator, model, cfg.ema_decay, state.get("tensors", {}))
-    updates = open_updates(cfg, accelerator, train, reading, micro_batch_size, step)
+    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
+    updates = open_updates(cfg, accelerator, train, reading, micro_batch_size, run.step)
     fixed = {
         name: FixedSamples(latents, cfg.eval_samples, NUM_BANDS, reading, batch_size=micro_batch_size)
         for name, latents in ({cfg.data_split: train} | held_out).items()
     }
-    captions = latent_cache.some_captions(held_out.values(), NUM_SHOWN)
-    shown = {"texts": encode_captions(captions, reader, frozen), "empty": empty, "latent_shape": shape}
-    exported = (frozen, vae, tokenizer, shape[1] * 2 ** (len(vae.config.block_out_channels) - 1), run_dir)
-    record = {"data": cfg.data, "data_fingerprint": manifest["data"], "init": cfg.init}
-    with collectives.raise_together(accelerator):
-        hub.check_push(hub_id, private=cfg.hub_private)
-        if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
-    log = RunLog(accelerator, run_dir, step, cfg.max_steps)
-    pusher = hub.HubPusher(hub_id, cfg.hub_private)
-    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_sample"], peak(accelerator) * accelerator.num_processes)
-    seconds_before = state.get("training_seconds", 0.0)
-    stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
+    prompts = some_captions(held_out.values(), NUM_SHOWN)
+    texts = captions.encode_captions(prompts, reader, frozen)
+    shown = {"vae": vae, "texts": texts, "empty": empty, "latent_shape": shape}
+    exported = (frozen, vae, tokenizer, shape[1] * 2 ** (len(vae.config.block_out_channels) - 1), run.folder)
+    run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": manifest["data"], "init": cfg.init, **facts})
     model.train()
-    while step < cfg.max_steps:
-        with throughput.waiting_for_data():
-            batches = next(updates)
+    for step, batches in run.updates(updates, facts["flops_per_sample"]):
         factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches)
-        step += 1
-        average.update(step)
-        throughput.add(samples=cfg.global_batch_size, units=cfg.global_batch_size)
-        skipped.count(grad_norm)
+        average.update(step + 1)
 
-        is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = collectives.on_any_process(accelerator, stop.received)
-        metrics = {}
-        if is_last or step % cfg.log_every == 0:
+        samples = cfg.global_batch_size
+        due, metrics = run.count_update(grad_norm, samples=samples, units=samples), {}
+        if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
-            metrics |= throughput.read("images")
-        seconds = seconds_before + throughput.training_seconds
-        if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
-            with throughput.pause(), average.in_place():
-                metrics |= evaluate(cfg, accelerator, model, fixed)
-                images = make_images(cfg, accelerator, model, vae, **shown)
-            if accelerator.is_main_process:
-                figures.image_grid(images, captions, run_dir / "samples" / f"step_{step:08d}.png")
-        with throughput.pause():
-            log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
-            if is_last or is_stopping or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, **skipped.state(), "tensors": average.tensors()}
-                checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
-        if schedules.is_due(step, cfg.push_every):
-            with throughput.pause(), average.in_place():
-                export(cfg, accelerator, model, *exported)
-                pusher.push(run_dir, f"step {step}", f"step-{step}")
-        if profiler:
-            profiler.step()
-        skipped.check(step)
-        if is_stopping and step < cfg.max_steps:
-            raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
+            metrics |= {"train/grad_norm": grad_norm, **run.rates("images")}
+        with run.pause():
+            if due.evaluate:
+                with average.in_place():
+                    metrics |= evaluate(cfg, accelerator, model, fixed)
+                    images = make_images(cfg, accelerator, model, **shown)
+                if accelerator.is_main_process:
+                    image_grid(images, prompts, run.folder / "samples" / f"step_{run.step:08d}.png")
+            run.write(metrics)
+            if due.save:
+                run.save({"tensors": average.tensors()})
+            if due.push:
+                with average.in_place():
+                    export(cfg, accelerator, model, *exported)
+                run.push()
 
     with average.in_place():
-        images = make_images(cfg, accelerator, model, vae, **shown)
+        images = make_images(cfg, accelerator, model, **shown)
         export(cfg, accelerator, model, *exported)
     if accelerator.is_main_process:
-        figures.image_grid(images, captions, run_dir / "figures" / "images.png")
-    flops = facts["flops_per_sample"] * cfg.global_batch_size * step
-    results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
-    usage = USAGE.format(cfg.text_encoder != "scratch", captions[0], cfg.guidance_scale, cfg.sample_steps)
-    card = {"pipeline_tag": "text-to-image", "usage": usage, "results": results}
-    card |= {"figures": {"Images of held-out captions": "images.png"}, "samples": "\n".join(captions)}
-    finish_run(log, pusher, run_dir, **card, is_main_process=accelerator.is_main_process)
-    log.say(f"generate: python recipes/text_to_image/generate.py --model {run_dir}")
-    accelerator.end_training()
-
-
-def open_vae(cfg: Config) -> Any:
-    """The frozen autoencoder."""
-    name = cfg.vae or str(TRAINED if TRAINED.is_dir() else SHIPPED)
-    return load_diffusion_model(diffusers.AutoencoderKL, name, "vae").eval().requires_grad_(False)
-
-
-def open_tokenizer(cfg: Config, train: Latents) -> Any:
-    """The tokenizer of the text encoder from scratch: that of `init`, or one trained on the captions."""
-    if cfg.init != "scratch":
-        tokenizer, _ = load_text_encoder(cfg.init, "init")
-    else:
-        tokenizer = train_clip_tokenizer(clean_captions(train.captions()), cfg.vocab_size, cfg.caption_length)
-    some = latent_cache.some_captions([train], 10_000)
-    _, num_cut = token_ids(CleanedCaptions(tokenizer), some)
-    if num_cut:
-        share = num_cut / len(some)
-        logger.warning("%.1f %% of the captions are longer than %d tokens and cut", 100 * share, cfg.caption_length)
-    return tokenizer
-
-
-def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
-    """AdamW with its usual betas, as micro_diffusion has it (Sehwag et al. 2024), and decay of matrices alone."""
-    decays = [
-        name.endswith("weight") and weight.ndim >= 2 and "embedding" not in name
-        for name, weight in model.named_parameters()
-    ]
-    pairs = list(zip(model.parameters(), decays, strict=True))
-    groups = [
-        {"params": [weight for weight, decay in pairs if decay], "weight_decay": cfg.weight_decay},
-        {"params": [weight for weight, decay in pairs if not decay], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+        image_grid(images, prompts, run.folder / "figures" / "images.png")
+    results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step}
+    card = {"samples": "\n".join(prompts), "figures": {"Images of held-out captions": "images.png"}}
+    usage = USAGE.format(cfg.text_encoder != "scratch", prompts[0], cfg.guidance_scale, cfg.sample_steps)
+    generate = f"generate: python recipes/text_to_image/generate.py --model {run.folder}"
+    run.finish("text-to-image", usage, results=results, **card, next_command=generate)
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -640,18 +485,16 @@ def report_costs(
     cfg: Config, accelerator: Any, train: Latents, inputs: dict[str, Tensor], tokenizer: Any, frozen: Any
 ) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    number, channels = inputs["latents"].shape[:2]
+    (number, channels, *_), seconds = inputs["latents"].shape, None
     with dry_run.without_memory():
         model = build_model(cfg, tokenizer, frozen, channels)
         facts = describe(cfg, accelerator, model, train, inputs)
-        state = 12 if cfg.ema_decay else 8  # AdamW's, and the average
-        costs = dry_run.costs(accelerator, model, inputs, optimizer_bytes_per_parameter=state)
-    rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
+        state = state_bytes_per_parameter(build_optimizer(cfg, model)) + (4 if cfg.ema_decay else 0)  # of the average
+        costs = dry_run.costs(accelerator, model, inputs, state)
     if dry_run.can_time(accelerator, facts["flops_per_sample"] * number, costs["memory: total"]):
         model = build_model(cfg, tokenizer, frozen, channels)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-        rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
-        rows["all updates"] = dry_run.human_seconds(seconds * cfg.max_steps)
+    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first caption: {train.captions()[0]}\n\n{summary.table(rows)}")
 
 

@@ -6,7 +6,8 @@ What is conditioned on is the whole last hidden state, padding included: Stable 
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from shared.command_line import expect
+from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from shared.diffusion.latent_cache import weights_digest
-from shared.models.pretrained import load_errors, load_pretrained
+from shared.models.pretrained import check_sizes, load_errors, load_pretrained
 from shared.text.tokenization import num_ids
+
+logger = logging.getLogger(__name__)
 
 _CLIP_KINDS = ("clip", "clip_text_model")  # a whole CLIP and its text half, as config.json calls them
 
@@ -57,6 +61,55 @@ def load_text_encoder(name: str, field: str) -> tuple[Any, Any]:
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
+def build_text_encoder(init: str, tokenizer: Any, sizes: dict[str, Any]) -> Any:
+    """A text encoder of CLIP that trains along: that of `init`, or a new one.
+
+    Args:
+        init: scratch, or see `load_text_encoder`.
+        tokenizer: whose ids it will see.
+        sizes: what its configuration says, such as hidden_size.
+
+    Returns:
+        `transformers.CLIPTextModel`, in float32.
+
+    Raises:
+        UsageError: see `load_text_encoder`; or it has other sizes.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if init == "scratch":
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return CLIPTextModel(CLIPTextConfig(**sizes, **{name: getattr(tokenizer, name) for name in names}))
+    _, encoder = load_text_encoder(init, "init")
+    check_sizes(init, "a text encoder", encoder.config, sizes)
+    return encoder.train().requires_grad_(True)
+
+
+def load_or_train_tokenizer(init: str, captions: Iterable[str], vocab_size: int, caption_length: int) -> Any:
+    """The tokenizer of a text encoder that trains along: that of `init`, or one trained on the captions.
+
+    Args:
+        init: scratch, or see `load_text_encoder`.
+        captions: the text to count on.
+        vocab_size: see `train_clip_tokenizer`.
+        caption_length: tokens of a caption with start and end.
+
+    Raises:
+        UsageError: see `load_text_encoder` and `train_clip_tokenizer`.
+    """
+    if init != "scratch":
+        return load_text_encoder(init, "init")[0]
+    return train_clip_tokenizer(captions, vocab_size, caption_length)
+
+
+def warn_of_cut_captions(tokenizer: Any, captions: Sequence[str]) -> None:
+    """Say in the log which share of some captions is longer than what the text encoder takes."""
+    _, num_cut = token_ids(tokenizer, captions)
+    if num_cut:
+        share, length = 100 * num_cut / len(captions), tokenizer.model_max_length
+        logger.warning("%.1f %% of the captions are longer than %d tokens and cut", share, length)
+
+
 def text_identity(tokenizer: Any, encoder: Any) -> dict[str, Any]:
     """What a cache of embeddings says of how they were made.
 
@@ -92,16 +145,15 @@ class CleanedCaptions:
 
     def __call__(self, captions: list[str], **form: Any) -> Any:
         """What the tokenizer makes of the cleaned captions."""
-        return self._tokenizer(clean_captions(captions), **form)
+        return self._tokenizer(list(clean_captions(captions)), **form)
 
 
-def clean_captions(captions: Iterable[str]) -> list[str]:
-    """Captions as `diffusers.PRXPipeline` cleans prompts."""
+def clean_captions(captions: Iterable[str]) -> Iterator[str]:
+    """Captions as `diffusers.PRXPipeline` cleans prompts, each when it is asked for."""
     import ftfy  # noqa: F401 (diffusers takes it for given)
     from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 
-    clean = TextPreprocessor().clean_text
-    return [clean(caption) for caption in captions]
+    yield from map(TextPreprocessor().clean_text, captions)
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str]) -> tuple[np.ndarray, int]:

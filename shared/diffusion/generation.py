@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 from tqdm import tqdm
 
 from shared.command_line import expect
+from shared.data.randomness import derive_seed, normal_numbers
 from shared.models.pretrained import load_diffusion_model
 
 # Samplers of any model that learned to predict noise or v. DDIM's own default is for pixels: it clips what is predicted
@@ -90,6 +93,33 @@ def make_images(
             for image in made:
                 yield np.asarray(image.convert("RGB"))
                 bar.update()
+
+
+def starting_noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
+    """Noise that images shown during training begin with, the same at every step of a run: float32 (number, C, h, w).
+
+    Args:
+        seed: of the run.
+        number: of images; each has noise of its own.
+        shape: of an image's latents, (C, h, w).
+    """
+    noise = normal_numbers(derive_seed(seed, "pictures"), np.arange(number), count=math.prod(shape))
+    return torch.from_numpy(noise.astype(np.float32)).reshape(-1, *shape)
+
+
+def decode_images(vae: Any, latents: Tensor) -> list[np.ndarray]:
+    """Images uint8 (H, W, 3) of latents (B, C, h, w) of variance one.
+
+    Args:
+        vae: `diffusers.AutoencoderKL`, on the device of the latents.
+        latents: as a diffusion model makes them.
+    """
+    return list(to_uint8(vae.decode(latents / vae.config.scaling_factor).sample).cpu().numpy())
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W) from -1 to 1 as uint8 (B, H, W, 3)."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:

@@ -217,6 +217,10 @@ class Latents:
         shapes = [(self._channels, height, width) for height, width in sides.T.tolist()]
         return [(shape, np.flatnonzero(numbers.ravel() == number)) for number, shape in enumerate(shapes)]
 
+    def squarest_shape(self) -> tuple[int, int, int]:
+        """The shape (C, h, w) whose sides differ least, which is that of images shown."""
+        return min((shape for shape, _ in self.buckets()), key=lambda shape: abs(shape[1] - shape[2]))
+
     def read(self, index: int, *, mirrored: bool) -> dict[str, Any]:
         """A row's `caption`, and `mean` and `std` of the image's posterior or its mirror image's: float16 (C, h, w).
 

@@ -17,11 +17,14 @@ from shared.data.batches import to_device
 from shared.data.updates import load_updates
 from shared.diffusion import latent_cache
 from shared.diffusion.captions import encode_text, text_identity, token_ids
-from shared.diffusion.latent_cache import Shard
+from shared.diffusion.latent_cache import Latents, Shard
+from shared.fields import LatentData
 from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
 from shared.images.crops import BucketCrops
 from shared.images.files import list_splits
+from shared.models.pretrained import load_diffusion_model
 from shared.runtime.atomic_folder import written_aside
+from shared.runtime.collectives import node_main_first
 
 _SAMPLE_SIDES, _SAMPLE_SHARD = (64, 64), 1024  # sides of the embedded emoji in pixels; images of a file
 
@@ -161,31 +164,54 @@ def _encode_captions(rows: list[dict[str, Any]], tokenizer: Any, encoder: Any, b
     return total
 
 
-def open_latents(
-    data: str, vae: Any, text: tuple[Any, Any] | None, *, cached: Path, cache_dir: Path
-) -> tuple[Path, dict[str, Any]]:
-    """The folder of the latents to train on, and its manifest, which agrees with autoencoder and text encoder.
+def load_autoencoder(name: str, trained: Path, shipped: Path) -> Any:
+    """A frozen `diffusers.AutoencoderKL` in evaluation mode, on the CPU.
 
     Args:
-        data: folder of a cache; sample = `cached`, which must be of the embedded emoji, or, if it is not there, their
-            latents made in `cache_dir`.
+        name: folder or Hub id; "" = `trained`, or `shipped` if that is not there.
+        trained: folder that may be there.
+        shipped: folder that is there.
+
+    Raises:
+        UsageError: it is not there, or is no autoencoder; naming vae.
+    """
+    import diffusers
+
+    name = name or str(trained if trained.is_dir() else shipped)
+    return load_diffusion_model(diffusers.AutoencoderKL, name, "vae").eval().requires_grad_(False)
+
+
+def open_latents(
+    accelerator: Any, source: LatentData, vae: Any, text: tuple[Any, Any] | None, *, cached: Path, cache_dir: Path
+) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
+    """Latents to train on, those to evaluate on by the names of their splits, and the manifest of their cache.
+
+    Every process calls this; those of a node make or find the latents once.
+
+    Args:
+        accelerator: knows the processes.
+        source: which latents; the sample's are in `cached`, which must be of the embedded emoji, or, if it is not
+            there, are made in `cache_dir`.
         vae: see `sample_latents`.
         text: see `sample_latents`.
         cached: folder that may be there.
         cache_dir: for data that is made once.
 
     Raises:
-        UsageError: there is no complete cache, or one that is made of something else.
+        UsageError: there is no complete cache, or one that is made of something else; or see `open_splits`.
     """
-    folder, identity = Path(data), dict[str, Any](vae=latent_cache.weights_digest(vae))
-    if text:
-        identity |= text_identity(*text)
-    if data == "sample":
-        folder = cached if cached.is_dir() else sample_latents(cache_dir, vae, text)
-        identity["data"] = {name: images.fingerprint for name, images in sample_splits().items()}
-    manifest = latent_cache.read_manifest(folder, "data")
-    latent_cache.check_identity(manifest, identity, "data", folder)
-    return folder, manifest
+    with node_main_first(accelerator):
+        folder, identity = Path(source.data), dict[str, Any](vae=latent_cache.weights_digest(vae))
+        if text:
+            identity |= text_identity(*text)
+        if source.data == "sample":
+            folder = cached if cached.is_dir() else sample_latents(cache_dir, vae, text)
+            identity["data"] = {name: images.fingerprint for name, images in sample_splits().items()}
+        manifest = latent_cache.read_manifest(folder, "data")
+        latent_cache.check_identity(manifest, identity, "data", folder)
+        splits = (source.data_split, source.eval_splits, source.eval_fraction)
+        train, held_out = latent_cache.open_splits(folder, manifest, *splits)
+    return train, held_out, manifest
 
 
 def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> Path:

@@ -4,16 +4,19 @@ Everything random is a function of the seed, the epoch and the sample, or of the
 into the timesteps of its own noise schedule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared.data.randomness import derive_seed, normal_numbers, uniform_numbers
 from shared.data.sample_order import mixture_sources, positions_of_update, samples_at
+from shared.data.updates import load_updates
 from shared.diffusion.captions import text_masks, token_ids
 from shared.diffusion.latent_cache import Latents
+from shared.fields import RunControl
 from shared.images.files import spread
 
 _MIRRORED, _DROPPED = 0, 1  # columns of a sample's uniform numbers
@@ -83,6 +86,34 @@ class LatentUpdates(Dataset):
         return ((start + positions % size) / size % 1).astype(np.float32)
 
 
+def open_updates(
+    accelerator: Any,
+    control: RunControl,
+    train: Latents,
+    reading: dict[str, Any],
+    *,
+    caption_dropout: float,
+    micro_batch_size: int,
+    step: int,
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Updates from `step` on: each this process's micro-batches, see `LatentUpdates`.
+
+    Args:
+        accelerator: knows the processes.
+        control: of the run.
+        train: latents to train on.
+        reading: see `LatentUpdates`.
+        caption_dropout: share of the captions that are replaced by the empty one.
+        micro_batch_size: samples of a micro-batch.
+        step: number of the first update, from 0.
+    """
+    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+    order = {"global_batch_size": control.global_batch_size, **rank}
+    draws: dict[str, Any] = {"caption_dropout": caption_dropout, "seed": control.seed}
+    updates = LatentUpdates(train, reading, **draws, micro_batch_size=micro_batch_size, order=order)
+    return load_updates(updates, range(step, control.max_steps), control.num_workers, accelerator.device)
+
+
 class FixedSamples(Dataset):
     """Item `number` is some samples in one band of times with noise, the same whenever and whoever evaluates.
 
@@ -94,12 +125,15 @@ class FixedSamples(Dataset):
         num_bands: equal parts of the times from 0 to 1.
         reading: see `LatentUpdates`.
         batch_size: samples of an item, at most.
+
+    Attributes:
+        num_bands: as given.
     """
 
     def __init__(
         self, latents: Latents, size: int, num_bands: int, reading: dict[str, Any], *, batch_size: int
     ) -> None:
-        self._latents, self._num_bands, self._reading = latents, num_bands, reading
+        self._latents, self.num_bands, self._reading = latents, num_bands, reading
         chosen = np.array(spread(len(latents), size))
         buckets = [np.intersect1d(rows, chosen) for _, rows in latents.buckets()]
         self._parts = [
@@ -107,11 +141,11 @@ class FixedSamples(Dataset):
         ]
 
     def __len__(self) -> int:
-        return len(self._parts) * self._num_bands
+        return len(self._parts) * self.num_bands
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         """As a micro-batch of `LatentUpdates`; beyond the last item the first ones come again."""
-        part, band = divmod(number % len(self), self._num_bands)
+        part, band = divmod(number % len(self), self.num_bands)
         indices = self._parts[part]
         bands = np.full(len(indices), band)
         samples = [self._latents.read(index, mirrored=False) for index in indices.tolist()]
@@ -121,7 +155,7 @@ class FixedSamples(Dataset):
         return {
             "latents": latents * np.float32(self._reading["scaling_factor"]),
             "noise": noise.astype(np.float32).reshape(latents.shape),
-            "uniform": (times / self._num_bands).astype(np.float32),
+            "uniform": (times / self.num_bands).astype(np.float32),
             **_texts(samples, self._reading, np.zeros(len(samples), dtype=bool)),
         }
 

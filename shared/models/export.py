@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 
 def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) -> None:
     """Write weights, configuration and tokenizer into the run folder. Every process calls this.
@@ -19,18 +21,31 @@ def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) ->
         tokenizer: saved beside the weights.
         run_dir: the run folder.
     """
-    gathered = accelerator.get_state_dict(model)
+    weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         aside = run_dir / ".export"
         shutil.rmtree(aside, ignore_errors=True)
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-        weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}  # torch.compile's
         for tied in bare.all_tied_weights_keys:  # a gathered copy of its own, which the library would save twice
             weights.pop(tied, None)
         bare.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         _move(aside, run_dir)
     accelerator.wait_for_everyone()
+
+
+def whole_weights(accelerator: Any, model: Any) -> dict[str, Tensor]:
+    """The weights of a prepared model under the names that they have in a bare one. Every process calls this.
+
+    Args:
+        accelerator: knows how to gather sharded weights.
+        model: prepared.
+
+    Returns:
+        Name -> tensor, which need be whole on the main process alone.
+    """
+    gathered = accelerator.get_state_dict(model)
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}  # torch.compile's
 
 
 def export_module(module: Any, run_dir: Path) -> None:

@@ -129,6 +129,19 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def decay_of_matrices(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weights that are matrices or convolutions decay; embeddings, norms and biases do not."""
+    decays = [
+        name.endswith("weight") and weight.ndim >= 2 and "embedding" not in name
+        for name, weight in model.named_parameters()
+    ]
+    pairs = list(zip(model.parameters(), decays, strict=True))
+    return [
+        {"params": [weight for weight, decay in pairs if decay], "weight_decay": weight_decay},
+        {"params": [weight for weight, decay in pairs if not decay], "weight_decay": 0.0},
+    ]
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that AdamW or `MuonWithAdamW` will keep in float32: two moments, of Muon's matrices one."""
     return sum(

@@ -86,10 +86,12 @@ def prepare(folder: str) -> dict[str, Any]:
     from shared.run.folder import hardware
 
     recipe, cfg = load_recipe(RECIPE, [])
+    from shared.diffusion.clip_tokenizer import train_clip_tokenizer
     from shared.diffusion.latent_encoding import sample_splits
+    from shared.run.folder import hardware
 
     captions = sample_splits()[cfg.data_split].captions
-    tokenizer = recipe.train_clip_tokenizer(captions, cfg.vocab_size, cfg.caption_length)
+    tokenizer = train_clip_tokenizer(captions, cfg.vocab_size, cfg.caption_length)
     shipped = diffusers.AutoencoderKL.from_pretrained(recipe.SHIPPED)
     own = recipe.build_model(cfg, tokenizer, None, (shipped.config.latent_channels, SIDE // 4, SIDE // 4))
     text_encoder = own.text_encoder
@@ -175,10 +177,11 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     recipe, cfg = load_recipe(RECIPE, flags)
     set_seed(0)
     accelerator = Accelerator(cpu=True)
-    vae = recipe.open_vae(cfg)
-    tokenizer, text_encoder = recipe.load_text_encoder(cfg.text_encoder, "text_encoder")
+    vae = recipe.load_autoencoder(cfg.vae, recipe.TRAINED, recipe.SHIPPED)
+    tokenizer, text_encoder = text = recipe.captions.load_text_encoder(cfg.text_encoder, "text_encoder")
     # The cache is for evaluation, and to see that it is of these networks.
-    train, held_out, _ = recipe.open_data(cfg, accelerator, vae, (tokenizer, text_encoder))
+    folders = {"cached": recipe.CACHED, "cache_dir": recipe.cache_folder(cfg.cache_dir)}
+    train, held_out, _ = recipe.open_latents(accelerator, cfg, vae, text, **folders)
     own = recipe.build_model(cfg, tokenizer, text_encoder, train.buckets()[0][0])
     noising = DDPMScheduler(**recipe.NOISE, prediction_type=cfg.prediction_type)
     assert cfg.prediction_type == "v_prediction"  # of which targets and weights below are
@@ -219,7 +222,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     result |= {"learning_rate": learning_rate, "workers": workers}
     if evaluate:
         average.copy_to(own.unet.parameters())
-        empty = recipe.encode_captions([""], tokenizer, text_encoder)["text"][0].numpy()
+        empty = recipe.captions.encode_captions([""], tokenizer, text_encoder)["text"][0].numpy()
         reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer, "empty": empty}
         fixed = {
             name: recipe.FixedSamples(

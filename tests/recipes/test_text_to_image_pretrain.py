@@ -19,7 +19,10 @@ from accelerate.state import GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
 from shared import command_line as cli
+from shared.data.randomness import derive_seed, normal_numbers
 from shared.diffusion import latent_cache, latent_encoding
+from shared.diffusion.captions import encode_captions, load_text_encoder
+from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from shared.diffusion.latent_updates import FixedSamples
 from shared.performance import dry_run
 from tests.conftest import ROOT
@@ -82,7 +85,7 @@ def batch_of(number: int, tokens: int = 600) -> dict[str, torch.Tensor]:
 
 
 def new_model(pretrain: ModuleType, cfg: Any) -> Any:
-    tokenizer = pretrain.train_clip_tokenizer(["train image 1"], cfg.vocab_size, cfg.caption_length)
+    tokenizer = train_clip_tokenizer(["train image 1"], cfg.vocab_size, cfg.caption_length)
     return pretrain.build_model(cfg, tokenizer, None, (2, 8, 8))
 
 
@@ -192,7 +195,7 @@ def test_the_config_has_stable_diffusions_sizes(pretrain: ModuleType) -> None:
     """Its UNet is known to have 859,520,964 parameters."""
     path = ROOT / "recipes" / "text_to_image" / "configs" / "sd1_256.yaml"
     cfg = cli.parse(pretrain.Config, ["--config", str(path)])
-    tokenizer = pretrain.train_clip_tokenizer(["a"], 514, 77)
+    tokenizer = train_clip_tokenizer(["a"], 514, 77)
     clip = SimpleNamespace(config=SimpleNamespace(hidden_size=768))
     with dry_run.without_memory():
         model = pretrain.build_model(cfg, tokenizer, clip, (4, 32, 32))
@@ -239,10 +242,10 @@ def test_images_are_the_pipelines(pretrain: ModuleType, tiny_vae: Path, referenc
     cfg = pretrain.Config(**{**TINY, "sample_steps": 5})
     model = pretrain.Denoiser(pipeline.unet, pipeline.text_encoder)
     captions = ["train image 1", "test image 2"]
-    texts = pretrain.encode_captions(captions, pipeline.tokenizer, None)["text"]
-    empty = pretrain.encode_captions([""], pipeline.tokenizer, None)["text"][0]
+    texts = encode_captions(captions, pipeline.tokenizer, None)["text"]
+    empty = encode_captions([""], pipeline.tokenizer, None)["text"][0]
     made = pretrain.make_images(cfg, Accelerator(cpu=True), model, pipeline.vae, texts, empty, (2, 8, 8))
-    noise = pretrain.normal_numbers(pretrain.derive_seed(0, "pictures"), np.arange(2), count=2 * 8 * 8)
+    noise = normal_numbers(derive_seed(0, "pictures"), np.arange(2), count=2 * 8 * 8)
     start = torch.from_numpy(noise.astype(np.float32)).reshape(2, 2, 8, 8)
     model.eval()
     theirs = pipeline(captions, latents=start, num_inference_steps=5, guidance_scale=2.0, output_type="np").images
@@ -303,7 +306,7 @@ def test_a_pipeline_makes_images_of_the_size_that_it_went_on_with(
     pretrain: ModuleType, latents: Path, tiny_vae: Path, reference: Path
 ) -> None:
     cfg = config_of(pretrain, latents, tiny_vae, reference, init=str(reference))
-    tokenizer, _ = pretrain.load_text_encoder(str(reference), "init")
+    tokenizer, _ = load_text_encoder(str(reference), "init")
     assert pretrain.build_model(cfg, tokenizer, None, (2, 16, 16)).unet.config.sample_size == 16
 
 
@@ -329,7 +332,7 @@ def test_a_frozen_text_encoder_equals_its_cached_embeddings(
     cfg = config_of(pretrain, tmp_path / "latents", tiny_vae, tmp_path / "run", text_encoder=str(tiny_text_encoder))
     run(pretrain, cfg)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run")
-    _, encoder = pretrain.load_text_encoder(str(tiny_text_encoder), "text_encoder")
+    _, encoder = load_text_encoder(str(tiny_text_encoder), "text_encoder")
     for name, value in encoder.state_dict().items():
         assert torch.equal(pipeline.text_encoder.state_dict()[name], value)
     images = pipeline(["train image 1"], num_inference_steps=2, output_type="np").images

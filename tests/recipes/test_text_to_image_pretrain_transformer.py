@@ -21,8 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared import command_line as cli
+from shared.data.randomness import derive_seed, normal_numbers
 from shared.diffusion import latent_cache, latent_encoding
 from shared.diffusion.captions import CleanedCaptions, encode_captions, load_text_encoder
+from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from shared.diffusion.latent_updates import FixedSamples
 from tests.conftest import ROOT
 from tests.recipes.conftest import cache_flags
@@ -91,7 +93,7 @@ def batch_of(recipe: ModuleType, cfg: Any, number: int) -> dict[str, torch.Tenso
 
 
 def new_model(recipe: ModuleType, cfg: Any) -> Any:
-    tokenizer = recipe.train_clip_tokenizer(["train image 1"], cfg.vocab_size, cfg.caption_length)
+    tokenizer = train_clip_tokenizer(["train image 1"], cfg.vocab_size, cfg.caption_length)
     model = recipe.build_model(cfg, tokenizer, None, 2)
     with torch.no_grad():  # in a new model the blocks' gates are shut
         for name, weight in model.named_parameters():
@@ -318,7 +320,7 @@ def images_of_both(
     model = recipe.Denoiser(pipeline.transformer, None if is_frozen else pipeline.text_encoder, range(0))
     texts, empty = (encode_captions(some, reader, frozen) for some in (captions, [""]))
     made = recipe.make_images(cfg, Accelerator(cpu=True), model, pipeline.vae, texts, empty, (2, 8, 8))
-    noise = recipe.normal_numbers(recipe.derive_seed(0, "pictures"), np.arange(len(captions)), count=2 * 8 * 8)
+    noise = normal_numbers(derive_seed(0, "pictures"), np.arange(len(captions)), count=2 * 8 * 8)
     start = torch.from_numpy(noise.astype(np.float32)).reshape(-1, 1, 2, 8, 8)
     options |= {"num_inference_steps": 5, "guidance_scale": 2.0, "use_resolution_binning": False, "output_type": "np"}
     theirs = [

@@ -64,26 +64,6 @@ def reference(vae: ModuleType, shapes: Path, tmp_path_factory: pytest.TempPathFa
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def test_updates_are_a_function_of_seed_and_step(vae: ModuleType, shapes: Path, tmp_path: Path) -> None:
-    """Two processes with two micro-batches see the images and the noise of one."""
-    train, _ = vae.open_data(config_of(vae, shapes, tmp_path), Accelerator(cpu=True))
-
-    def rows(step: int, rank: int, processes: int, seed: int = 0) -> list[bytes]:
-        order = {"seed": seed, "global_batch_size": 8, "rank": rank, "num_processes": processes}
-        batches, bad = vae.CroppedUpdates(config_of(vae, shapes, tmp_path, seed=seed), train, 2, order)[step]
-        assert bad == []
-        assert all(len(batch["pixel_values"]) == len(batch["noise"]) == 2 for batch in batches)
-        pairs = [zip(batch["pixel_values"], batch["noise"], strict=True) for batch in batches]
-        return [pixels.tobytes() + noise.tobytes() for pair in pairs for pixels, noise in pair]
-
-    for step in (0, 3, 11):
-        whole = rows(step, 0, 1)
-        assert len(set(whole)) == 8
-        assert whole == rows(step, 0, 2) + rows(step, 1, 2)
-        assert not set(whole) & set(rows(step, 0, 1, seed=1))
-    assert not set(rows(0, 0, 1)) & set(rows(5, 0, 1))
-
-
 def test_damaged_images_are_replaced_the_same_way(vae: ModuleType, shapes: Path, tmp_path: Path) -> None:
     shutil.copytree(shapes, tmp_path / "data")
     damaged = tmp_path / "data" / "train" / "high" / "3.png"

@@ -18,11 +18,15 @@ from safetensors.torch import load_file, save_file
 from shared.command_line import UsageError
 from shared.diffusion.captions import (
     CleanedCaptions,
+    build_text_encoder,
+    clean_captions,
     encode_captions,
     encode_text,
+    load_or_train_tokenizer,
     load_text_encoder,
     text_identity,
     token_ids,
+    warn_of_cut_captions,
 )
 from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from tests.conftest import ROOT
@@ -106,6 +110,50 @@ def test_captions_are_cleaned_as_the_library_cleans_prompts(loaded: tuple[Any, A
     assert not torch.equal(plain["text_mask"], mask)
     expected, mask, *_ = pipeline.encode_prompt(["train image"], "cpu", skip_text_cleaning=True)
     torch.testing.assert_close(encode_captions(["train image"], tokenizer, encoder)["text"][mask], expected[mask])
+
+
+def test_captions_are_cleaned_when_they_are_asked_for() -> None:
+    def captions() -> Any:
+        yield "A (cat)"
+        raise AssertionError("nobody asked")
+
+    assert next(clean_captions(captions())) == "a cat"
+
+
+def test_a_text_encoder_that_trains_is_new_or_that_of_init(loaded: tuple[Any, Any], tiny_text_encoder: Path) -> None:
+    tokenizer, frozen = loaded
+    config = frozen.config
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {name: getattr(config, name) for name in ("num_hidden_layers", "num_attention_heads")}
+    sizes["max_position_embeddings"] = config.max_position_embeddings
+    new = build_text_encoder("scratch", tokenizer, sizes)
+    assert {name: getattr(new.config, name) for name in sizes} == sizes
+    assert (new.config.eos_token_id, new.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    old = build_text_encoder(str(tiny_text_encoder), tokenizer, sizes)
+    for encoder in (new, old):
+        assert encoder.training
+        assert all(weight.requires_grad for weight in encoder.parameters())
+    same = [torch.equal(weight, frozen.state_dict()[name]) for name, weight in old.state_dict().items()]
+    assert all(same)
+    with pytest.raises(UsageError, match="a text encoder with num_hidden_layers 9, as configured, got "):
+        build_text_encoder(str(tiny_text_encoder), tokenizer, {**sizes, "num_hidden_layers": 9})
+
+
+def test_a_tokenizer_is_trained_or_that_of_init(tiny_text_encoder: Path, loaded: tuple[Any, Any]) -> None:
+    trained = load_or_train_tokenizer("scratch", iter(CAPTIONS), 530, 7)
+    assert trained.model_max_length == 7
+    assert trained.get_vocab() == train_clip_tokenizer(CAPTIONS, 530, 7).get_vocab()
+    found = load_or_train_tokenizer(str(tiny_text_encoder), iter(CAPTIONS), 530, 7)
+    assert found.get_vocab() == loaded[0].get_vocab()
+
+
+def test_cut_captions_are_told_once(loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_cut_captions(loaded[0], CAPTIONS[:3])
+    assert caplog.text == ""
+    warn_of_cut_captions(CleanedCaptions(loaded[0]), CAPTIONS)
+    assert [record.getMessage() for record in caplog.records] == [
+        "25.0 % of the captions are longer than 6 tokens and cut"
+    ]
 
 
 def test_the_encoder_is_frozen_and_in_float32(folder: Path) -> None:

@@ -15,10 +15,13 @@ from shared.diffusion.generation import (
     SCHEDULERS,
     check_guidance,
     check_steps,
+    decode_images,
     load_pipeline,
     lost_text,
     make_images,
     set_scheduler,
+    starting_noise,
+    to_uint8,
 )
 from tests import pipelines
 
@@ -284,3 +287,32 @@ def test_guidance_is_refused_where_the_empty_caption_was_never_seen(tmp_path: Pa
     check_guidance("me/model", 4.0)
     with pytest.raises(UsageError, match=r"guidance_scale: 0.5: expected at least 1"):
         check_guidance("me/model", 0.5)
+
+
+def test_shown_images_begin_with_noise_of_their_own() -> None:
+    noise = starting_noise(3, 40, (2, 8, 8))
+    assert (noise.dtype, noise.shape) == (torch.float32, (40, 2, 8, 8))
+    assert torch.equal(starting_noise(3, 7, (2, 8, 8)), noise[:7])
+    assert not torch.equal(starting_noise(4, 7, (2, 8, 8)), noise[:7])
+    assert len({row.numpy().tobytes() for row in noise}) == 40
+    assert abs(noise.mean()) < 0.05
+    assert noise.std() == pytest.approx(1, abs=0.05)
+
+
+def test_images_are_decoded_as_the_pipeline_does(vae: Any) -> None:
+    import diffusers
+
+    latents = starting_noise(0, 3, (2, 8, 8))
+    with torch.no_grad():
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample
+        images = decode_images(vae, latents)
+    expected = diffusers.image_processor.VaeImageProcessor().postprocess(decoded, output_type="np")
+    assert [image.shape for image in images] == [(16, 16, 3)] * 3
+    assert np.array_equal(np.stack(images), (expected * 255).round().astype(np.uint8))
+
+
+def test_pixels_outside_their_range_are_cut() -> None:
+    pixels = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0], dtype=torch.bfloat16)[None, None, None].expand(1, 3, 2, 5)
+    images = to_uint8(pixels)
+    assert (images.dtype, images.shape) == (torch.uint8, (1, 2, 5, 3))
+    assert images[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]

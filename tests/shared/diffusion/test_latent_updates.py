@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 
 from shared.diffusion import latent_cache
 from shared.diffusion.captions import token_ids
 from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from shared.diffusion.latent_cache import Latents
-from shared.diffusion.latent_updates import FixedSamples, LatentUpdates
+from shared.diffusion.latent_updates import FixedSamples, LatentUpdates, open_updates
+from shared.fields import RunControl
 
 SHAPES = [(2, 4, 4), (2, 4, 6), (2, 6, 4)]
 CAPTIONS = [f"image {number}" for number in range(48)]
@@ -62,6 +64,21 @@ def test_two_processes_see_what_one_sees(train: Latents, reading: dict[str, Any]
         assert len(set(whole)) == 8
         assert whole == parts[0] + parts[1]
         assert not set(whole) & set(rows_of(updates_of(train, reading, seed=1)[step]))
+
+
+def test_a_run_gets_its_updates_from_any_step_on(train: Latents, reading: dict[str, Any]) -> None:
+    control = RunControl(global_batch_size=8, max_steps=5, max_grad_norm=0.0, seed=3, num_workers=1)
+    options: dict[str, Any] = {"caption_dropout": 0.25, "micro_batch_size": 4}
+    found = list(open_updates(Accelerator(cpu=True), control, train, reading, **options, step=2))
+    expected = [updates_of(train, reading, seed=3)[step] for step in (2, 3, 4)]
+    plain = [[{name: values.numpy() for name, values in batch.items()} for batch in batches] for batches in found]
+    assert [rows_of(batches) for batches in plain] == [rows_of(batches) for batches in expected]
+
+
+def test_the_squarest_shape_is_one_that_occurs(train: Latents) -> None:
+    assert train.squarest_shape() == (2, 4, 4)
+    assert train.subset(np.array([1, 2, 4])).squarest_shape() in ((2, 4, 6), (2, 6, 4))
+    assert train.subset(np.array([2])).squarest_shape() == (2, 6, 4)
 
 
 def test_updates_are_of_one_shape_and_shapes_come_by_their_numbers(train: Latents, reading: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from shared.models.export import export_model
+from shared.models.export import export_model, whole_weights
 from shared.text import tokenization
 
 FORK = multiprocessing.get_context("fork")
@@ -89,6 +89,9 @@ def test_a_compiled_model_leaves_no_prefix(accelerator, small_tokenizer, tmp_pat
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "_orig_mod" in name]  # noqa: SIM118 (it is no dict)
     assert_same_weights(make_model(), load(tmp_path))
+    bare = make_model(seed=1)
+    bare.load_state_dict(whole_weights(accelerator, accelerator.prepare(compiled)))
+    assert_same_weights(make_model(), bare)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])

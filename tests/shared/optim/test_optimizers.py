@@ -9,7 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from shared.optim.optimizers import MuonWithAdamW, orthogonalize, set_learning_rates, state_bytes
+from shared.optim.optimizers import (
+    MuonWithAdamW,
+    decay_of_matrices,
+    orthogonalize,
+    set_learning_rates,
+    state_bytes,
+)
 
 SHAPES = [(8, 8), (16, 4), (4, 16), (64, 48), (48, 64), (1, 5), (5, 1), (1, 1)]
 
@@ -329,3 +335,16 @@ def test_rates_of_a_prepared_optimizer():
     _, optimizer = accelerator.prepare(*trained(0))
     set_learning_rates(optimizer, 0.5)
     assert rates(optimizer.optimizer) == pytest.approx([0.025, 0.025])
+
+
+def test_matrices_and_convolutions_alone_decay() -> None:
+    """Of every parameter once; embeddings are told by their names, also where they are linear layers."""
+    parts = {"linear": nn.Linear(3, 4), "conv": nn.Conv2d(2, 2, 3), "norm": nn.LayerNorm(4)}
+    parts |= {"token_embedding": nn.Embedding(5, 4), "time_embedding": nn.Linear(4, 4)}
+    model = nn.ModuleDict(parts)
+    model.register_parameter("places", nn.Parameter(torch.zeros(3, 4)))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups = [[names[id(weight)] for weight in group["params"]] for group in decay_of_matrices(model, 0.1)]
+    assert [group["weight_decay"] for group in decay_of_matrices(model, 0.1)] == [0.1, 0.0]
+    assert groups[0] == ["linear.weight", "conv.weight"]
+    assert sorted(groups[0] + groups[1]) == sorted(names.values())
