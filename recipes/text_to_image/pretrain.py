@@ -118,6 +118,7 @@ CACHED = Path("outputs/latents")
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 NUM_BANDS = 4  # of timesteps, which evaluation tells apart
 NUM_SHOWN = 8
+NEXT = "generate: python recipes/text_to_image/generate.py --model {}"
 USAGE = """from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("path/of/this/folder")
@@ -389,10 +390,8 @@ def main(cfg: Config) -> None:
     average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
     order = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
     updates = open_updates(accelerator, cfg, train, reading, **order, step=run.step)
-    fixed = {
-        name: FixedSamples(latents, cfg.eval_samples, NUM_BANDS, reading, batch_size=micro_batch_size)
-        for name, latents in ({cfg.data_split: train} | held_out).items()
-    }
+    splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_samples, NUM_BANDS, reading)
+    fixed = {name: FixedSamples(split, *bands, batch_size=micro_batch_size) for name, split in splits.items()}
     prompts = some_captions(held_out.values(), NUM_SHOWN)
     texts = captions.encode_captions(prompts, tokenizer, frozen)["text"]
     shown = {"vae": vae, "texts": texts, "empty": empty, "latent_shape": shape}
@@ -434,8 +433,7 @@ def main(cfg: Config) -> None:
     results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step}
     card = {"samples": "\n".join(prompts), "figures": {"Images of held-out captions": "images.png"}}
     usage = USAGE.format(prompts[0], cfg.guidance_scale, cfg.sample_steps)
-    generate = f"generate: python recipes/text_to_image/generate.py --model {run.folder}"
-    run.finish("text-to-image", usage, results=results, **card, next_command=generate)
+    run.finish("text-to-image", usage, results=results, **card, next_command=NEXT.format(run.folder))
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, empty: Tensor) -> dict[str, Any]:

@@ -120,6 +120,7 @@ TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 CACHED = Path("outputs/latents")
 NUM_BANDS = 4  # of times, which evaluation tells apart
 NUM_SHOWN = 8
+NEXT = "generate: python recipes/text_to_image/generate.py --model {}"
 USAGE = """from diffusers import PRXPipeline
 
 pipeline = PRXPipeline.from_pretrained("path/of/this/folder")
@@ -420,10 +421,8 @@ def main(cfg: Config) -> None:
     run = Run(cfg, accelerator)  # goes on from its newest checkpoint
     average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
     updates = open_updates(cfg, accelerator, train, reading, micro_batch_size, run.step)
-    fixed = {
-        name: FixedSamples(latents, cfg.eval_samples, NUM_BANDS, reading, batch_size=micro_batch_size)
-        for name, latents in ({cfg.data_split: train} | held_out).items()
-    }
+    splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_samples, NUM_BANDS, reading)
+    fixed = {name: FixedSamples(split, *bands, batch_size=micro_batch_size) for name, split in splits.items()}
     prompts = some_captions(held_out.values(), NUM_SHOWN)
     texts = captions.encode_captions(prompts, reader, frozen)
     shown = {"vae": vae, "texts": texts, "empty": empty, "latent_shape": shape}
@@ -465,8 +464,7 @@ def main(cfg: Config) -> None:
     results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step}
     card = {"samples": "\n".join(prompts), "figures": {"Images of held-out captions": "images.png"}}
     usage = USAGE.format(cfg.text_encoder != "scratch", prompts[0], cfg.guidance_scale, cfg.sample_steps)
-    generate = f"generate: python recipes/text_to_image/generate.py --model {run.folder}"
-    run.finish("text-to-image", usage, results=results, **card, next_command=generate)
+    run.finish("text-to-image", usage, results=results, **card, next_command=NEXT.format(run.folder))
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, inputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -57,10 +57,10 @@ WIDE_VOCABULARY = 30_522
 
 def prepare(folder: str) -> dict[str, Any]:
     """Build the caches and a vocabulary as large as the paper's; return what the other parts need."""
+    recipe, cfg = load_recipe(RECIPE, [])
     from shared.run.folder import hardware
     from shared.runtime.launch import start_accelerator
 
-    recipe, cfg = load_recipe(RECIPE, [])
     accelerator = start_accelerator(cfg.timeout_minutes, "", folder, False)
     tokenizer, pairs, _ = recipe.open_data(cfg, accelerator)
     vocabulary = tokenizer.get_vocab()

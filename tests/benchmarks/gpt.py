@@ -70,10 +70,10 @@ def prepare(folder: str) -> dict[str, Any]:
     """Build the caches, the Trainer's rows and the configurations of its models; return what the other parts need."""
     import numpy as np
 
+    recipe, cfg = load_recipe(RECIPE, [])
     from shared.run.folder import hardware
     from shared.runtime.launch import start_accelerator
 
-    recipe, cfg = load_recipe(RECIPE, [])
     accelerator = start_accelerator(cfg.timeout_minutes, "", folder, False)
     tokenizer, [train], _ = recipe.open_data(cfg, accelerator)
     model = recipe.build_model(cfg, tokenizer)

@@ -63,10 +63,10 @@ CROP, NUM_JPEGS = 176, 64
 
 def prepare(folder: str) -> dict[str, Any]:
     """What the other parts need."""
+    recipe, cfg = load_recipe(RECIPE, [])
     from shared.run.folder import hardware
     from shared.runtime.launch import start_accelerator
 
-    recipe, cfg = load_recipe(RECIPE, [])
     accelerator = start_accelerator(cfg.timeout_minutes, "", folder, False)
     train, _ = recipe.open_data(cfg, accelerator)
     return {

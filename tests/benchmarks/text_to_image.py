@@ -83,8 +83,6 @@ def prepare(folder: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    from shared.run.folder import hardware
-
     recipe, cfg = load_recipe(RECIPE, [])
     from shared.diffusion.clip_tokenizer import train_clip_tokenizer
     from shared.diffusion.latent_encoding import sample_splits
@@ -170,11 +168,11 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     from diffusers.training_utils import EMAModel, compute_snr
     from torch.nn.functional import mse_loss
 
-    from shared.optim import schedules
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns of every data worker
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe, cfg = load_recipe(RECIPE, flags)
+    from shared.optim import schedules
+
     set_seed(0)
     accelerator = Accelerator(cpu=True)
     vae = recipe.load_autoencoder(cfg.vae, recipe.TRAINED, recipe.SHIPPED)
