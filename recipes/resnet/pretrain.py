@@ -1,4 +1,4 @@
-"""Train a ResNet on labelled images with the short recipe: SGD, label smoothing, growing images.
+r"""Train a ResNet on labelled images with the short recipe: SGD, label smoothing, growing images.
 
 Papers: He et al. 2016 (ResNet), Goyal et al. 2017 (large batches), Szegedy et al. 2016 (random crops, label smoothing),
 He et al. 2019 (bag of tricks), Touvron et al. 2019 (test larger than trained), Leclerc et al. 2023 (FFCV, whose runs of
@@ -10,10 +10,10 @@ minutes; recipes/resnet/README.md has the measured results and what differs from
         --config recipes/resnet/configs/resnet50_16_epochs.yaml
 """
 
-# Shapes: B images of a micro-batch, S side of an image, C classes, N images evaluated.
+# Shapes: B images of a micro-batch, S side of an image, C classes.
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,171 +21,115 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.fields import Amount, Count, Natural, Positive, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.RunControl):
-    """Fields of the method; RunControl has those that every recipe shares."""
+class Config(fields.Images, fields.RunControl):
+    """Fields of the method; Images says where the images are, RunControl what every training stage has."""
 
     output_dir: str = "outputs/resnet"
-    """The run folder; on several nodes it must be one that all of them see."""
-    log_every: int = 20
-    """Updates between two log entries."""
-    eval_every: int = 500
-    """Updates between two evaluations; 0 = only at the end."""
-    save_every: int = 500
-    """Updates between two checkpoints; 0 = only at the end and when a signal stops the run."""
-    num_workers: int = 1
-    """Data worker processes for each training process; never changes the result. 0 = load in the training process."""
+    log_every: Count = 20
+    eval_every: Natural = 500
+    save_every: Natural = 500
+    num_workers: Natural = 1
 
+    # Data
     data: str = "sample"
     """sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id."""
-    data_config: str = ""
-    """Configuration of a Hub data set. "" = its only one."""
     streaming: bool = False
     """Read images as they arrive, in one data worker, instead of storing the data set; see the README."""
-    data_split: str = "train"
-    """Split to train on."""
-    eval_split: str = ""
-    """Split to evaluate on. "" = validation, val or test, the first that is there, else eval_fraction is held out."""
-    eval_fraction: float = 0.05
-    """Share of each class held out where there is no split to evaluate on."""
-    image_column: str = ""
-    """Column of the images. "" = the only one that holds images."""
     label_column: str = ""
     """Column of the classes. "" = the only one with a list of classes, or the one called label or cls."""
-    max_bad_fraction: float = 0.01
-    """Share of the images that may turn out damaged before the run stops; they are replaced, and named in the log."""
-
-    image_size: int = 20
-    """Side of the crops at the start, in pixels."""
-    final_image_size: int = 28
-    """Side of the crops from grow_until on."""
-    grow_from: float = 0.0
-    """Share of the updates after which the crops begin to grow, linearly."""
-    grow_until: float = 0.8
-    """Share of the updates after which the crops have their final size."""
-    size_multiple: int = 4
-    """The side of the crops is rounded to a multiple of this."""
-    eval_image_size: int = 28
-    """Side of the middle crop that is evaluated, in pixels."""
-    eval_crop_fraction: float = 1.0
-    """Share of the shorter side that this crop keeps; 0.875 is usual for ImageNet."""
-    enlarge: int = 2
+    image_size: Count = 20  # Side of the crops at the start, in pixels.
+    final_image_size: Count = 28  # Side of the crops from grow_until on.
+    grow_from: Share = 0.0  # Share of the updates after which the crops begin to grow, linearly.
+    grow_until: ShareAboveZero = 0.8  # Share of the updates after which the crops have their final size.
+    size_multiple: Count = 4  # The side of the crops is rounded to a multiple of this.
+    min_crop_area: ShareAboveZero = 0.8  # Least share of an image's area that a random crop takes.
+    enlarge: Count = 2
     """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
-    min_crop_area: float = 0.8
-    """Least share of an image's area that a random crop takes."""
-    label_smoothing: float = 0.1
-    """Share of the target that all classes get alike. 0 = none."""
 
+    # Model
     layer_type: Literal["basic", "bottleneck"] = "basic"
     """Blocks of two 3x3 convolutions (ResNet-18 and 34), or of 1x1, 3x3, 1x1 (50, 101, 152)."""
-    depths: str = "1,1,1"
-    """Blocks of each stage; the later stages halve the sides."""
-    hidden_sizes: str = "32,64,128"
-    """Channels after each stage."""
-    embedding_size: int = 32
-    """Channels after the stem."""
+    depths: str = "1,1,1"  # Blocks of each stage; the later stages halve the sides.
+    hidden_sizes: str = "32,64,128"  # Channels after each stage.
+    embedding_size: Count = 32  # Channels after the stem.
     init: str = "scratch"
     """scratch, or a run folder or Hub id to start from: its weights; with other classes its head is new."""
 
-    global_batch_size: int = 128
-    """Images of one update, over all processes and micro-batches."""
-    per_device_batch_size: int = 0
+    # Objective
+    label_smoothing: Share = 0.1  # Share of the target that all classes get alike. 0 = none.
+
+    # Optimization
+    global_batch_size: Count = 128  # Images of one update, over all processes and micro-batches.
+    per_device_batch_size: Natural = 0
     """Images of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
-    max_steps: int = 3000
-    """Optimizer updates."""
-    learning_rate: float = 0.5
-    """Peak rate."""
-    momentum: float = 0.9
-    """Nesterov momentum."""
-    weight_decay: float = 5e-4
-    """L2 penalty of convolutions and the head, not of norms and biases. 0 = none."""
-    max_grad_norm: float = 0.0
-    """Norm to which the update's gradient is clipped. 0 = no clipping."""
-    warmup_steps: int = 100
-    """Updates over which the rate rises linearly; then it falls to 0 as a cosine."""
-    ema_decay: float = 0.998
+    max_steps: Count = 3000
+    learning_rate: Positive = 0.5  # Peak rate.
+    momentum: Share = 0.9  # Nesterov momentum.
+    weight_decay: Amount = 5e-4  # L2 penalty of convolutions and the head, not of norms and biases. 0 = none.
+    max_grad_norm: Amount = 0.0
+    warmup_steps: Natural = 100  # Updates over which the rate rises linearly; then it falls to 0 as a cosine.
+    ema_decay: Share = 0.998
     """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""
+
+    # Evaluation
+    eval_image_size: Count = 28  # Side of the middle crop that is evaluated, in pixels.
+    eval_crop_fraction: ShareAboveZero = 1.0
+    """Share of the shorter side that this crop keeps; 0.875 is usual for ImageNet."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
 
-import itertools
 import math
-import tempfile
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
-from torch.utils.data import Dataset, IterableDataset
-from tqdm import tqdm
+from torch.nn.functional import cross_entropy
 
-from shared.data.batches import IGNORED, micro_batches, to_device
-from shared.data.randomness import derive_seed, uniform_numbers
-from shared.data.sample_order import samples_of_update
-from shared.data.shards import StreamState, resumed_state
+from shared.data.batches import IGNORED, to_device
+from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
-from shared.images import files as image_files
-from shared.images import labelled
-from shared.images.bad_images import BadImages, candidates
-from shared.images.crops import CROP_DRAWS, CenterCrops, random_crop
-from shared.images.decoded_cache import ImageCache
-from shared.images.decoding import BadImage, EncodedImage
-from shared.images.labelled import SAMPLE, LabelledImages
-from shared.images.streaming import HELD_OUT_FROM, ImageStream, StreamedImage, open_image_stream, store
-from shared.metrics import figures
-from shared.metrics.classification import Answers, answers_of, describe_confusions, draw_answers, join_answers
+from shared.images import labelled, streaming
+from shared.images.bad_images import BadImages
+from shared.images.crops import CenterCrops
+from shared.images.labelled_updates import GrowingCrops, StreamedGrowingCrops
+from shared.metrics import classification
+from shared.metrics.classification import Answers, describe_confusions
 from shared.models.averaged_weights import AveragedWeights
 from shared.models.batch_statistics import RunningStatistics
 from shared.models.export import export_model
-from shared.models.pretrained import load_classifier
+from shared.models.pretrained import label_numbers, load_classifier
+from shared.models.resnet import ResNetForImageClassification, activate_in_place, build_processor, normalize
 from shared.optim import schedules
-from shared.optim.optimizers import set_learning_rates
+from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
-from shared.performance.flops import peak, training_flops
-from shared.performance.profiling import trace_updates
-from shared.performance.throughput import Throughput
-from shared.run import checkpoints, hub, summary
-from shared.run import folder as run_folder
-from shared.run.log import RunLog
-from shared.run.report import finish_run
-from shared.run.skipped_updates import SkippedUpdates
-from shared.runtime import collectives, launch
-from shared.runtime.signals import StopSignals
+from shared.performance.flops import training_flops
+from shared.run import summary
+from shared.run.training_run import Run, start
+from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, from 0 to 1: what checkpoints expect
-NUM_SHOWN = 16
 USAGE = """from transformers import pipeline
 
 print(pipeline("image-classification", "path/of/this/folder")("image.jpg"))"""
 
 
 def check_config(cfg: Config) -> None:
-    """Raise `UsageError` for what can be told wrong from the fields alone."""
+    """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
-    cli.expect_at_least(cfg, 1, "image_size", "eval_image_size", "size_multiple", "enlarge", "embedding_size")
-    cli.expect_at_least(cfg, 1, "global_batch_size", "max_steps")
-    cli.expect_at_least(cfg, 0, "per_device_batch_size", "warmup_steps", "weight_decay", "max_grad_norm")
-    cli.expect(cfg.learning_rate > 0, "learning_rate", cfg.learning_rate, "more than 0")
     # The library's ResNet has no such choice, and the field must not be passed over in silence.
     cli.expect(not cfg.gradient_checkpointing, "gradient_checkpointing", True, "False for this model")
     grows = cfg.final_image_size >= cfg.image_size
     cli.expect(grows, "final_image_size", cfg.final_image_size, "at least image_size")
-    for field in ("grow_until", "eval_crop_fraction", "min_crop_area"):
-        cli.expect(0 < getattr(cfg, field) <= 1, field, getattr(cfg, field), "a share in (0, 1]")
-    is_later = 0 <= cfg.grow_from < cfg.grow_until
-    cli.expect(is_later, "grow_from", cfg.grow_from, "a share in [0, grow_until)")
-    for field in ("label_smoothing", "momentum", "ema_decay", "max_bad_fraction"):
-        cli.expect(0 <= getattr(cfg, field) < 1, field, getattr(cfg, field), "a share in [0, 1)")
-    cli.expect(0 < cfg.eval_fraction < 1, "eval_fraction", cfg.eval_fraction, "a share in (0, 1)")
+    cli.expect(cfg.grow_from < cfg.grow_until, "grow_from", cfg.grow_from, "a share in [0, grow_until)")
     stages = len(cli.whole_numbers("depths", cfg.depths))
     is_even = len(cli.whole_numbers("hidden_sizes", cfg.hidden_sizes)) == stages
     cli.expect(is_even, "hidden_sizes", cfg.hidden_sizes, f"as many numbers as depths has: {stages}")
@@ -195,28 +139,11 @@ def check_config(cfg: Config) -> None:
 # Data
 
 
-def open_data(cfg: Config, accelerator: Any) -> tuple[LabelledImages | ImageStream, LabelledImages]:
-    """The images to train on and to evaluate on."""
-    source = str(SAMPLE) if cfg.data == "sample" else cfg.data
-    columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
-    open_split = open_image_stream if cfg.streaming else labelled.open_images
-    with collectives.node_main_first(accelerator):
-        train = open_split(source, config=cfg.data_config, split=cfg.data_split, **columns)
-        if not cfg.streaming:
-            labelled.check_every_class(source, train)
-        eval_split = cfg.eval_split or image_files.validation_split(source, cfg.data_config)
-        if eval_split:
-            held_out = open_split(source, config=cfg.data_config, split=eval_split, **columns)
-            held_out = store(held_out, 0) if cfg.streaming else held_out
-            held_out = labelled.number_alike(held_out, train.class_names, eval_split)
-        elif cfg.streaming:
-            held_out = store(train.between(0, cfg.eval_fraction), round(cfg.eval_fraction * HELD_OUT_FROM))
-            train = train.between(cfg.eval_fraction, 1)
-        else:
-            train, held_out = labelled.hold_out(train, cfg.eval_fraction)
-        largest = max(cfg.final_image_size, cfg.eval_image_size)
-        image_files.check_sides(source, (held_out if cfg.streaming else train).files, largest)
-    return train, held_out
+def open_data(cfg: Config, accelerator: Any) -> tuple[Any, labelled.LabelledImages]:
+    """The images to train on, maybe a stream of them, and those to evaluate on."""
+    open_splits = streaming.open_splits if cfg.streaming else labelled.open_splits
+    with node_main_first(accelerator):
+        return open_splits(cfg, cfg.label_column, largest=max(cfg.final_image_size, cfg.eval_image_size))
 
 
 def image_size_at(cfg: Config, step: int) -> int:
@@ -227,162 +154,44 @@ def image_size_at(cfg: Config, step: int) -> int:
     return min(max(rounded, cfg.image_size), cfg.final_image_size)
 
 
-class CroppedUpdates(Dataset):
-    """Item `step` is what update `step` sees on this process: a function of seed and step, whoever reads it.
-
-    Args:
-        cfg: of the run.
-        train: images to train on.
-        micro_batch_size: images of a micro-batch.
-        order: seed, global_batch_size, rank and num_processes.
-    """
-
-    def __init__(self, cfg: Config, train: LabelledImages, micro_batch_size: int, order: dict[str, int]) -> None:
-        self._cfg, self._train, self._micro_batch_size, self._order = cfg, train, micro_batch_size, order
-        self._cache = ImageCache(train.files)
-
-    def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[str], None]:
-        """The micro-batches of update `step`, the names of images that could not be decoded, and no state."""
-        size, bad = image_size_at(self._cfg, step), []
-        _, epochs, indices = np.transpose(samples_of_update(step, [len(self._train)], [1.0], **self._order))
-        draws = uniform_numbers(derive_seed(self._cfg.seed, "crop"), epochs, indices, count=CROP_DRAWS).tolist()
-        drawn = zip(epochs.tolist(), indices.tolist(), draws, strict=True)
-        rows = [self._read(*where, size, bad) for where in drawn]
-        return micro_batches(rows, self._micro_batch_size), bad, None
-
-    def _read(self, epoch: int, index: int, draws: list[float], size: int, bad: list[str]) -> dict[str, np.ndarray]:
-        """A crop of the image, or of the first replacement that can be decoded; what cannot goes to `bad`."""
-        for candidate in candidates(index, len(self._train), self._cfg.seed, epoch):
-            try:
-                pixels = random_crop(self._cache.open(candidate), size, self._cfg.min_crop_area, draws)
-            except BadImage:
-                bad.append(self._train.files.name(candidate))
-                continue
-            return {"pixel_values": pixels, "labels": self._train.labels[candidate]}
-        raise cli.UsageError(f"data: {self._cfg.data!r}: expected images that can be decoded")
-
-
-class StreamedCrops(IterableDataset):
-    """The same for images that are read as they arrive: endless updates, from `step` on.
-
-    Args:
-        cfg: of the run.
-        train: images to train on.
-        micro_batch_size: images of a micro-batch.
-        order: seed, global_batch_size, rank and num_processes.
-        step: first update.
-        states: of every process, as a checkpoint kept them; empty = from the start.
-    """
-
-    def __init__(
-        self,
-        cfg: Config,
-        train: ImageStream,
-        micro_batch_size: int,
-        order: dict[str, int],
-        step: int,
-        states: list[StreamState],
-    ) -> None:
-        self._cfg, self._train, self._micro_batch_size, self._step = cfg, train, micro_batch_size, step
-        self._share = order["global_batch_size"] // order["num_processes"]
-        state = resumed_state(states, order["rank"], order["num_processes"])
-        self._start = {"seed": derive_seed(cfg.seed, "stream"), "rank": order["rank"], "state": state}
-
-    def __iter__(self) -> Iterator[tuple[list[dict[str, np.ndarray]], list[str], StreamState]]:
-        """The micro-batches of each update, the names of images that could not be decoded, the state after it."""
-        arriving, state = self._train.read(**self._start), self._start["state"]
-        for step in itertools.count(self._step):
-            size = image_size_at(self._cfg, step)
-            rows: list[dict[str, np.ndarray]] = []
-            bad: list[str] = []
-            while len(rows) < self._share:
-                image, state = next(arriving)
-                cropped = self._crop(image, state["epoch"], size)
-                rows += cropped
-                bad += [] if cropped else [image.name]
-                is_endless = len(bad) > 100 + self._share
-                cli.expect(not is_endless, "data", self._cfg.data, "images that can be decoded")
-            yield micro_batches(rows, self._micro_batch_size), bad, state
-
-    def _crop(self, image: StreamedImage, epoch: int, size: int) -> list[dict[str, np.ndarray]]:
-        """A crop as a function of the seed, the pass and the image's bytes; none if they cannot be decoded."""
-        where = (np.array([epoch]), np.array([image.key]))
-        [draws] = uniform_numbers(derive_seed(self._cfg.seed, "crop"), *where, count=CROP_DRAWS).tolist()
-        try:
-            pixels = random_crop(EncodedImage(image.data), size, self._cfg.min_crop_area, draws)
-        except BadImage:
-            return []
-        return [{"pixel_values": pixels, "labels": np.array(image.label)}]
-
-
 def open_updates(
-    cfg: Config, accelerator: Any, train: Any, micro_batch_size: int, step: int, states: list[StreamState]
-) -> Iterator[tuple[list[dict[str, Tensor]], list[str], StreamState | None]]:
+    cfg: Config, accelerator: Any, train: Any, micro_batch_size: int, step: int, streams: list[Any]
+) -> Iterator[tuple[list[dict[str, Tensor]], list[str], Any]]:
     """Updates from `step` on: each this process's micro-batches, the names of bad images, and its stream's state."""
     rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
+    sizes = [image_size_at(cfg, number) for number in range(cfg.max_steps)]
+    arguments = (cfg.data, train, sizes, cfg.min_crop_area, micro_batch_size, order)
     if cfg.streaming:
-        stream = StreamedCrops(cfg, train, micro_batch_size, order, step, states)
+        stream = StreamedGrowingCrops(*arguments, step, streams)
         return load_updates(stream, None, min(cfg.num_workers, 1), accelerator.device)
-    updates = CroppedUpdates(cfg, train, micro_batch_size, order)
-    return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
-
-
-def center_crops(cfg: Config, held_out: LabelledImages, batch_size: int) -> CenterCrops:
-    """What is evaluated, by batch."""
-    return CenterCrops(held_out, cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction, batch_size)
+    return load_updates(GrowingCrops(*arguments), range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 
 
-class ResNetForImageClassification(transformers.ResNetForImageClassification):
-    """The library's class, under its name, which is what config.json will say."""
-
-    # accelerate asks for them under FSDP2, and the library has no answer for a model without embeddings.
-    get_input_embeddings = get_output_embeddings = lambda self: None
-    _no_split_modules = ("ResNetStage",)
-
-
 def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClassification:
     """A model from `init`, or a new one, in float32."""
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
-    if cfg.init != "scratch":
-        return activate_in_place(load_classifier(ResNetForImageClassification, cfg.init, **labels))
-    config = transformers.ResNetConfig(
-        layer_type=cfg.layer_type,
-        depths=cli.whole_numbers("depths", cfg.depths),
-        hidden_sizes=cli.whole_numbers("hidden_sizes", cfg.hidden_sizes),
-        embedding_size=cfg.embedding_size,
-        **labels,
-    )
-    model = ResNetForImageClassification(config)
-    for stage in model.resnet.encoder.stages:
-        for block in stage.layers:
-            # A block begins as its shortcut alone: Goyal et al. 2017, section 5.1.
-            torch.nn.init.zeros_(block.layer[-1].normalization.weight)
-    return activate_in_place(model)
-
-
-def activate_in_place(model: ResNetForImageClassification) -> ResNetForImageClassification:
-    """Let each ReLU overwrite what it gets, which no backward pass needs: less memory to hold and to move."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ReLU):
-            module.inplace = True
+    if cfg.init == "scratch":
+        config = transformers.ResNetConfig(
+            layer_type=cfg.layer_type,
+            depths=cli.whole_numbers("depths", cfg.depths),
+            hidden_sizes=cli.whole_numbers("hidden_sizes", cfg.hidden_sizes),
+            embedding_size=cfg.embedding_size,
+            **label_numbers(class_names),
+        )
+        model = ResNetForImageClassification(config)
+        for stage in model.resnet.encoder.stages:
+            for block in stage.layers:
+                # A block begins as its shortcut alone: Goyal et al. 2017, section 5.1.
+                torch.nn.init.zeros_(block.layer[-1].normalization.weight)
+    else:
+        model = load_classifier(ResNetForImageClassification, cfg.init, class_names)
+    activate_in_place(model)
     return model
-
-
-def build_processor(cfg: Config) -> transformers.ConvNextImageProcessorPil:
-    """What `AutoImageProcessor` loads: the same middle crop as in evaluation."""
-    return transformers.ConvNextImageProcessorPil(
-        size={"shortest_edge": cfg.enlarge * cfg.eval_image_size},
-        crop_pct=cfg.eval_crop_fraction,
-        resample=2,  # bilinear
-        image_mean=list(MEAN),
-        image_std=list(STD),
-    )
 
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
@@ -397,16 +206,9 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 # Objective
 
 
-def model_input(pixels: Tensor, enlarge: int) -> Tensor:
-    """Normalised, enlarged images, float32 (B, 3, E * S, E * S), channels-last, of uint8 (B, S, S, 3)."""
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
-    scaled = torch.addcmul(-mean / std, pixels.permute(0, 3, 1, 2).to(torch.float32), 1 / (255 * std))
-    return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
-
-
 def forward(model: Any, pixels: Tensor, enlarge: int) -> Tensor:
-    """Logits (B, C)."""
-    return model(pixel_values=model_input(pixels, enlarge)).logits
+    """Logits (B, C) for images (B, S, S, 3) from 0 to 255."""
+    return model(pixel_values=normalize(pixels, enlarge)).logits
 
 
 def loss_sum(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -420,28 +222,16 @@ def loss_sum(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    cfg: Config, accelerator: Any, model: Any, held_out: LabelledImages, batch_size: int
-) -> tuple[dict[str, float], Answers]:
+def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> tuple[dict[str, float], Answers]:
     """Loss (nats, labels not smoothed) and accuracies over every image once, and the answer to each."""
     model.eval()
-    processes = accelerator.num_processes
-    steps = range(accelerator.process_index, math.ceil(len(held_out) / batch_size / processes) * processes, processes)
-    crops = center_crops(cfg, held_out, batch_size)
-    batches = load_updates(crops, steps, cfg.num_workers, accelerator.device)
-    is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
     nll, found = 0.0, []
-    for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
-        batch = to_device(batch, accelerator.device)
+    for batch in classification.load_held_out(accelerator, crops, cfg.num_workers):
         logits = forward(model, batch["pixel_values"], enlarge=1)  # as large as they are shown
         nll += loss_sum(logits, batch["labels"], smoothing=0.0).item()
-        found.append(answers_of(logits.float().softmax(-1), batch))
+        found.append(classification.answers_of(logits.float().softmax(-1), batch))
     model.train()
-    gathered = collectives.gather_objects(accelerator, (nll, found))
-    answers = join_answers(part for _, parts in gathered for part in parts)
-    number = len(answers.labels)
-    metrics = {"eval/loss": sum(of_process for of_process, _ in gathered) / number, "eval/top1": answers.top1()}
-    return {**metrics, "eval/top5": answers.top5(), "eval/skipped": len(held_out) - number}, answers
+    return classification.gather_answers(accelerator, found, nll, crops.num_images)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,12 +240,8 @@ def evaluate(
 
 def train_update(
     cfg: Config, accelerator: Any, model: Any, optimizer: Any, statistics: RunningStatistics, batches: list[Any]
-) -> Any:
-    """One optimizer update: its mean loss (nats) over all processes and micro-batches, and its gradient norm.
-
-    A gradient that is not finite changes nothing, on all processes alike; DeepSpeed, which steps inside the backward
-    pass, finds that by itself.
-    """
+) -> tuple[Tensor, float]:
+    """One optimizer update: its mean loss (nats) over all processes and micro-batches, and its gradient norm."""
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
     losses = []
@@ -466,28 +252,18 @@ def train_update(
             loss = loss_sum(logits, batch["labels"], cfg.label_smoothing)
             accelerator.backward(loss * scale)
         losses.append(loss.detach())
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf))
+    grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
     if math.isfinite(grad_norm):
-        optimizer.step()
         statistics.end_update(accelerator)
     else:
         statistics.undo_update()
-    optimizer.zero_grad()
     return accelerator.reduce(torch.stack(losses).sum(), "sum") / cfg.global_batch_size, grad_norm
 
 
 def main(cfg: Config) -> None:
     """Train, evaluate, save, and leave a model that `from_pretrained` loads."""
     check_config(cfg)
-    run_dir = Path(cfg.output_dir)
-    run_folder.check_run_folder(run_dir, cfg.resume, asdict(cfg))
-    launch.follow_launcher()
-    accelerator = launch.start_accelerator(cfg.timeout_minutes, cfg.report_to, cfg.output_dir, cfg.deterministic)
-    micro_batch_size = launch.set_accumulation(accelerator, cfg.global_batch_size, cfg.per_device_batch_size)
-    launch.set_deepspeed_values(accelerator, micro_batch_size, cfg.max_grad_norm)
-    with collectives.raise_together(accelerator):
-        hub_id = hub.check_login(cfg.push_to_hub if accelerator.is_main_process else "")
-
+    accelerator, micro_batch_size = start(cfg)
     train, held_out = open_data(cfg, accelerator)
     if cfg.dry_run:
         report_costs(cfg, accelerator, train, micro_batch_size)
@@ -495,97 +271,68 @@ def main(cfg: Config) -> None:
     model = build_model(cfg, train.class_names)
     facts = describe(cfg, accelerator, model, train)
     accelerator.print(summary.table(facts))
-    if accelerator.distributed_type.value not in collectives.SHARDED_ENGINES:  # which cut weights into flat parts
+    if accelerator.distributed_type.value not in SHARDED_ENGINES:  # which cut weights into flat parts
         model = model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
     statistics = RunningStatistics(model)
 
-    step, state = checkpoints.resume_run(accelerator, run_dir, cfg.resume, previous_phase=None)
-    skipped = SkippedUpdates(state, cfg.max_bad_updates)
-    average = AveragedWeights(accelerator, model, cfg.ema_decay, state.get("tensors", {}))
-    bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, state.get("bad_images", []))
-    updates = open_updates(cfg, accelerator, train, micro_batch_size, step, state.get("streams", []))
-    record = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
-    with collectives.raise_together(accelerator):
-        hub.check_push(hub_id, private=cfg.hub_private)
-        if accelerator.is_main_process:
-            run_folder.write_run_record(run_dir, fields.to_yaml(cfg), Path(__file__), {**record, **facts})
-    log = RunLog(accelerator, run_dir, step, cfg.max_steps)
-    pusher = hub.HubPusher(hub_id, cfg.hub_private)
-    profiler = trace_updates(run_dir / "profile") if cfg.profile else None
-    throughput = Throughput(facts["flops_per_image"], peak(accelerator) * accelerator.num_processes)
-    seconds_before, processor = state.get("training_seconds", 0.0), build_processor(cfg)
-    stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
+    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
+    bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
+    updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step, run.state.get("streams", []))
+    shown = (cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction)
+    crops, processor = CenterCrops(held_out, *shown, micro_batch_size), build_processor(*shown)
+    data = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
+    run.record(Path(__file__), {**data, **facts})
     model.train()
-    while step < cfg.max_steps:
-        with throughput.waiting_for_data():
-            batches, undecoded, stream = next(updates)
+    for step, (batches, undecoded, stream) in run.updates(updates, facts["flops_per_image"]):
         factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.0)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches)
-        relative_cost = (image_size_at(cfg, step) / cfg.final_image_size) ** 2
-        step += 1
-        average.update(step)
-        throughput.add(samples=cfg.global_batch_size * relative_cost, units=cfg.global_batch_size)
+        average.update(step + 1)
         bad.add(undecoded)
-        skipped.count(grad_norm)
 
-        is_last = step == cfg.max_steps or skipped.are_too_many
-        is_stopping = collectives.on_any_process(accelerator, stop.received)
-        metrics = {}
-        if is_last or step % cfg.log_every == 0:
+        images, side = cfg.global_batch_size, image_size_at(cfg, step)
+        relative_cost = (side / cfg.final_image_size) ** 2
+        due, metrics = run.count_update(grad_norm, samples=images * relative_cost, units=images), {}
+        if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/skipped_updates": skipped.total}
-            metrics |= throughput.read("images")
-            metrics |= {"train/image_size": image_size_at(cfg, step - 1), "train/bad_images": bad.number()}
-        seconds = seconds_before + throughput.training_seconds
-        if step == cfg.max_steps or schedules.is_due(step, cfg.eval_every):
-            with throughput.pause(), average.in_place():
-                evaluation, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
-            metrics |= evaluation
-            log.write_samples(step, describe_confusions(answers, train.class_names))
-        with throughput.pause():
-            log.write(step, metrics and {**metrics, "perf/training_seconds": seconds})
-            if is_last or is_stopping or bad.are_too_many or schedules.is_due(step, cfg.save_every):
-                state = {"training_seconds": seconds, **skipped.state()}
-                state |= {"bad_images": bad.gather(), "tensors": average.tensors()}
-                if stream:
-                    state["streams"] = collectives.gather_objects(accelerator, stream)
-                checkpoints.save_checkpoint(accelerator, run_dir, step, state, cfg.keep_checkpoints)
-        if schedules.is_due(step, cfg.push_every):
-            with throughput.pause(), average.in_place():
-                export_model(accelerator, model, processor, run_dir)
-                pusher.push(run_dir, f"step {step}", f"step-{step}")
-        if profiler:
-            profiler.step()
-        skipped.check(step)
+            metrics |= {"train/grad_norm": grad_norm, **run.rates("images")}
+            metrics |= {"train/image_size": side, "train/bad_images": bad.number()}
+        with run.pause():
+            if due.evaluate:
+                with average.in_place():
+                    evaluation, answers = evaluate(cfg, accelerator, model, crops)
+                metrics |= evaluation
+                run.write_samples(describe_confusions(answers, train.class_names))
+            run.write(metrics)
+            if due.save or bad.are_too_many:
+                state = {"bad_images": bad.gather(), "tensors": average.tensors()}
+                run.save(state | ({"streams": gather_objects(accelerator, stream)} if stream else {}))
+            if due.push:
+                with average.in_place():
+                    export_model(accelerator, model, processor, run.folder)
+                run.push()
         bad.check()
-        if is_stopping and step < cfg.max_steps:
-            raise cli.RunStopped(f"saved at step {step} of {cfg.max_steps}; the same command goes on from there")
 
     with average.in_place():
-        export_model(accelerator, model, processor, run_dir)
-        _, answers = evaluate(cfg, accelerator, model, held_out, micro_batch_size)
-    sides = [image_size_at(cfg, earlier) / cfg.final_image_size for earlier in range(step)]
+        export_model(accelerator, model, processor, run.folder)
+        _, answers = evaluate(cfg, accelerator, model, crops)
+    sides = [image_size_at(cfg, earlier) / cfg.final_image_size for earlier in range(run.step)]
     flops = facts["flops_per_image"] * cfg.global_batch_size * sum(side**2 for side in sides)
-    results = {"steps": step, "training_seconds": state["training_seconds"], "training_flops": flops}
     drawn = {}
     if accelerator.is_main_process:
-        crops = center_crops(cfg, held_out, micro_batch_size)
-        drawn = draw_answers(answers, train.class_names, crops, run_dir / "figures")
-    shown = {"pipeline_tag": "image-classification", "usage": USAGE, "results": results, "figures": drawn}
-    samples = describe_confusions(answers, train.class_names)
-    finish_run(log, pusher, run_dir, **shown, samples=samples, is_main_process=accelerator.is_main_process)
-    accelerator.end_training()
+        drawn = classification.draw_answers(answers, train.class_names, crops, run.folder / "figures")
+    card = {"samples": describe_confusions(answers, train.class_names), "figures": drawn}
+    run.finish("image-classification", USAGE, results={"training_flops": flops}, **card)
 
 
-def describe(cfg: Config, accelerator: Any, model: Any, train: LabelledImages | ImageStream) -> dict[str, Any]:
+def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
-    side = cfg.enlarge * cfg.final_image_size
-    size = train.num_images if isinstance(train, ImageStream) else len(train)
+    side, size = cfg.enlarge * cfg.final_image_size, train.num_images
     return {
         "parameters": model.num_parameters(),
         "classes": len(train.class_names),
@@ -598,28 +345,26 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: LabelledImages | 
 
 def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: int) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    cfg = replace(cfg, num_workers=0)
-    (micro_batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
-    last = to_device(micro_batch, accelerator.device)
-    pixels = model_input(last["pixel_values"], cfg.enlarge)
+    cfg, seconds = replace(cfg, num_workers=0), None
+    (batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
+    last = to_device(batch, accelerator.device)
+    inputs = {"pixel_values": normalize(last["pixel_values"], cfg.enlarge)}
     with dry_run.without_memory():
         model = build_model(cfg, train.class_names)
         facts = describe(cfg, accelerator, model, train)
-        costs = dry_run.costs(accelerator, model, {"pixel_values": pixels}, 4.0 if cfg.momentum else 0.0)
-    rows = {**facts, **{name: dry_run.human_bytes(size) for name, size in costs.items()}}
-    if dry_run.can_time(accelerator, facts["flops_per_image"] * len(pixels), costs["memory: total"]):
+        costs = dry_run.costs(accelerator, model, inputs, state_bytes_per_parameter(build_optimizer(cfg, model)))
+    if dry_run.can_time(accelerator, facts["flops_per_image"] * len(last["labels"]), costs["memory: total"]):
         model = build_model(cfg, train.class_names)
-        inputs = {"pixel_values": pixels, "labels": last["labels"]}
+        inputs["labels"] = last["labels"]
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-        rows["one update"] = dry_run.human_seconds(seconds) + (", not compiled" if cfg.compile else "")
-        rows["all updates"] = "at most " + dry_run.human_seconds(seconds * cfg.max_steps)
+    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    if seconds is not None:
+        rows["all updates"] = f"at most {rows['all updates']}"  # of the largest crops
     accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
         (first, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0, []))
-        names = [train.class_names[label] for label in first["labels"][:NUM_SHOWN]]
-        grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "images.png"
-        figures.image_grid(list(first["pixel_values"][:NUM_SHOWN].numpy()), names, grid)
-        accelerator.print(f"training images as the model sees them: {grid}")
+        path = classification.draw_batch(first, train.class_names)
+        accelerator.print(f"training images as the model sees them: {path}")
 
 
 if __name__ == "__main__":

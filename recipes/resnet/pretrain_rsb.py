@@ -377,7 +377,7 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClas
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if cfg.init != "scratch":
-        return skip_blocks(load_classifier(ResNetForImageClassification, cfg.init, **labels), cfg.stochastic_depth)
+        return skip_blocks(load_classifier(ResNetForImageClassification, cfg.init, class_names), cfg.stochastic_depth)
     config = transformers.ResNetConfig(
         layer_type=cfg.layer_type,
         depths=cli.whole_numbers("depths", cfg.depths),

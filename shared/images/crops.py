@@ -93,16 +93,23 @@ class CenterCrops(Dataset):
         size: side of the crops in pixels.
         crop_fraction: of the shorter side that a crop keeps.
         batch_size: images of a batch.
+
+    Attributes:
+        num_images: over all batches.
     """
 
     def __init__(self, held_out: LabelledImages, size: int, crop_fraction: float, batch_size: int) -> None:
         self._held_out, self._size, self._crop_fraction = held_out, size, crop_fraction
-        self._batch_size = batch_size
+        self._batch_size, self.num_images = batch_size, len(held_out)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self.num_images // self._batch_size)
 
     def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
         """Images that cannot be decoded, and the one of a batch beyond the last, are grey and have no label."""
         first = batch * self._batch_size
-        rows = [self.read(index) for index in range(first, min(first + self._batch_size, len(self._held_out)))]
+        rows = [self.read(index) for index in range(first, min(first + self._batch_size, self.num_images))]
         return micro_batches(rows or [self._blank(0)], self._batch_size)[0]
 
     def read(self, index: int) -> dict[str, Any]:

@@ -14,7 +14,15 @@ import numpy as np
 
 from shared.command_line import UsageError, expect
 from shared.data.randomness import derive_seed, shuffled_indices
-from shared.images.files import HELD_OUT_SEED, ImageFiles, open_split, without_decoding
+from shared.fields import Images
+from shared.images.files import (
+    HELD_OUT_SEED,
+    ImageFiles,
+    check_sides,
+    open_split,
+    validation_split,
+    without_decoding,
+)
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "fashion"
 
@@ -36,6 +44,11 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def num_images(self) -> int:
+        """The same under the name that a stream has for it, which may not know it."""
+        return len(self)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes when classes, labels or, as far as some of the images tell, images do."""
@@ -45,6 +58,36 @@ class LabelledImages:
     def subset(self, chosen: np.ndarray) -> "LabelledImages":
         """Those at the given positions."""
         return LabelledImages(self.files.subset(chosen), self.labels[chosen], self.class_names)
+
+
+def source_of(data: str) -> str:
+    """The data set that the field `data` means: the embedded one for sample."""
+    return str(SAMPLE) if data == "sample" else data
+
+
+def open_splits(images: Images, label_column: str, largest: int) -> tuple[LabelledImages, LabelledImages]:
+    """The images to train on and those to evaluate on, checked.
+
+    Args:
+        images: where they are.
+        label_column: see `open_images`.
+        largest: side in pixels of the largest crop that will be cut from them.
+
+    Raises:
+        UsageError: see `open_images`, `check_every_class`, `number_alike`, `hold_out` and `files.check_sides`.
+    """
+    source = source_of(images.data)
+    columns = {"image_column": images.image_column, "label_column": label_column}
+    train = open_images(source, config=images.data_config, split=images.data_split, **columns)
+    check_every_class(source, train)
+    eval_split = images.eval_split or validation_split(source, images.data_config)
+    if eval_split:
+        held_out = open_images(source, config=images.data_config, split=eval_split, **columns)
+        held_out = number_alike(held_out, train.class_names, eval_split)
+    else:
+        train, held_out = hold_out(train, images.eval_fraction)
+    check_sides(source, train.files, largest)
+    return train, held_out
 
 
 def open_images(data: str, *, config: str, split: str, image_column: str, label_column: str) -> LabelledImages:

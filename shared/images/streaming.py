@@ -14,8 +14,9 @@ import numpy as np
 from shared.command_line import UsageError
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.data.shards import StreamState, deal_records
-from shared.images.files import ImageFiles, open_split, without_decoding
-from shared.images.labelled import LabelledImages, check_classes, pick_label
+from shared.fields import Images
+from shared.images.files import ImageFiles, check_sides, open_split, validation_split, without_decoding
+from shared.images.labelled import LabelledImages, check_classes, number_alike, pick_label, source_of
 
 HELD_OUT_FROM = 10_000  # images of a stream of which a share is held out; its later ones are not looked at for it
 WINDOW = 1024  # images that are shuffled at a time: about 110 MB of ImageNet's files in each process that reads
@@ -139,6 +140,32 @@ def _read(path: str) -> bytes:
             return stream.read()
     except OSError:
         return b""
+
+
+def open_splits(images: Images, label_column: str, largest: int) -> tuple[ImageStream, LabelledImages]:
+    """The images to train on, and those to evaluate on, which are stored.
+
+    Args:
+        images: where they are.
+        label_column: see `labelled.open_images`.
+        largest: side in pixels of the largest crop that will be cut from them.
+
+    Raises:
+        UsageError: see `open_image_stream`, `store`, `labelled.number_alike` and `files.check_sides`.
+    """
+    source = source_of(images.data)
+    columns = {"image_column": images.image_column, "label_column": label_column}
+    train = open_image_stream(source, config=images.data_config, split=images.data_split, **columns)
+    eval_split = images.eval_split or validation_split(source, images.data_config)
+    if eval_split:
+        whole = open_image_stream(source, config=images.data_config, split=eval_split, **columns)
+        held_out = number_alike(store(whole, 0), train.class_names, eval_split)
+    else:
+        fraction = images.eval_fraction
+        held_out = store(train.between(0, fraction), round(fraction * HELD_OUT_FROM))
+        train = train.between(fraction, 1)
+    check_sides(source, held_out.files, largest)
+    return train, held_out
 
 
 def open_image_stream(data: str, *, config: str, split: str, image_column: str, label_column: str) -> ImageStream:

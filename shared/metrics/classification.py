@@ -1,16 +1,22 @@
 """What a classifier answers for held-out images: how often it is right, and which classes it takes for others."""
 
-from collections.abc import Iterable, Sequence
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
-from shared.data.batches import IGNORED
+from shared.data.batches import IGNORED, to_device
+from shared.data.updates import load_updates
 from shared.images.crops import CenterCrops
 from shared.metrics import figures
 from shared.metrics.accuracy import Accuracy, TopKAccuracy
+from shared.runtime.collectives import gather_objects
 
 _NUM_DESCRIBED = 16
 _NUM_SHOWN = 16
@@ -42,6 +48,24 @@ class Answers:
         return TopKAccuracy().compute(predictions=self.guesses, references=self.labels)["accuracy"]
 
 
+def load_held_out(accelerator: Any, crops: CenterCrops, num_workers: int) -> Iterator[dict[str, Tensor]]:
+    """This process's batches of the images to evaluate on, on its device, behind a bar if they take their time.
+
+    All processes get equally many, for all must run equally often; one too many holds a single image without a label.
+
+    Args:
+        accelerator: knows the processes.
+        crops: the images.
+        num_workers: see `load_updates`.
+    """
+    processes = accelerator.num_processes
+    steps = range(accelerator.process_index, math.ceil(len(crops) / processes) * processes, processes)
+    batches = load_updates(crops, steps, num_workers, accelerator.device)
+    is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
+    for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
+        yield to_device(batch, accelerator.device)
+
+
 def answers_of(probabilities: Tensor, batch: dict[str, Tensor]) -> Answers:
     """The answers to one batch.
 
@@ -58,6 +82,27 @@ def answers_of(probabilities: Tensor, batch: dict[str, Tensor]) -> Answers:
 def join_answers(parts: Iterable[Answers]) -> Answers:
     """The answers to several batches as one."""
     return Answers(*(np.concatenate(columns) for columns in zip(*map(astuple, parts), strict=True)))
+
+
+def gather_answers(
+    accelerator: Any, found: list[Answers], loss: float, num_images: int
+) -> tuple[dict[str, float], Answers]:
+    """What all processes found. Every process calls this.
+
+    Args:
+        accelerator: knows the processes.
+        found: answers to this process's batches.
+        loss: of this process's images, summed.
+        num_images: on all processes; those without an answer have no label.
+
+    Returns:
+        eval/loss, the mean, eval/top1, eval/top5 and eval/skipped; and the answer to each image.
+    """
+    gathered = gather_objects(accelerator, (loss, found))
+    answers = join_answers(part for _, parts in gathered for part in parts)
+    number = len(answers.labels)
+    metrics = {"eval/loss": sum(of_process for of_process, _ in gathered) / number, "eval/top1": answers.top1()}
+    return {**metrics, "eval/top5": answers.top5(), "eval/skipped": num_images - number}, answers
 
 
 def count_confusions(labels: np.ndarray, guesses: np.ndarray, num_classes: int) -> np.ndarray:
@@ -103,3 +148,16 @@ def draw_answers(answers: Answers, class_names: Sequence[str], crops: CenterCrop
         shown.append(crops.read(int(answers.indices[place]))["pixel_values"])
     figures.image_grid(shown, titles, folder / "surest_mistakes.png")
     return {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
+
+
+def draw_batch(batch: dict[str, Tensor], class_names: Sequence[str]) -> Path:
+    """Draw the first images of a batch, each under its class, into a PNG in a new folder for temporary files.
+
+    Args:
+        batch: pixel_values uint8 (B, S, S, 3) and labels int64 (B,).
+        class_names: of the data set.
+    """
+    path = Path(tempfile.mkdtemp(prefix="dry_run_")) / "images.png"
+    names = [class_names[label] for label in batch["labels"][:_NUM_SHOWN].tolist()]
+    figures.image_grid(list(batch["pixel_values"][:_NUM_SHOWN].numpy()), names, path)
+    return path

@@ -1,7 +1,7 @@
 """Weights to start from: a run folder or a Hub id, never anything that could run code."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,20 +65,23 @@ def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -
     return model
 
 
-def load_classifier(model_class: Any, name: str, id2label: dict[int, str], label2id: dict[str, int]) -> Any:
+def label_numbers(class_names: Sequence[str]) -> dict[str, Any]:
+    """What the configuration of a model that classifies says of its classes: id2label and label2id."""
+    return {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
+
+
+def load_classifier(model_class: Any, name: str, class_names: Sequence[str]) -> Any:
     """A model that classifies, in float32; where it knows another number of classes, its head is new.
 
     Args:
         model_class: such as `transformers.ResNetForImageClassification`.
         name: see `load_pretrained`.
-        id2label: names of the classes.
-        label2id: the other way round.
+        class_names: by class.
 
     Raises:
         UsageError: it is not there, or holds no such model.
     """
-    labels = {"id2label": id2label, "label2id": label2id}
-    return load_pretrained(model_class, name, "init", ignore_mismatched_sizes=True, **labels)
+    return load_pretrained(model_class, name, "init", ignore_mismatched_sizes=True, **label_numbers(class_names))
 
 
 def check_sizes(name: str, network: str, config: Any, sizes: dict[str, Any]) -> None:

@@ -85,9 +85,12 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe, cfg = load_recipe(RECIPE, flags)
+    from shared.images.labelled import SAMPLE
+
     accelerator = accelerate.Accelerator(cpu=True)
     train, held_out = recipe.open_data(cfg, accelerator)
-    processor = recipe.build_processor(cfg)
+    shown = (cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction)
+    processor = recipe.build_processor(*shown)
 
     def process(batch: dict[str, list[Any]]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in batch["image"]]
@@ -120,7 +123,7 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
     transformers.set_seed(0)
     own, clock = recipe.build_model(cfg, train.class_names), Clock()
     network = transformers.ResNetForImageClassification(own.config)  # with the library's initial weights
-    data = datasets.load_dataset("parquet", data_files=str(recipe.SAMPLE / "train.parquet"), split="train")
+    data = datasets.load_dataset("parquet", data_files=str(SAMPLE / "train.parquet"), split="train")
     trainer = transformers.Trainer(
         model=network, args=arguments, train_dataset=data.with_transform(process), callbacks=[clock]
     )
@@ -129,7 +132,8 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
     result |= {"learning_rate": learning_rate, "workers": workers}
     if evaluate:
         own.load_state_dict(network.state_dict())
-        result |= recipe.evaluate(cfg, accelerator, own, held_out, cfg.global_batch_size)[0]
+        crops = recipe.CenterCrops(held_out, *shown, cfg.global_batch_size)
+        result |= recipe.evaluate(cfg, accelerator, own, crops)[0]
     return result
 
 
@@ -160,15 +164,15 @@ def read_jpegs(seconds: float) -> dict[str, float]:
     import torch
     from PIL import Image
 
-    recipe, cfg = load_recipe(RECIPE, [])
-    from shared.images.crops import CROP_DRAWS
+    _, cfg = load_recipe(RECIPE, [])
+    from shared.images.crops import CROP_DRAWS, random_crop
     from shared.images.decoding import EncodedImage
 
     torch.set_num_threads(1)  # as in a data worker
     data = [make_jpeg(seed) for seed in range(NUM_JPEGS)]
 
     def ours(index: int, draws: Any) -> None:
-        recipe.random_crop(EncodedImage(data[index]), CROP, cfg.min_crop_area, draws)
+        random_crop(EncodedImage(data[index]), CROP, cfg.min_crop_area, draws)
 
     class Pillow:
         """An image whose `crop` decodes all of it."""
@@ -181,7 +185,7 @@ def read_jpegs(seconds: float) -> dict[str, float]:
             return np.asarray(self._image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box))
 
     def theirs(index: int, draws: Any) -> None:
-        recipe.random_crop(Pillow(data[index]), CROP, cfg.min_crop_area, draws)
+        random_crop(Pillow(data[index]), CROP, cfg.min_crop_area, draws)
 
     rates: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(6):

@@ -23,6 +23,7 @@ from pyarrow import parquet
 from shared import command_line as cli
 from shared.data.batches import IGNORED
 from shared.images import captioned
+from shared.images.streaming import open_image_stream
 from shared.models.batch_statistics import RunningStatistics
 from tests.conftest import ROOT
 from tests.launching import preloaded_python
@@ -73,27 +74,22 @@ def test_the_side_grows_in_steps_and_ends_at_the_final_one(resnet: ModuleType) -
 
 
 def test_updates_are_a_function_of_seed_and_step(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
-    """Two processes with two micro-batches see the global batch of one; an epoch has every image once."""
+    """From any step on the same crops come, in micro-batches, of the side of their update."""
     cfg = config_of(resnet, shapes, tmp_path, global_batch_size=13)
-    train, _ = resnet.open_data(cfg, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    train, _ = resnet.open_data(cfg, accelerator)
 
-    def pixels(step: int, batch_size: int, rank: int, processes: int, seed: int = 0) -> list[bytes]:
-        changed = config_of(resnet, shapes, tmp_path, seed=seed)
-        order = {"seed": seed, "global_batch_size": batch_size, "rank": rank, "num_processes": processes}
-        batches, bad, _ = resnet.CroppedUpdates(changed, train, 2, order)[step]
-        assert bad == []
-        return [row.tobytes() for batch in batches for row in batch["pixel_values"]]
+    def updates(cfg: Any, step: int) -> list[list[torch.Tensor]]:
+        opened = resnet.open_updates(cfg, accelerator, train, 4, step, [])
+        return [[batch["pixel_values"] for batch in batches] for batches, _, _ in opened]
 
-    for step in (0, 3, 11):
-        whole = pixels(step, 8, 0, 1)
-        assert whole == pixels(step, 8, 0, 2) + pixels(step, 8, 1, 2)
-        assert whole != pixels(step, 8, 0, 1, seed=1)
-    order = {"seed": 0, "global_batch_size": 13, "rank": 0, "num_processes": 1}
-    one = resnet.CroppedUpdates(cfg, train, 13, order)
-    epochs = [np.concatenate([one[step][0][0]["labels"] for step in range(3 * e, 3 * e + 3)]) for e in range(2)]
-    assert [np.bincount(labels).tolist() for labels in epochs] == [[13, 13, 13]] * 2
-    assert not np.array_equal(*epochs)
-    assert not set(pixels(0, 39, 0, 1)) & set(pixels(1, 39, 0, 1))  # another crop in each epoch
+    whole, rest = updates(cfg, 0), updates(cfg, 7)
+    assert (len(whole), len(rest)) == (12, 5)
+    for step, batches in enumerate(whole):
+        assert [len(pixels) for pixels in batches] == [4, 4, 4, 1]
+        assert all(pixels.shape[1] == resnet.image_size_at(cfg, step) for pixels in batches)
+    assert all(torch.equal(*pair) for a, b in zip(whole[7:], rest, strict=True) for pair in zip(a, b, strict=True))
+    assert not torch.equal(updates(replace(cfg, seed=1), 0)[0][0], whole[0][0])
 
 
 def test_damaged_images_are_replaced_the_same_way(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
@@ -149,24 +145,12 @@ def test_weights_are_in_the_library_s_class_and_loss(resnet: ModuleType) -> None
     model = resnet.build_model(cfg, NAMES).eval()
     batch = uint8_batch(4, 32, 3)
     images = [Image.fromarray(pixels.numpy()) for pixels in batch["pixel_values"]]
-    inputs = resnet.build_processor(cfg)(images, return_tensors="pt")
+    inputs = resnet.build_processor(32, 1.0)(images, return_tensors="pt")
     expected = model(**inputs, labels=batch["labels"])
     logits = resnet.forward(model, batch["pixel_values"], 1)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
     loss = resnet.loss_sum(logits, batch["labels"], 0.0) / 4
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("enlarge", [1, 2, 3])
-def test_training_images_are_enlarged_as_evaluated_ones(resnet: ModuleType, enlarge: int) -> None:
-    """The exported processor's Pillow rounds to whole steps of 256, the device does not."""
-    cfg = resnet.Config(enlarge=enlarge, eval_image_size=28)
-    pixels = uint8_batch(4, 28, 3)["pixel_values"]
-    images = [Image.fromarray(image.numpy()) for image in pixels]
-    expected = resnet.build_processor(cfg)(images, return_tensors="pt")["pixel_values"]
-    found = resnet.model_input(pixels, enlarge)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 255 / min(resnet.STD))
 
 
 def test_smoothed_loss_is_that_of_the_paper(resnet: ModuleType) -> None:
@@ -333,7 +317,7 @@ def test_a_stream_of_no_images_ends(resnet: ModuleType, shapes: Path, tmp_path: 
         (tmp_path / "data" / "train" / file.parent.name / file.name).write_bytes(b"no image")
     broken = config_of(resnet, tmp_path / "data", tmp_path / "run", streaming=True)
     columns = {"image_column": "", "label_column": ""}
-    stream = resnet.open_image_stream(broken.data, config="", split="train", **columns)
+    stream = open_image_stream(broken.data, config="", split="train", **columns)
     with pytest.raises(cli.UsageError, match="expected images that can be decoded"):
         next(resnet.open_updates(broken, Accelerator(cpu=True), stream, 8, 0, []))
 

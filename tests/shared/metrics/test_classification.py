@@ -1,14 +1,24 @@
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
 from shared.data.batches import IGNORED
+from shared.images.crops import CenterCrops
+from shared.images.labelled import SAMPLE, open_images
 from shared.metrics.classification import (
     Answers,
     answers_of,
     count_confusions,
     describe_confusions,
+    draw_batch,
+    gather_answers,
     join_answers,
+    load_held_out,
     surest_mistakes,
 )
 
@@ -51,3 +61,39 @@ def test_answers_of_batches_are_those_of_all_images(classes: int) -> None:
     assert joined.top1() == pytest.approx(np.mean(right))
     ranks = (probabilities > probabilities.gather(1, labels.clamp(min=0)[:, None])).sum(-1)[joined.indices]
     assert joined.top5() == pytest.approx((ranks < 5).float().mean().item())
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_images_and_have_equally_many_batches(processes: int) -> None:
+    """Five images in batches of two: three batches, and grey ones where a process has none left."""
+    images = open_images(str(SAMPLE), config="", split="test", image_column="", label_column="")
+    crops = CenterCrops(images.subset(np.arange(5)), 28, 1.0, 2)
+    assert (len(crops), crops.num_images) == (3, 5)
+    parts = []
+    for rank in range(processes):
+        known = {"num_processes": processes, "process_index": rank, "is_main_process": False}
+        accelerator = SimpleNamespace(**known, device=torch.device("cpu"))
+        parts.append(list(load_held_out(accelerator, crops, num_workers=0)))
+    assert {len(batches) for batches in parts} == {-(-3 // processes)}
+    every = [batch for batches in parts for batch in batches]
+    kept = torch.cat([batch["indices"][batch["labels"] != IGNORED] for batch in every])
+    assert sorted(kept.tolist()) == list(range(5))
+    assert all(batch["pixel_values"].dtype == torch.uint8 for batch in every)
+
+
+def test_what_has_no_answer_was_skipped() -> None:
+    found = [answers(LABELS, GUESSES)] * 2
+    metrics, joined = gather_answers(Accelerator(cpu=True), found, 28.0, 17)
+    expected = {"eval/loss": 2.0, "eval/top1": 4 / 7, "eval/top5": 4 / 7, "eval/skipped": 3}
+    assert metrics == pytest.approx(expected)
+    assert list(metrics) == list(expected)
+    assert joined.labels.tolist() == [*LABELS, *LABELS]
+
+
+def test_a_batch_is_drawn_into_a_new_folder() -> None:
+    batch = {"pixel_values": torch.zeros(20, 8, 8, 3, dtype=torch.uint8), "labels": torch.arange(20) % 4}
+    path, other = draw_batch(batch, NAMES), draw_batch(batch, NAMES)
+    assert path.parent != other.parent
+    assert Image.open(path).size[0] > 100
+    for file in (path, other):
+        shutil.rmtree(file.parent)

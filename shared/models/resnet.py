@@ -1,0 +1,57 @@
+"""The library's ResNet for classification, made ready to train, and what turns images into its input.
+
+The normalisation is the one of the exported image processor, so checkpoints of either kind are read alike.
+"""
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, from 0 to 1: what checkpoints expect
+
+
+class ResNetForImageClassification(transformers.ResNetForImageClassification):
+    """The library's class, under its name, which is what config.json will say."""
+
+    # accelerate asks for them under FSDP2, and the library has no answer for a model without embeddings.
+    get_input_embeddings = get_output_embeddings = lambda self: None  # type: ignore[assignment]
+    _no_split_modules = ("ResNetStage",)  # type: ignore[assignment]
+
+
+def activate_in_place(model: nn.Module) -> None:
+    """Let each ReLU overwrite what it gets, which no backward pass needs: less memory to hold and to move."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+
+
+def normalize(pixels: Tensor, enlarge: int) -> Tensor:
+    """What the model takes.
+
+    Args:
+        pixels: (B, S, S, 3), from 0 to 255.
+        enlarge: times by which the images are enlarged, bilinearly; 1 = not.
+
+    Returns:
+        float32 (B, 3, E * S, E * S), channels-last in memory.
+    """
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+    scaled = torch.addcmul(-mean / std, pixels.permute(0, 3, 1, 2).to(torch.float32), 1 / (255 * std))
+    return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
+
+
+def build_processor(size: int, crop_fraction: float) -> transformers.ConvNextImageProcessorPil:
+    """What `AutoImageProcessor` loads: the middle crop of `images.crops.CenterCrops`, normalised.
+
+    Args:
+        size: side of the crop in pixels.
+        crop_fraction: of the shorter side that it keeps.
+    """
+    return transformers.ConvNextImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_pct=crop_fraction,
+        resample=2,  # bilinear
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
