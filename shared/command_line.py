@@ -196,7 +196,9 @@ def _show_help(config_class: type) -> None:
         heading, text = _field_texts(config_class)[field.name]
         words = [text, *(f"{limit.expected[0].upper()}{limit.expected[1:]}." for limit in _limits(kinds[field.name]))]
         kind: Any = Annotated[kinds[field.name], tyro.conf.arg(help=" ".join(words))]
-        groups.setdefault(heading, []).append((field.name, kind, dataclasses.field(default=field.default)))
+        groups.setdefault(heading or _GROUPS[-1], []).append(
+            (field.name, kind, dataclasses.field(default=field.default))
+        )
     ordered = [heading for heading in _GROUPS if heading in groups]
     named = [(heading.lower(), dataclasses.make_dataclass(heading, groups[heading])) for heading in ordered]
     boxes = [(name, group, dataclasses.field(default_factory=group)) for name, group in named]

@@ -36,7 +36,8 @@ class Config:
     image_column: str = ""  # Column of the images. "" = the only one that holds images.
     caption_column: str = ""  # Column of the captions. "" = the one called caption, text or txt.
     max_bad_fraction: Share = 0.01
-    """Share of the images that may be damaged, and of the captions that may be empty; they are left out."""
+    """Share of the images that may be damaged, and of the captions that may be empty; they are left out.
+    0 = not one."""
     image_size: Count = 64  # Side of the images in pixels, cut as the largest square in the middle.
     bucket_multiple: Natural = 0
     """Cut images not to squares but to rectangles of about that area, each to the one nearest to its aspect

@@ -37,7 +37,7 @@ class Config:
     validation, val or test."""
     image_column: str = ""  # Column of the images. "" = the only one that holds images.
     caption_column: str = ""  # Column of the captions. "" = the one called caption, text or txt.
-    max_bad_fraction: Share = 0.01  # Share of the captions that may be empty; they are left out.
+    max_bad_fraction: Share = 0.01  # Share of the captions that may be empty; they are left out. 0 = not one.
     image_size: Count = 64
     """Side of the model's images in pixels; true ones are cut to it as the largest square in the middle."""
 

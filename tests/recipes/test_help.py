@@ -27,7 +27,7 @@ def test_every_flag_has_a_group_and_says_what_turns_it_off(program: Path) -> Non
         heading, text = texts[field.name]
         assert heading in command_line._GROUPS, field.name
         assert text.endswith((".", ".)")), f"{field.name}: {text!r}"
-        assert len(text) >= 12, f"{field.name}: {text!r}"
+        assert len(text) >= 8, f"{field.name}: {text!r}"
         if field.default == "" and field.type is not bool:
             assert '"" =' in text, f"{field.name}: {text!r}"
         limits = command_line._limits(kinds[field.name])
