@@ -38,8 +38,7 @@ class Config(fields.Images, fields.RunControl):
     num_workers: Natural = 1
 
     # Data
-    data: str = "sample"
-    """sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id."""
+    data: str = "sample"  # sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id.
     streaming: bool = False
     """Read images as they arrive, in one data worker, instead of storing the data set; see the README."""
     label_column: str = ""
@@ -88,8 +87,6 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
 
-import math
-
 import torch
 import transformers
 from torch import Tensor
@@ -103,23 +100,18 @@ from shared.images.bad_images import BadImages
 from shared.images.crops import CenterCrops
 from shared.images.labelled_updates import GrowingCrops, StreamedGrowingCrops
 from shared.metrics import classification
-from shared.metrics.classification import Answers, describe_confusions
+from shared.metrics.classification import Answers, describe_confusions, draw_batch
+from shared.models import resnet
 from shared.models.averaged_weights import AveragedWeights
 from shared.models.batch_statistics import RunningStatistics
 from shared.models.export import export_model
 from shared.models.pretrained import label_numbers, load_classifier
-from shared.models.resnet import ResNetForImageClassification, activate_in_place, build_processor, normalize
 from shared.optim import schedules
 from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
-from shared.performance.flops import training_flops
 from shared.run import summary
 from shared.run.training_run import Run, start
 from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first
-
-USAGE = """from transformers import pipeline
-
-print(pipeline("image-classification", "path/of/this/folder")("image.jpg"))"""
 
 
 def check_config(cfg: Config) -> None:
@@ -130,9 +122,7 @@ def check_config(cfg: Config) -> None:
     grows = cfg.final_image_size >= cfg.image_size
     cli.expect(grows, "final_image_size", cfg.final_image_size, "at least image_size")
     cli.expect(cfg.grow_from < cfg.grow_until, "grow_from", cfg.grow_from, "a share in [0, grow_until)")
-    stages = len(cli.whole_numbers("depths", cfg.depths))
-    is_even = len(cli.whole_numbers("hidden_sizes", cfg.hidden_sizes)) == stages
-    cli.expect(is_even, "hidden_sizes", cfg.hidden_sizes, f"as many numbers as depths has: {stages}")
+    resnet.stage_sizes(cfg.depths, cfg.hidden_sizes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,26 +162,20 @@ def open_updates(
 # Model
 
 
-def build_model(cfg: Config, class_names: tuple[str, ...]) -> ResNetForImageClassification:
+def build_model(cfg: Config, class_names: tuple[str, ...]) -> resnet.ResNetForImageClassification:
     """A model from `init`, or a new one, in float32."""
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     if cfg.init == "scratch":
-        config = transformers.ResNetConfig(
-            layer_type=cfg.layer_type,
-            depths=cli.whole_numbers("depths", cfg.depths),
-            hidden_sizes=cli.whole_numbers("hidden_sizes", cfg.hidden_sizes),
-            embedding_size=cfg.embedding_size,
-            **label_numbers(class_names),
-        )
-        model = ResNetForImageClassification(config)
+        sizes = {"embedding_size": cfg.embedding_size, **resnet.stage_sizes(cfg.depths, cfg.hidden_sizes)}
+        config = transformers.ResNetConfig(layer_type=cfg.layer_type, **sizes, **label_numbers(class_names))
+        model = resnet.ResNetForImageClassification(config)
         for stage in model.resnet.encoder.stages:
             for block in stage.layers:
                 # A block begins as its shortcut alone: Goyal et al. 2017, section 5.1.
                 torch.nn.init.zeros_(block.layer[-1].normalization.weight)
     else:
-        model = load_classifier(ResNetForImageClassification, cfg.init, class_names)
-    activate_in_place(model)
-    return model
+        model = load_classifier(resnet.ResNetForImageClassification, cfg.init, class_names)
+    return resnet.activate_in_place(model)
 
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
@@ -208,7 +192,7 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 
 def forward(model: Any, pixels: Tensor, enlarge: int) -> Tensor:
     """Logits (B, C) for images (B, S, S, 3) from 0 to 255."""
-    return model(pixel_values=normalize(pixels, enlarge)).logits
+    return model(pixel_values=resnet.normalize(pixels, enlarge)).logits
 
 
 def loss_sum(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -253,10 +237,7 @@ def train_update(
             accelerator.backward(loss * scale)
         losses.append(loss.detach())
     grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
-    if math.isfinite(grad_norm):
-        statistics.end_update(accelerator)
-    else:
-        statistics.undo_update()
+    statistics.end_update(accelerator, grad_norm)
     return accelerator.reduce(torch.stack(losses).sum(), "sum") / cfg.global_batch_size, grad_norm
 
 
@@ -283,7 +264,7 @@ def main(cfg: Config) -> None:
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step, run.state.get("streams", []))
     shown = (cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction)
-    crops, processor = CenterCrops(held_out, *shown, micro_batch_size), build_processor(*shown)
+    crops, processor = CenterCrops(held_out, *shown, micro_batch_size), resnet.build_processor(*shown)
     data = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     run.record(Path(__file__), {**data, **facts})
     model.train()
@@ -323,24 +304,14 @@ def main(cfg: Config) -> None:
         _, answers = evaluate(cfg, accelerator, model, crops)
     sides = [image_size_at(cfg, earlier) / cfg.final_image_size for earlier in range(run.step)]
     flops = facts["flops_per_image"] * cfg.global_batch_size * sum(side**2 for side in sides)
-    drawn = {}
-    if accelerator.is_main_process:
-        drawn = classification.draw_answers(answers, train.class_names, crops, run.folder / "figures")
-    card = {"samples": describe_confusions(answers, train.class_names), "figures": drawn}
-    run.finish("image-classification", USAGE, results={"training_flops": flops}, **card)
+    card = classification.make_card(accelerator, answers, train.class_names, crops, run.folder / "figures")
+    run.finish(**card, results={"training_flops": flops})
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
-    side, size = cfg.enlarge * cfg.final_image_size, train.num_images
-    return {
-        "parameters": model.num_parameters(),
-        "classes": len(train.class_names),
-        "flops_per_image": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
-        "images_per_update": cfg.global_batch_size,
-        "updates_per_epoch": round(size / cfg.global_batch_size, 1) if size else "unknown, streamed",
-        **summary.describe_engine(accelerator),
-    }
+    side = cfg.enlarge * cfg.final_image_size
+    return summary.describe_classifier(accelerator, model, side, train.num_images, cfg.global_batch_size)
 
 
 def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: int) -> None:
@@ -348,7 +319,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
     cfg, seconds = replace(cfg, num_workers=0), None
     (batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
     last = to_device(batch, accelerator.device)
-    inputs = {"pixel_values": normalize(last["pixel_values"], cfg.enlarge)}
+    inputs = {"pixel_values": resnet.normalize(last["pixel_values"], cfg.enlarge)}
     with dry_run.without_memory():
         model = build_model(cfg, train.class_names)
         facts = describe(cfg, accelerator, model, train)
@@ -363,8 +334,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
     accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
         (first, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0, []))
-        path = classification.draw_batch(first, train.class_names)
-        accelerator.print(f"training images as the model sees them: {path}")
+        accelerator.print(f"training images as the model sees them: {draw_batch(first, train.class_names)}")
 
 
 if __name__ == "__main__":

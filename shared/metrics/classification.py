@@ -18,6 +18,9 @@ from shared.metrics import figures
 from shared.metrics.accuracy import Accuracy, TopKAccuracy
 from shared.runtime.collectives import gather_objects
 
+USAGE = """from transformers import pipeline
+
+print(pipeline("image-classification", "path/of/this/folder")("image.jpg"))"""
 _NUM_DESCRIBED = 16
 _NUM_SHOWN = 16
 _TOP = 5
@@ -148,6 +151,26 @@ def draw_answers(answers: Answers, class_names: Sequence[str], crops: CenterCrop
         shown.append(crops.read(int(answers.indices[place]))["pixel_values"])
     figures.image_grid(shown, titles, folder / "surest_mistakes.png")
     return {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
+
+
+def make_card(
+    accelerator: Any, answers: Answers, class_names: Sequence[str], crops: CenterCrops, folder: Path
+) -> dict[str, Any]:
+    """What a classifier's card shows, as `run.training_run.Run.finish` takes it; the main process draws.
+
+    Args:
+        accelerator: knows which process that is.
+        answers: see `draw_answers`.
+        class_names: likewise.
+        crops: likewise.
+        folder: likewise.
+
+    Returns:
+        pipeline_tag, usage, samples and figures, of which other processes have none.
+    """
+    drawn = draw_answers(answers, class_names, crops, folder) if accelerator.is_main_process else {}
+    said = {"usage": USAGE, "samples": describe_confusions(answers, class_names)}
+    return {"pipeline_tag": "image-classification", **said, "figures": drawn}
 
 
 def draw_batch(batch: dict[str, Tensor], class_names: Sequence[str]) -> Path:

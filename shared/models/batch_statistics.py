@@ -5,6 +5,7 @@ one with twice as many micro-batches, end with different statistics. Here an upd
 micro-batches on all processes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -35,17 +36,16 @@ class RunningStatistics:
         for layer in self._layers:
             layer.num_batches_tracked.zero_()
 
-    def end_update(self, accelerator: Any) -> None:
-        """Call this after the last one, on every process."""
+    def end_update(self, accelerator: Any, grad_norm: float) -> None:
+        """Call this after the last one, on every process. An update without a finite gradient changes nothing."""
         if not self._layers:
+            return
+        if not math.isfinite(grad_norm):
+            for buffer, before in zip(self._buffers(), self._before, strict=True):
+                buffer.copy_(before)
             return
         buffers = self._buffers()
         of_update = accelerator.reduce(torch.cat([buffer.double() for buffer in buffers]), "mean")
         sizes = [buffer.numel() for buffer in buffers]
         for buffer, before, new in zip(buffers, self._before, of_update.split(sizes), strict=True):
             buffer.copy_(before.double().lerp(new, MOMENTUM))
-
-    def undo_update(self) -> None:
-        """Instead of `end_update`: forget the update, whose gradient was not finite."""
-        for buffer, before in zip(self._buffers(), self._before, strict=True):
-            buffer.copy_(before)

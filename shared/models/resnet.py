@@ -8,6 +8,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from shared.command_line import expect, whole_numbers
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, from 0 to 1: what checkpoints expect
 
 
@@ -19,11 +21,29 @@ class ResNetForImageClassification(transformers.ResNetForImageClassification):
     _no_split_modules = ("ResNetStage",)  # type: ignore[assignment]
 
 
-def activate_in_place(model: nn.Module) -> None:
-    """Let each ReLU overwrite what it gets, which no backward pass needs: less memory to hold and to move."""
+def stage_sizes(depths: str, hidden_sizes: str) -> dict[str, list[int]]:
+    """Blocks and channels of each stage, as the library's configuration takes them.
+
+    Args:
+        depths: comma-separated blocks.
+        hidden_sizes: comma-separated channels.
+
+    Raises:
+        UsageError: they are no whole numbers above 0, or not as many of both.
+    """
+    sizes = {"depths": whole_numbers("depths", depths), "hidden_sizes": whole_numbers("hidden_sizes", hidden_sizes)}
+    stages = len(sizes["depths"])
+    is_even = len(sizes["hidden_sizes"]) == stages
+    expect(is_even, "hidden_sizes", hidden_sizes, f"as many numbers as depths has: {stages}")
+    return sizes
+
+
+def activate_in_place(model: ResNetForImageClassification) -> ResNetForImageClassification:
+    """The model, whose ReLUs now overwrite what they get: less memory to hold and to move, and no gradient needs it."""
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = True
+    return model
 
 
 def normalize(pixels: Tensor, enlarge: int) -> Tensor:

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import torch
+
+from shared.performance.flops import training_flops
+
 
 def describe_engine(accelerator: Any) -> dict[str, Any]:
     """What came up: engine, processes, accumulation and precision."""
@@ -11,6 +15,31 @@ def describe_engine(accelerator: Any) -> dict[str, Any]:
         "accumulation": accelerator.gradient_accumulation_steps,
         "precision": accelerator.mixed_precision,
         "device": str(accelerator.device),
+    }
+
+
+def describe_classifier(
+    accelerator: Any, model: Any, side: int, num_images: int, images_per_update: int
+) -> dict[str, Any]:
+    """What follows from the configuration of a model that classifies images, and `describe_engine`.
+
+    Args:
+        accelerator: knows the engine.
+        model: of transformers, not prepared.
+        side: of the images that it gets, in pixels.
+        num_images: to train on; 0 = unknown.
+        images_per_update: over all processes.
+
+    Returns:
+        parameters, classes, flops_per_image (forward and backward), images_per_update and updates_per_epoch.
+    """
+    return {
+        "parameters": model.num_parameters(),
+        "classes": model.config.num_labels,
+        "flops_per_image": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
+        "images_per_update": images_per_update,
+        "updates_per_epoch": round(num_images / images_per_update, 1) if num_images else "unknown, streamed",
+        **describe_engine(accelerator),
     }
 
 

@@ -90,7 +90,7 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
     accelerator = accelerate.Accelerator(cpu=True)
     train, held_out = recipe.open_data(cfg, accelerator)
     shown = (cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction)
-    processor = recipe.build_processor(*shown)
+    processor = recipe.resnet.build_processor(*shown)
 
     def process(batch: dict[str, list[Any]]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in batch["image"]]

@@ -25,6 +25,7 @@ from shared.data.batches import IGNORED
 from shared.images import captioned
 from shared.images.streaming import open_image_stream
 from shared.models.batch_statistics import RunningStatistics
+from shared.models.resnet import build_processor
 from tests.conftest import ROOT
 from tests.launching import preloaded_python
 from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, state_at, weights
@@ -145,7 +146,7 @@ def test_weights_are_in_the_library_s_class_and_loss(resnet: ModuleType) -> None
     model = resnet.build_model(cfg, NAMES).eval()
     batch = uint8_batch(4, 32, 3)
     images = [Image.fromarray(pixels.numpy()) for pixels in batch["pixel_values"]]
-    inputs = resnet.build_processor(32, 1.0)(images, return_tensors="pt")
+    inputs = build_processor(32, 1.0)(images, return_tensors="pt")
     expected = model(**inputs, labels=batch["labels"])
     logits = resnet.forward(model, batch["pixel_values"], 1)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)

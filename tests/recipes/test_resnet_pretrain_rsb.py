@@ -1,5 +1,6 @@
 """What the long recipe has that the short one has not; test_resnet_pretrain.py tests what both share."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,32 +42,31 @@ def reference(resnet_rsb: ModuleType, shapes: Path, tmp_path_factory: pytest.Tem
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def test_each_image_comes_three_times_in_a_row(resnet_rsb: ModuleType, shapes: Path, tmp_path: Path) -> None:
+def test_updates_have_the_repeats_and_the_augmentation_asked_for(
+    resnet_rsb: ModuleType, shapes: Path, tmp_path: Path
+) -> None:
     """39 images, 9 crops an update: 13 updates are an epoch of 117 crops."""
-    cfg = config_of(resnet_rsb, shapes, tmp_path, rand_augment_operations=0)
-    train, _ = resnet_rsb.open_data(cfg, Accelerator(cpu=True))
-    read: list[int] = []
-    updates = resnet_rsb.CroppedUpdates(
-        cfg, train, 9, {"seed": 0, "global_batch_size": 9, "rank": 0, "num_processes": 1}
-    )
-    opened = updates._cache.open
-    updates._cache.open = lambda index: read.append(index) or opened(index)
-    crops = [row.tobytes() for step in range(13) for row in updates[step][0][0]["pixel_values"]]
-    assert read[::3] == read[1::3] == read[2::3]
-    assert sorted(read[::3]) == list(range(39))
-    assert len(set(crops)) > 110  # a few of the same image may be equal
+    accelerator = Accelerator(cpu=True)
+    fields = {"global_batch_size": 9, "max_steps": 13, "rand_augment_operations": 0}
+    cfg = config_of(resnet_rsb, shapes, tmp_path, **fields)
+    train, _ = resnet_rsb.open_data(cfg, accelerator)
 
+    def updates(step: int, **changed: Any) -> list[list[dict[str, torch.Tensor]]]:
+        opened = resnet_rsb.open_updates(replace(cfg, **changed), accelerator, train, 4, step, [])
+        return [batches for batches, _, _ in opened]
 
-def test_processes_share_the_global_batch(resnet_rsb: ModuleType, shapes: Path, tmp_path: Path) -> None:
-    cfg = config_of(resnet_rsb, shapes, tmp_path)
-    train, _ = resnet_rsb.open_data(cfg, Accelerator(cpu=True))
+    def labels(found: list[list[dict[str, torch.Tensor]]]) -> list[int]:
+        return [label for batches in found for batch in batches for label in batch["labels"].tolist()]
 
-    def pixels(rank: int, processes: int) -> list[bytes]:
-        order = {"seed": 0, "global_batch_size": 8, "rank": rank, "num_processes": processes}
-        batches, _, _ = resnet_rsb.CroppedUpdates(cfg, train, 2, order)[5]
-        return [row.tobytes() for batch in batches for row in batch["pixel_values"]]
-
-    assert pixels(0, 1) == pixels(0, 2) + pixels(1, 2)
+    whole = updates(0)
+    assert [len(batch["labels"]) for batch in whole[0]] == [4, 4, 1]
+    in_order = labels(whole)
+    assert in_order[::3] == in_order[1::3] == in_order[2::3]
+    assert np.bincount(in_order).tolist() == [39] * 3
+    assert labels(updates(9)) == in_order[9 * 9 :]
+    augmented = updates(0, rand_augment_operations=2)
+    assert labels(augmented) == in_order
+    assert not torch.equal(augmented[0][0]["pixel_values"], whole[0][0]["pixel_values"])
 
 
 # -- model and objective -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from shared.command_line import UsageError
+from shared.fields import Images
 from shared.images import files as image_files
 from shared.images import labelled
 from shared.images.decoding import EncodedImage
@@ -143,6 +144,19 @@ def test_holding_out_takes_a_share_of_each_class() -> None:
     again = labelled.hold_out(train, 0.05)[1]
     assert np.array_equal(again.files.indices, held_out.files.indices)
     assert held_out.files.read(3) == train.files.read(int(held_out.files.indices[3]))
+
+
+def test_a_split_to_evaluate_on_is_found_or_held_out(folder: Path) -> None:
+    train, held_out = labelled.open_splits(Images(data=str(folder)), "", largest=10)
+    assert (train.num_images, held_out.num_images) == (12, 6)
+    assert held_out.class_names == train.class_names
+    named = Images(data=str(folder), data_split="validation", eval_split="train")
+    assert list(map(len, labelled.open_splits(named, "", largest=10))) == [6, 12]
+    cut = Images(data=str(folder / "train"), eval_fraction=0.25)
+    assert list(map(len, labelled.open_splits(cut, "", largest=10))) == [9, 3]
+    with pytest.raises(UsageError, match="expected images of at least 11 pixels, the size of the crops"):
+        labelled.open_splits(Images(data=str(folder)), "", largest=11)
+    assert labelled.source_of("sample") == str(SAMPLE)
 
 
 def test_the_fingerprint_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from shared.command_line import UsageError
 from shared.data.shards import start_of_stream
+from shared.fields import Images
 from shared.images import streaming
 from shared.images.labelled import SAMPLE, open_images
 from shared.images.streaming import ImageStream, open_image_stream, store
@@ -114,6 +115,18 @@ def test_the_size_is_that_of_the_data_set_or_assumed(shards: tuple[Path, list[by
     assert len(sample) in (2000, 10_000)
     assert [image.data for image in itertools.islice(sample, 3)] == [by_index.files.read(index) for index in range(3)]
     assert sample.class_names == by_index.class_names
+
+
+def test_a_split_to_evaluate_on_is_stored_or_held_out(shards: tuple[Path, list[bytes]], shapes: Path) -> None:
+    train, held_out = streaming.open_splits(Images(data=str(shapes)), "", largest=20)
+    assert len(list(train)) == 39
+    assert sorted(held_out.labels.tolist()) == [0] * 7 + [1] * 7 + [2] * 7
+    train, held_out = streaming.open_splits(Images(data=str(shards[0]), eval_fraction=0.3), "", largest=4)
+    images = [held_out.files.read(index) for index in range(len(held_out))]
+    assert images
+    assert sorted([*images, *(image.data for image in train)]) == sorted(shards[1])
+    with pytest.raises(UsageError, match="expected images of at least 5 pixels, the size of the crops"):
+        streaming.open_splits(Images(data=str(shards[0]), eval_fraction=0.3), "", largest=5)
 
 
 def test_class_folders_are_streamed(shapes: Path) -> None:

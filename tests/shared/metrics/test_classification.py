@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from shared.metrics.classification import (
     gather_answers,
     join_answers,
     load_held_out,
+    make_card,
     surest_mistakes,
 )
 
@@ -88,6 +90,17 @@ def test_what_has_no_answer_was_skipped() -> None:
     assert metrics == pytest.approx(expected)
     assert list(metrics) == list(expected)
     assert joined.labels.tolist() == [*LABELS, *LABELS]
+
+
+def test_the_main_process_draws_the_card(tmp_path: Path) -> None:
+    images = open_images(str(SAMPLE), config="", split="test", image_column="", label_column="")
+    crops, guesses = CenterCrops(images, 28, 1.0, 2), answers(LABELS, GUESSES)
+    for is_main in (False, True):
+        card = make_card(SimpleNamespace(is_main_process=is_main), guesses, NAMES, crops, tmp_path / "figures")
+        assert card["samples"] == describe_confusions(guesses, NAMES)
+        assert card["pipeline_tag"] in card["usage"]
+        assert set(card["figures"].values()) == {path.name for path in tmp_path.glob("figures/*")}
+    assert len(card["figures"]) == 2
 
 
 def test_a_batch_is_drawn_into_a_new_folder() -> None:

@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -19,7 +20,7 @@ def test_one_batch_an_update_is_torch_s_own_average() -> None:
         batch = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(step))
         statistics.begin_update()
         ours(batch)
-        statistics.end_update(accelerator)
+        statistics.end_update(accelerator, 1.0)
         torchs(batch)
     for name, value in torchs.state_dict().items():
         if "running" in name:
@@ -37,18 +38,19 @@ def test_order_and_repetition_of_micro_batches_change_nothing() -> None:
         statistics.begin_update()
         for index in order:
             network(batches[index])
-        statistics.end_update(accelerator)
+        statistics.end_update(accelerator, 1.0)
         results.append(network.state_dict())
     for other in results[1:]:
         for name in ("1.running_mean", "1.running_var", "4.running_mean"):
             torch.testing.assert_close(other[name], results[0][name])
 
 
-def test_an_update_can_be_undone() -> None:
+@pytest.mark.parametrize("grad_norm", [float("nan"), float("inf")])
+def test_an_update_without_a_finite_gradient_changes_nothing(grad_norm: float) -> None:
     network = model()
     before = copy.deepcopy(network.state_dict())
     statistics = RunningStatistics(network)
     statistics.begin_update()
     network(torch.full((2, 3, 6, 6), torch.nan))
-    statistics.undo_update()
+    statistics.end_update(Accelerator(cpu=True), grad_norm)
     assert all(torch.equal(network.state_dict()[name], before[name]) for name in before if "running" in name)

@@ -3,7 +3,15 @@ import torch
 import transformers
 from PIL import Image
 
-from shared.models.resnet import STD, ResNetForImageClassification, activate_in_place, build_processor, normalize
+from shared.command_line import UsageError
+from shared.models.resnet import (
+    STD,
+    ResNetForImageClassification,
+    activate_in_place,
+    build_processor,
+    normalize,
+    stage_sizes,
+)
 
 SIZES = {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8, "layer_type": "basic", "num_labels": 3}
 
@@ -35,3 +43,11 @@ def test_activating_in_place_changes_no_gradient() -> None:
         activate_in_place(model)
     assert all(module.inplace for module in model.modules() if isinstance(module, torch.nn.ReLU))
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_stages_have_both_sizes() -> None:
+    assert stage_sizes("3,4", "64, 128") == {"depths": [3, 4], "hidden_sizes": [64, 128]}
+    with pytest.raises(UsageError, match="hidden_sizes: '8': expected as many numbers as depths has: 2"):
+        stage_sizes("1,1", "8")
+    with pytest.raises(UsageError, match="depths: '1,x': expected comma-separated whole numbers"):
+        stage_sizes("1,x", "8")
