@@ -70,13 +70,6 @@ def expect(condition: bool, field: str, value: object, expected: str) -> None:
         raise UsageError(f"{field}: {value!r}: expected {expected}")
 
 
-def expect_at_least(config: object, least: float, *fields: str) -> None:
-    """`expect` each of these fields to be `least` or more."""
-    for field in fields:
-        value = getattr(config, field)
-        expect(value >= least, field, value, f"at least {least:g}")
-
-
 def check_limits(config: object) -> None:
     """Check each field by its annotation.
 

@@ -142,15 +142,6 @@ def decay_of_matrices(model: torch.nn.Module, weight_decay: float) -> list[dict[
     ]
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that AdamW or `MuonWithAdamW` will keep in float32: two moments, of Muon's matrices one."""
-    return sum(
-        (4 if group.get("use_muon") else 8) * parameter.numel()
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
-
-
 def state_bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
     """Bytes that AdamW, LAMB, SGD or `MuonWithAdamW` keep in float32: of two moments, of one, or of none."""
 

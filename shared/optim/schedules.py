@@ -22,8 +22,3 @@ def warmup_cosine(step: int, max_steps: int, warmup_steps: int, final_fraction: 
     progress = max(0.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     cosine = final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return min(warmup(step, warmup_steps), cosine)
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps, 0 = never, happens after `step`."""
-    return every > 0 and step % every == 0

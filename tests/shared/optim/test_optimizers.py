@@ -14,7 +14,7 @@ from shared.optim.optimizers import (
     decay_of_matrices,
     orthogonalize,
     set_learning_rates,
-    state_bytes,
+    state_bytes_per_parameter,
 )
 
 SHAPES = [(8, 8), (16, 4), (4, 16), (64, 48), (48, 64), (1, 5), (5, 1), (1, 1)]
@@ -131,11 +131,14 @@ def test_a_matrix_stored_transposed_moves_as_the_matrix_does():
 def test_bytes_of_the_state_are_those_that_it_takes():
     matrix, vector = parameter(6, 4), parameter(5)
     groups = [{"params": [matrix], "lr": 0.02, "use_muon": True}, {"params": [vector], "lr": 0.01}]
-    for optimizer in (MuonWithAdamW(groups), torch.optim.AdamW([matrix, vector])):
-        expected = state_bytes(optimizer)
+    of_sgd = [torch.optim.SGD([matrix, vector], momentum=momentum) for momentum in (0.0, 0.9)]
+    for optimizer in (MuonWithAdamW(groups), torch.optim.AdamW([matrix, vector]), *of_sgd):
+        expected = state_bytes_per_parameter(optimizer) * (6 * 4 + 5)
         matrix.grad, vector.grad = torch.ones(6, 4), torch.ones(5)
         optimizer.step()
-        tensors = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+        tensors = [
+            value for state in optimizer.state.values() for value in state.values() if value is not None and value.ndim
+        ]
         assert expected == sum(tensor.numel() * 4 for tensor in tensors)
 
 
