@@ -1,6 +1,8 @@
 """The final model as the files that `from_pretrained` and `pipeline` read."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) ->
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
         for tied in bare.all_tied_weights_keys:  # a gathered copy of its own, which the library would save twice
             weights.pop(tied, None)
-        bare.save_pretrained(aside, state_dict=weights)
+        with _without_bar():
+            bare.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         _move(aside, run_dir)
     accelerator.wait_for_everyone()
@@ -63,8 +66,23 @@ def export_pipeline(pipeline: Any, run_dir: Path) -> None:
     """
     aside = run_dir / ".export"
     shutil.rmtree(aside, ignore_errors=True)
-    pipeline.save_pretrained(aside)
+    with _without_bar():
+        pipeline.save_pretrained(aside)
     _move(aside, run_dir)
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """No bar of transformers, which draws one over the run's own for a millisecond's work."""
+    from transformers.utils import logging
+
+    is_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_shown:
+            logging.enable_progress_bar()
 
 
 def _move(aside: Path, run_dir: Path) -> None:

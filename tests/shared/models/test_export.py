@@ -118,6 +118,15 @@ def test_a_second_export_replaces_the_first_and_leaves_other_files(accelerator, 
     assert not (tmp_path / "other.bin").exists()
 
 
+def test_nothing_is_drawn_on_the_terminal(accelerator, small_tokenizer, tmp_path, capfd):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    export_model(accelerator, accelerator.prepare(make_model()), small_tokenizer, tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+
+
 def export_and_die(folder: Path, tokenizer: Any, moves: int) -> None:
     """Export, and get SIGKILL before the file number `moves` is moved to its place."""
     moved, replace = [], Path.replace
