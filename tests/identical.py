@@ -126,7 +126,8 @@ def parts(file: Path, folder: Path, translate: Callable[[str], str]) -> Iterator
         entry = json.loads(translate(file.read_text()))
         yield from without_volatile(entry.get("state", {}) | {key: entry[key] for key in entry if key != "state"})
     elif file.name == "config.yaml" and file.parent.name in ("one", "two"):
-        yield from yaml.safe_load(translate(file.read_text().replace(str(folder), "RUNS"))).items()
+        entry = yaml.safe_load(translate(file.read_text()))
+        yield from ((key, value) for key, value in entry.items() if key != "output_dir")
     elif file.suffix == ".log":
         yield "lines", said(translate(file.read_text().replace(str(folder), "RUNS")))
     elif file.name == "README.md":
@@ -153,7 +154,7 @@ def said(log: str) -> list[str]:
     ours = [
         line for line in lines if re.match(r"(error|stopped|exit status|flops|parameters|engine|\w+_per_\w+) ?", line)
     ]
-    stopped = [re.sub(r"step \d+ of", "step N of", line) for line in ours]
+    stopped = [re.sub(r"step \d+ of", "step N of", " ".join(line.split())) for line in ours]
     return [line for line in stopped if "time" not in line]
 
 

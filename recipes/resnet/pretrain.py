@@ -70,7 +70,7 @@ class Config(fields.Images, fields.RunControl):
     """Images of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
     max_steps: Count = 3000
     learning_rate: Positive = 0.5  # Peak rate.
-    momentum: Share = 0.9  # Nesterov momentum.
+    momentum: Share = 0.9  # Nesterov momentum. 0 = none.
     weight_decay: Amount = 5e-4  # L2 penalty of convolutions and the head, not of norms and biases. 0 = none.
     max_grad_norm: Amount = 0.0
     warmup_steps: Natural = 100  # Updates over which the rate rises linearly; then it falls to 0 as a cosine.
