@@ -151,7 +151,9 @@ def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
     readme = (ROOT / f"recipes/{family}/README.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/[\w{}]+)`", readme, re.MULTILINE))
     shared = ["performance/throughput.py", "run/training_run.py"]
-    shared += ["diffusion/fixed_evaluation.py"] if family == "text_to_image" else []
+    shared += {"text_to_image": ["diffusion/fixed_evaluation.py"], "resnet": ["metrics/classification.py"]}.get(
+        family, []
+    )
     sources = [*(ROOT / "recipes" / family).glob("*.py"), *(ROOT / "shared" / name for name in shared)]
     logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
     assert documented == {key.replace("{unit}", "tokens" if family in ("bert", "gpt") else "images") for key in logged}
