@@ -45,9 +45,9 @@ def whole_weights(accelerator: Any, model: Any) -> dict[str, Tensor]:
         model: prepared.
 
     Returns:
-        Name -> tensor, which need be whole on the main process alone.
+        Name -> tensor, which need be whole on the main process alone; ZeRO-3 gives the others none.
     """
-    gathered = accelerator.get_state_dict(model)
+    gathered = accelerator.get_state_dict(model) or {}
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}  # torch.compile's
 
 
