@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -48,7 +49,6 @@ from shared.run.checkpoints import (
     resume_run,
     save_checkpoint,
 )
-from tests.launching import preloaded_python
 
 ROOT = Path(__file__).parents[3]
 STEPS, EVERY, KEEP = 10, 2, 2
@@ -781,8 +781,8 @@ os._exit(0)  # torch's threads were seen to abort a process that ended after all
 def launch(folder: Path, run_dir: Path, engine: str, goal: int, processes: int) -> list[str]:
     program = folder / "distributed.py"
     program.write_text(DISTRIBUTED.format(root=str(ROOT)))
-    command = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [*preloaded_python(), *([*command, f"--nproc-per-node={processes}"] if processes > 1 else [])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [*command, f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true" if engine == "DDP" else "false"}
     done = subprocess.run(
         [*command, str(program), str(run_dir), engine, str(goal)],
