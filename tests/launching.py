@@ -67,7 +67,7 @@ def start(
     return subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, **pipes)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = 480) -> str:
     """Wait for the end and return the output; after the time-out the process and its descendants are killed.
 
     The first run under DeepSpeed on a machine compiles a library for a minute or two.

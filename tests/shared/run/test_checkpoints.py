@@ -751,7 +751,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from shared.run.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from shared.command_line import exit_codes
-from tests.shared.test_checkpoints import prepared, update
+from tests.shared.run.test_checkpoints import prepared, update
 
 run_dir, engine, goal = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 plugin = None
