@@ -58,7 +58,7 @@ def import_libraries(path: str) -> None:
         streams = {"stdout": self._stdout, "stderr": self._stderr}
         return subprocess.Popen(command, env=environment, **streams, start_new_session=True)
 
-    SubprocessHandler._popen = popen  # type: ignore[method-assign]
+    SubprocessHandler._popen = popen  # type: ignore[method-assign] (the one place where the launcher starts a process)
     assert threading.active_count() == 1, "a fork takes one thread along, and others may hold locks"
 
 
@@ -142,13 +142,13 @@ def end(code: int) -> None:
 if __name__ == "__main__":
     import_libraries(sys.argv[1])
     gc.freeze()  # a fork's collections leave alone what it shares with this process
-    print("ready", flush=True)  # noqa: T201
+    print("ready", flush=True)  # noqa: T201 (what the test process waits for)
     asked = serve(sys.argv[1])
     try:
         run(*asked)
     except SystemExit as exit:
         if not isinstance(exit.code, int | None):
-            print(exit.code, file=sys.stderr)  # noqa: T201
+            print(exit.code, file=sys.stderr)  # noqa: T201 (as an interpreter does)
         end(exit.code if isinstance(exit.code, int) else int(exit.code is not None))
     except BaseException:
         traceback.print_exc()

@@ -103,6 +103,7 @@ def starting_noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
         number: of images; each has noise of its own.
         shape: of an image's latents, (C, h, w).
     """
+    # The word is part of the seed: with another one, runs would show other images.
     noise = normal_numbers(derive_seed(seed, "pictures"), np.arange(number), count=math.prod(shape))
     return torch.from_numpy(noise.astype(np.float32)).reshape(-1, *shape)
 

@@ -3,6 +3,8 @@
 The normalisation is the one of the exported image processor, so checkpoints of either kind are read alike.
 """
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ class ResNetForImageClassification(transformers.ResNetForImageClassification):
     """The library's class, under its name, which is what config.json will say."""
 
     # accelerate asks for them under FSDP2, and the library has no answer for a model without embeddings.
-    get_input_embeddings = get_output_embeddings = lambda self: None  # type: ignore[assignment]
-    _no_split_modules = ("ResNetStage",)  # type: ignore[assignment]
+    get_input_embeddings: Any = lambda self: None
+    get_output_embeddings: Any = lambda self: None
+    _no_split_modules: Any = ("ResNetStage",)
 
 
 def stage_sizes(depths: str, hidden_sizes: str) -> dict[str, list[int]]:

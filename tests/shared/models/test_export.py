@@ -8,6 +8,7 @@ import signal
 import stat
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +117,13 @@ def test_a_second_export_replaces_the_first_and_leaves_other_files(accelerator, 
         assert_same_weights(make_model(seed), load(tmp_path))
     assert (tmp_path / "run.json").read_text() == "{}"
     assert not (tmp_path / "other.bin").exists()
+
+
+def test_a_process_that_zero3_gives_no_weights_has_none():
+    model = make_model()
+    assert whole_weights(SimpleNamespace(get_state_dict=lambda _: None), model) == {}
+    named = {"_orig_mod.lm_head.weight": model.lm_head.weight}
+    assert list(whole_weights(SimpleNamespace(get_state_dict=lambda _: named), model)) == ["lm_head.weight"]
 
 
 def test_nothing_is_drawn_on_the_terminal(accelerator, small_tokenizer, tmp_path, capfd):
