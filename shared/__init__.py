@@ -1,1 +1,1 @@
-"""Helpers that two or more recipes use, one concern a module. Imports no recipe."""
+"""What a reader of the paper need not read, one concern a module. Imports no recipe."""

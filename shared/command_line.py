@@ -184,9 +184,10 @@ def _limits(kind: Any) -> list[Limit]:
 def _show_help(config_class: type) -> None:
     import tyro
 
-    kinds, groups = get_type_hints(config_class, include_extras=True), dict[str, list[Any]]()
+    kinds, texts = get_type_hints(config_class, include_extras=True), _field_texts(config_class)
+    groups: dict[str, list[Any]] = {}
     for field in dataclasses.fields(config_class):
-        heading, text = _field_texts(config_class)[field.name]
+        heading, text = texts[field.name]
         words = [text, *(f"{limit.expected[0].upper()}{limit.expected[1:]}." for limit in _limits(kinds[field.name]))]
         kind: Any = Annotated[kinds[field.name], tyro.conf.arg(help=" ".join(words))]
         groups.setdefault(heading or _GROUPS[-1], []).append(

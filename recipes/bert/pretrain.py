@@ -13,7 +13,7 @@ minutes; recipes/bert/README.md has the measured results and what differs from t
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
@@ -39,13 +39,8 @@ class Config(fields.Corpus, fields.RunControl):
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a WordPiece trained on the data.
     vocab_size: Count = 8192  # Tokens of a tokenizer trained here; the model's vocabulary is padded to 64's.
     lowercase: bool = True  # Whether a tokenizer trained here ignores case and accents.
-    seq_length: Count = 64  # Tokens of a row: [CLS] A [SEP] B [SEP].
-
-    # Objective
-    mask_fraction: ShareInside = 0.25
-    """Share of the tokens to predict in training (Geiping and Goldstein 2022); evaluation always has 0.15."""
-    whole_word_masking: bool = True
-    """Mask all tokens of a word together in training; evaluation always masks tokens one by one."""
+    seq_length: Annotated[int, fields.at_least(8)] = 64
+    """Tokens of a row: [CLS] A [SEP] B [SEP], two segments and three special tokens."""
 
     # Model
     architecture: Literal["megatron", "bert"] = "megatron"
@@ -62,6 +57,12 @@ class Config(fields.Corpus, fields.RunControl):
     """scratch, or a run folder or Hub id to start from (next phase, continued pre-training): its weights and sizes."""
     init_optimizer: bool = False
     """Start with the optimizer's state of `init` too, a run folder with a checkpoint; the step begins at 0."""
+
+    # Objective
+    mask_fraction: ShareInside = 0.25
+    """Share of the tokens to predict in training (Geiping and Goldstein 2022); evaluation always has 0.15."""
+    whole_word_masking: bool = True
+    """Mask all tokens of a word together in training; evaluation always masks tokens one by one."""
 
     # Optimization
     global_batch_size: Count = 32  # Pairs of one update, over all processes and micro-batches.
@@ -107,13 +108,14 @@ from shared.performance.flops import training_flops
 from shared.run import summary
 from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
-from shared.runtime.collectives import gather_objects, node_main_first
+from shared.runtime.collectives import gather_objects, node_main_first, rank_of
 from shared.runtime.launch import usable_cores
-from shared.text import tokenization, wordpiece
+from shared.text import wordpiece
 from shared.text.documents import Beginning, open_texts
 from shared.text.filled_masks import show_answer, show_filled
 from shared.text.sentence_cache import split_corpus
 from shared.text.sentence_pairs import NUM_SPECIAL, SentencePairs, cut_padding, without_targets
+from shared.text.vocabulary import num_ids
 
 SHORT_FRACTION = 0.1  # of the pairs are made shorter, to a random length (Devlin et al. 2019, released code)
 EVAL_MASK_FRACTION = 0.15  # Devlin et al. 2019, section 3.1: what published accuracies are measured at
@@ -125,14 +127,10 @@ USAGE = """from transformers import pipeline
 print(pipeline("fill-mask", "path/of/this/folder")("The President of the United [MASK]."))"""
 
 
-MODEL_CLASSES = {"bert": BertForPreTraining, "megatron-bert": MegatronBertForPreTraining}
-
-
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
     fields.check_corpus(cfg)
-    cli.expect(cfg.seq_length >= 8, "seq_length", cfg.seq_length, "at least 8, for two segments and 3 special tokens")
     cli.expect(cfg.seq_length <= cfg.max_positions, "seq_length", cfg.seq_length, "at most max_positions")
     cli.expect(cfg.hidden_size % cfg.num_heads == 0, "hidden_size", cfg.hidden_size, "a multiple of num_heads")
     is_long = not cfg.schedule_steps or cfg.schedule_steps >= cfg.max_steps
@@ -250,6 +248,8 @@ class MaskedUpdates(Dataset):
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 
+MODEL_CLASSES = {"bert": BertForPreTraining, "megatron-bert": MegatronBertForPreTraining}
+
 
 def build_model(cfg: Config, tokenizer: Any) -> Any:
     """A model from `init`, or a new one of the chosen architecture, in float32."""
@@ -265,7 +265,7 @@ def build_model(cfg: Config, tokenizer: Any) -> Any:
     }
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     if cfg.init == "scratch":
-        vocab_size = math.ceil(tokenization.num_ids(tokenizer) / 64) * 64  # tensor cores want multiples
+        vocab_size = math.ceil(num_ids(tokenizer) / 64) * 64  # tensor cores want multiples
         others = {"vocab_size": vocab_size, "pad_token_id": tokenizer.pad_token_id, **dropouts}
         model = MODEL_CLASSES[model_type](transformers.AutoConfig.for_model(**sizes, **others))
         if cfg.neighbour_heads:
@@ -279,30 +279,6 @@ def build_model(cfg: Config, tokenizer: Any) -> Any:
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
-
-
-def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
-    """Muon for hidden matrices and AdamW for embeddings, heads, norms and biases; or AdamW or LAMB for all."""
-    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    is_table.add(id(model.cls.seq_relationship.weight))
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    tables = [parameter for parameter in model.parameters() if id(parameter) in is_table]
-    hidden = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in is_table]
-    if cfg.optimizer == "muon":
-        matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
-        rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
-        return MuonWithAdamW([matrices, rest])
-    # No decay of norms and biases: released code of Devlin et al. 2019, optimization.py; epsilon from there too.
-    groups = [
-        {"params": hidden + tables, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, fused=True)
-    from pytorch_optimizer import Lamb  # two seconds
-
-    # You et al. 2020, algorithm 2: the decay is part of the update whose length the trust ratio sets.
-    return Lamb(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,7 +318,8 @@ def evaluate(
     by_length = np.argsort(pairs.lengths(pairs.epoch(0)), kind="stable")
     starts = range(0, len(by_length), batch_size * accelerator.num_processes)
     nlls, tokens, answers = np.zeros(2), [], []  # tokens and answers: (2, N), what was predicted and what was right
-    for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=accelerator.process_index > 0 or None):
+    is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
+    for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
         mine = by_length[first + accelerator.process_index * batch_size :][:batch_size]
         rows = [row_to_evaluate(pairs, pair, vocabulary) for pair in mine.tolist()]
         # A process that has no pair left takes one without a target: all must run equally often.
@@ -387,6 +364,30 @@ def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, v
 # Training
 
 
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """Muon for hidden matrices and AdamW for embeddings, heads, norms and biases; or AdamW or LAMB for all."""
+    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    is_table.add(id(model.cls.seq_relationship.weight))
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    tables = [parameter for parameter in model.parameters() if id(parameter) in is_table]
+    hidden = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in is_table]
+    if cfg.optimizer == "muon":
+        matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
+        rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
+        return MuonWithAdamW([matrices, rest])
+    # No decay of norms and biases: released code of Devlin et al. 2019, optimization.py; epsilon from there too.
+    groups = [
+        {"params": hidden + tables, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, fused=True)
+    from pytorch_optimizer import Lamb  # two seconds
+
+    # You et al. 2020, algorithm 2: the decay is part of the update whose length the trust ratio sets.
+    return Lamb(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False)
+
+
 def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
     """One optimizer update: its losses (nats: MLM a masked token, NSP a pair) over all processes and micro-batches.
 
@@ -417,8 +418,7 @@ def main(cfg: Config) -> None:
     check_engine(cfg, accelerator)
     tokenizer, pairs, eval_pairs = open_data(cfg, accelerator)
     vocabulary = wordpiece.look_up_vocabulary(tokenizer)
-    order = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order["global_batch_size"] = cfg.global_batch_size
+    order = {"global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     updates = MaskedUpdates(cfg, pairs, vocabulary, micro_batch_size, order)
     if cfg.dry_run:
         report_costs(cfg, accelerator, tokenizer, pairs, to_device(updates[0][0], accelerator.device))
@@ -430,7 +430,7 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    run = Run(cfg, accelerator, Path(cfg.init) if cfg.init_optimizer else None)  # goes on from its newest checkpoint
+    run = Run(cfg, accelerator, Path(cfg.init) if cfg.init_optimizer else None)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     data = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
     run.record(Path(__file__), {**data, **facts})
@@ -443,8 +443,9 @@ def main(cfg: Config) -> None:
         batches = [to_device(batch, accelerator.device) for batch in batches]
         losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
 
-        pairs_done, tokens = cfg.global_batch_size, own_tokens * accelerator.num_processes
-        due, metrics = run.count_update(grad_norm, samples=pairs_done, units=tokens), {}
+        tokens = own_tokens * accelerator.num_processes
+        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=tokens)
+        metrics = {}
         if due.log:
             mlm_loss, nsp_loss = losses.tolist()
             metrics = {"train/loss": mlm_loss + nsp_loss, "train/mlm_loss": mlm_loss, "train/nsp_loss": nsp_loss}
@@ -491,7 +492,7 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, pairs: Any, batc
     if dry_run.can_time(accelerator, facts["flops_per_pair"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, tokenizer)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), batch)
-    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 
 

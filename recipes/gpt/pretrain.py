@@ -15,7 +15,7 @@ CPU cores in minutes; recipes/gpt/README.md has the measured results and what di
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
@@ -41,8 +41,9 @@ class Config(fields.Corpus, fields.RunControl):
     data_weights: str = ""  # Share of the rows from each of several data, such as 0.7,0.3. "" = equal shares.
     streaming: bool = False  # Read the data as it arrives instead of tokenising it once; see the README.
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a byte-level BPE trained on the data.
-    vocab_size: Count = 4096  # Tokens of a tokenizer trained here; the model's vocabulary is padded to 64's.
-    seq_length: Count = 256  # Tokens of a row.
+    vocab_size: Annotated[int, fields.at_least(257)] = 4096
+    """Tokens of a tokenizer trained here, the 256 bytes and the end token first; the model's are padded to 64's."""
+    seq_length: Annotated[int, fields.at_least(2)] = 256  # Tokens of a row.
 
     # Model
     architecture: Literal["nanochat", "gpt2", "llama"] = "nanochat"
@@ -97,12 +98,13 @@ from shared.performance.flops import training_flops
 from shared.run import summary
 from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
-from shared.runtime.collectives import gather_objects, node_main_first
+from shared.runtime.collectives import gather_objects, node_main_first, rank_of
 from shared.runtime.launch import usable_cores
 from shared.text import streaming, tokenization
 from shared.text.documents import open_corpora, open_held_out
 from shared.text.generation import continue_prompt
 from shared.text.packing import PackedRows, pack_corpus
+from shared.text.vocabulary import num_ids, special_ids
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
@@ -116,8 +118,6 @@ def check_config(cfg: Config) -> None:
     fields.check_run_control(cfg)
     fields.check_corpus(cfg)
     cli.positive_numbers("data_weights", cfg.data_weights, len(cfg.data.split(",")))
-    cli.expect(cfg.seq_length >= 2, "seq_length", cfg.seq_length, "at least 2, a token to see and one to predict")
-    cli.expect(cfg.vocab_size > 256, "vocab_size", cfg.vocab_size, "more than the 256 bytes and the end token")
     is_even = cfg.hidden_size % (2 * cfg.num_heads) == 0  # RoPE turns pairs
     cli.expect(is_even, "hidden_size", cfg.hidden_size, "a multiple of 2 x num_heads")
     divides = cfg.num_heads % (cfg.num_kv_heads or cfg.num_heads) == 0
@@ -139,7 +139,8 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[PackedRows]]:
     """The tokenizer, what to train on (packed rows, or streams), and packed rows to evaluate on."""
     columns = {"config": cfg.data_config, "text_column": cfg.text_column}
-    texts = (streaming.open_streams if cfg.streaming else open_corpora)(cfg.data, split=cfg.data_split, **columns)
+    open_training = streaming.open_streams if cfg.streaming else open_corpora
+    texts = open_training(cfg.data, split=cfg.data_split, **columns)
     eval_texts, fraction = open_held_out(cfg)
     with node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
@@ -162,8 +163,7 @@ def open_updates(
 ) -> Any:
     """Updates from `step` on: each this process's micro-batches of at most (B, T), and its streams' states after it."""
     weights = cli.positive_numbers("data_weights", cfg.data_weights, len(train))
-    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"weights": weights, "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
+    order = {"weights": weights, "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     if cfg.streaming:
         dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, batch_size, order, step, streams)
         return load_updates(dataset, None, min(1, cfg.num_workers), accelerator.device)
@@ -178,14 +178,14 @@ def open_updates(
 def build_model(cfg: Config, tokenizer: Any) -> Any:
     """A model from `init`, or a new one of the chosen architecture, in float32."""
     sizes = {
-        "vocab_size": math.ceil(tokenization.num_ids(tokenizer) / 64) * 64,  # tensor cores want multiples
+        "vocab_size": math.ceil(num_ids(tokenizer) / 64) * 64,  # tensor cores want multiples
         "hidden_size": cfg.hidden_size,
         "intermediate_size": cfg.intermediate_size or 4 * cfg.hidden_size,
         "num_hidden_layers": cfg.num_layers,
         "num_attention_heads": cfg.num_heads,
         "num_key_value_heads": cfg.num_kv_heads or cfg.num_heads,
         "max_position_embeddings": cfg.seq_length,
-        "bos_token_id": tokenization.special_ids(tokenizer)[0],
+        "bos_token_id": special_ids(tokenizer)[0],
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
         "attn_implementation": cfg.attention,
@@ -222,27 +222,6 @@ def build_llama(cfg: Config, sizes: dict[str, Any]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=cfg.dropout))
-
-
-def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
-    """Muon for hidden matrices and AdamW for embeddings, head, norms and biases; or AdamW for all."""
-    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    is_table.add(id(model.get_output_embeddings().weight))
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    tables = [parameter for parameter in model.parameters() if id(parameter) in is_table]
-    hidden = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in is_table]
-    if cfg.optimizer == "adamw":
-        # Decay on all but biases and gains (Radford et al. 2018, section 4.1); rates and betas of Brown et al. 2020, B.
-        groups = [
-            {"params": hidden + tables, "weight_decay": cfg.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        kept = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(kept, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
-    of_muon = {"use_muon": True, "stored_transposed": model.config.model_type == "gpt2"}  # the library's are (in, out)
-    matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, **of_muon}
-    rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
-    return MuonWithAdamW([matrices, rest])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,6 +271,27 @@ def sample(cfg: Config, accelerator: Any, model: Any, tokenizer: Any) -> str:
 # Training
 
 
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """Muon for hidden matrices and AdamW for embeddings, head, norms and biases; or AdamW for all."""
+    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    is_table.add(id(model.get_output_embeddings().weight))
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    tables = [parameter for parameter in model.parameters() if id(parameter) in is_table]
+    hidden = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in is_table]
+    if cfg.optimizer == "adamw":
+        # Decay on all but biases and gains (Radford et al. 2018, section 4.1); rates and betas of Brown et al. 2020, B.
+        groups = [
+            {"params": hidden + tables, "weight_decay": cfg.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        kept = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(kept, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
+    of_muon = {"use_muon": True, "stored_transposed": model.config.model_type == "gpt2"}  # the library's are (in, out)
+    matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, **of_muon}
+    rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
+    return MuonWithAdamW([matrices, rest])
+
+
 def learning_rate_factor(cfg: Config, step: int) -> float:
     """Share of the peak rate at `step`."""
     if cfg.schedule == "wsd":
@@ -334,7 +334,7 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    run = Run(cfg, accelerator)  # a run that was stopped goes on here
     saved = run.state.get("streams", [])
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, run.step, saved)
     fingerprints = [source.fingerprint for source in train]
@@ -346,8 +346,8 @@ def main(cfg: Config) -> None:
         batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
 
-        rows = cfg.global_batch_size
-        due, metrics = run.count_update(grad_norm, samples=rows, units=rows * cfg.seq_length), {}
+        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
+        metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
@@ -391,7 +391,7 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any]
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, tokenizer)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 
 

@@ -107,11 +107,11 @@ from shared.models.batch_statistics import RunningStatistics
 from shared.models.export import export_model
 from shared.models.pretrained import label_numbers, load_classifier
 from shared.optim import schedules
-from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.run import summary
 from shared.run.training_run import Run, start
-from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first
+from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first, rank_of
 
 
 def check_config(cfg: Config) -> None:
@@ -148,14 +148,14 @@ def open_updates(
     cfg: Config, accelerator: Any, train: Any, micro_batch_size: int, step: int, streams: list[Any]
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[str], Any]]:
     """Updates from `step` on: each this process's micro-batches, the names of bad images, and its stream's state."""
-    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
+    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     sizes = [image_size_at(cfg, number) for number in range(cfg.max_steps)]
-    arguments = (cfg.data, train, sizes, cfg.min_crop_area, micro_batch_size, order)
+    cut = {"sizes": sizes, "min_area": cfg.min_crop_area, "micro_batch_size": micro_batch_size}
     if cfg.streaming:
-        stream = StreamedGrowingCrops(*arguments, step, streams)
+        stream = StreamedGrowingCrops(cfg.data, train, **cut, order=order, step=step, states=streams)
         return load_updates(stream, None, min(cfg.num_workers, 1), accelerator.device)
-    return load_updates(GrowingCrops(*arguments), range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    crops = GrowingCrops(cfg.data, train, **cut, order=order)
+    return load_updates(crops, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,14 +176,6 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> resnet.ResNetForIm
     else:
         model = load_classifier(resnet.ResNetForImageClassification, cfg.init, class_names)
     return resnet.activate_in_place(model)
-
-
-def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum; no decay of norms and biases (He et al. 2019, section 3.1)."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum, nesterov=cfg.momentum > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,6 +212,12 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> t
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
+
+
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum; no decay of norms and biases (He et al. 2019, section 3.1)."""
+    groups = decay_of_matrices(model, cfg.weight_decay)
+    return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum, nesterov=cfg.momentum > 0)
 
 
 def train_update(
@@ -259,12 +257,13 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
     statistics = RunningStatistics(model)
 
-    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    run = Run(cfg, accelerator)  # a run that was stopped goes on here
     average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step, run.state.get("streams", []))
-    shown = (cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction)
-    crops, processor = CenterCrops(held_out, *shown, micro_batch_size), resnet.build_processor(*shown)
+    side, fraction = cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction
+    crops = CenterCrops(held_out, side, fraction, micro_batch_size)
+    processor = resnet.build_processor(side, fraction)
     data = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     run.record(Path(__file__), {**data, **facts})
     model.train()
@@ -276,9 +275,10 @@ def main(cfg: Config) -> None:
         average.update(step + 1)
         bad.add(undecoded)
 
-        images, side = cfg.global_batch_size, image_size_at(cfg, step)
-        relative_cost = (side / cfg.final_image_size) ** 2
-        due, metrics = run.count_update(grad_norm, samples=images * relative_cost, units=images), {}
+        side = image_size_at(cfg, step)
+        whole = cfg.global_batch_size * (side / cfg.final_image_size) ** 2  # images of the last size that cost as much
+        due = run.count_update(grad_norm, samples=whole, units=cfg.global_batch_size)
+        metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, **run.rates("images")}
@@ -291,8 +291,8 @@ def main(cfg: Config) -> None:
                 run.write_samples(describe_confusions(answers, train.class_names))
             run.write(metrics)
             if due.save or bad.are_too_many:
-                state = {"bad_images": bad.gather(), "tensors": average.tensors()}
-                run.save(state | ({"streams": gather_objects(accelerator, stream)} if stream else {}))
+                streams = {"streams": gather_objects(accelerator, stream)} if stream else {}
+                run.save({"bad_images": bad.gather(), "tensors": average.tensors(), **streams})
             if due.push:
                 with average.in_place():
                     export_model(accelerator, model, processor, run.folder)
@@ -316,19 +316,21 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str,
 
 def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: int) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    cfg, seconds = replace(cfg, num_workers=0), None
+    cfg = replace(cfg, num_workers=0)
+    seconds = None
     (batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
     last = to_device(batch, accelerator.device)
     inputs = {"pixel_values": resnet.normalize(last["pixel_values"], cfg.enlarge)}
     with dry_run.without_memory():
         model = build_model(cfg, train.class_names)
         facts = describe(cfg, accelerator, model, train)
-        costs = dry_run.costs(accelerator, model, inputs, state_bytes_per_parameter(build_optimizer(cfg, model)))
+        state = state_bytes_per_parameter(build_optimizer(cfg, model)) + (4 if cfg.ema_decay else 0)  # of the average
+        costs = dry_run.costs(accelerator, model, inputs, state)
     if dry_run.can_time(accelerator, facts["flops_per_image"] * len(last["labels"]), costs["memory: total"]):
         model = build_model(cfg, train.class_names)
         inputs["labels"] = last["labels"]
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     if seconds is not None:
         rows["all updates"] = f"at most {rows['all updates']}"  # of the largest crops
     accelerator.print(summary.table(rows))

@@ -24,12 +24,12 @@ from shared import command_line as cli
 from shared import fields
 from shared.fields import Amount, Count, Natural, Positive, Share, ShareAboveZero
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
 Magnitude = Annotated[float, cli.Limit(lambda value: 0 <= value <= 10, "from 0 to 10")]
 # Half or more, and an image of two equal halves would have no class at all.
 BelowHalf = Annotated[float, cli.Limit(lambda value: 0 <= value < 0.5, "a share in [0, 0.5)")]
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Config(fields.Images, fields.RunControl):
     repeats: Count = 1
     """Crops of the same image, one after the other (repeated augmentation); an epoch is as much longer. 1 = one."""
     rand_augment_operations: Natural = 2  # Operations of RandAugment for each crop. 0 = none.
-    rand_augment_magnitude: Magnitude = 2.0  # Their mean strength, from 0 to 10.
+    rand_augment_magnitude: Magnitude = 2.0  # Their mean strength.
     rand_augment_spread: Amount = 0.5  # Standard deviation of their strength.
     enlarge: Count = 2
     """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
@@ -66,7 +66,6 @@ class Config(fields.Images, fields.RunControl):
     embedding_size: Count = 32  # Channels after the stem.
     init: str = "scratch"
     """scratch, or a run folder or Hub id to start from: its weights; with other classes its head is new."""
-
     stochastic_depth: Share = 0.0
     """Share of the images for which the last block is skipped; less in the blocks before it. 0 = none."""
 
@@ -126,7 +125,7 @@ from shared.optim.optimizers import clip_and_step, set_learning_rates, state_byt
 from shared.performance import dry_run
 from shared.run import summary
 from shared.run.training_run import Run, start
-from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first
+from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first, rank_of
 
 
 def check_config(cfg: Config) -> None:
@@ -158,15 +157,15 @@ def open_updates(
     cfg: Config, accelerator: Any, train: Any, micro_batch_size: int, step: int, streams: list[Any]
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[str], Any]]:
     """Updates from `step` on: each this process's micro-batches, the names of bad images, and its stream's state."""
-    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
+    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     augmentation = (cfg.rand_augment_operations, cfg.rand_augment_magnitude, cfg.rand_augment_spread)
-    cut = (cfg.image_size, cfg.min_crop_area, cfg.repeats, augmentation)
-    arguments = (cfg.data, train, *cut, micro_batch_size, order)
+    cut = {"size": cfg.image_size, "min_area": cfg.min_crop_area, "repeats": cfg.repeats, "augmentation": augmentation}
+    cut["micro_batch_size"] = micro_batch_size
     if cfg.streaming:
-        stream = StreamedRepeatedCrops(*arguments, streams)
+        stream = StreamedRepeatedCrops(cfg.data, train, **cut, order=order, states=streams)
         return load_updates(stream, None, min(cfg.num_workers, 1), accelerator.device)
-    return load_updates(RepeatedCrops(*arguments), range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    crops = RepeatedCrops(cfg.data, train, **cut, order=order)
+    return load_updates(crops, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,20 +209,6 @@ def skip_blocks(model: resnet.ResNetForImageClassification, share: float) -> Non
     blocks = [block for stage in model.resnet.encoder.stages for block in stage.layers] if share else []
     for place, block in enumerate(blocks, start=1):
         block.layer.append(StochasticDepth(share * place / len(blocks)))
-
-
-def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
-    """LAMB; norms and biases have no decay and no trust ratio, as in timm's, which the paper used."""
-    from pytorch_optimizer import Lamb  # two seconds
-
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0, "adam": True},
-    ]
-    # You et al. 2020, algorithm 2: the decay is part of the update whose length the trust ratio sets.
-    return Lamb(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,6 +296,20 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> t
 # Training
 
 
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """LAMB; norms and biases have no decay and no trust ratio, as in timm's, which the paper used."""
+    from pytorch_optimizer import Lamb  # two seconds
+
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0, "adam": True},
+    ]
+    # You et al. 2020, algorithm 2: the decay is part of the update whose length the trust ratio sets.
+    return Lamb(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False)
+
+
 def train_update(
     cfg: Config,
     accelerator: Any,
@@ -358,11 +357,12 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
     statistics = RunningStatistics(model)
 
-    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    run = Run(cfg, accelerator)  # a run that was stopped goes on here
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step, run.state.get("streams", []))
-    shown = (cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction)
-    crops, processor = CenterCrops(held_out, *shown, micro_batch_size), resnet.build_processor(*shown)
+    side, fraction = cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction
+    crops = CenterCrops(held_out, side, fraction, micro_batch_size)
+    processor = resnet.build_processor(side, fraction)
     data = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     run.record(Path(__file__), {**data, **facts})
     model.train()
@@ -373,8 +373,8 @@ def main(cfg: Config) -> None:
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches, step)
         bad.add(undecoded)
 
-        images = cfg.global_batch_size
-        due, metrics = run.count_update(grad_norm, samples=images, units=images), {}
+        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+        metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, "train/bad_images": bad.number(), **run.rates("images")}
@@ -407,7 +407,8 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str,
 
 def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: int) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    cfg, seconds = replace(cfg, num_workers=0), None
+    cfg = replace(cfg, num_workers=0)
+    seconds = None
     (batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
     last = to_device(batch, accelerator.device)
     inputs = {"pixel_values": resnet.normalize(last["pixel_values"], cfg.enlarge)}
@@ -419,9 +420,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
         model = build_model(cfg, train.class_names)
         inputs["labels"] = last["labels"]
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
-    if seconds is not None:
-        rows["all updates"] = f"at most {rows['all updates']}"
+    rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
         (first, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0, []))

@@ -71,7 +71,7 @@ from shared.diffusion.captions import load_text_encoder
 from shared.diffusion.latent_encoding import cache_identity, encode_shards, load_autoencoder
 from shared.images import files as image_files
 from shared.images.aspect_ratios import aspect_ratio_buckets
-from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
+from shared.images.captioned import CaptionedImages, open_captioned, source_of
 from shared.runtime import collectives, launch
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
@@ -90,7 +90,7 @@ def plan_buckets(cfg: Config) -> list[tuple[int, int]]:
 
 def open_data(cfg: Config, buckets: list[tuple[int, int]], accelerator: Any) -> dict[str, CaptionedImages]:
     """The images of each split."""
-    source = str(SAMPLE) if cfg.data == "sample" else cfg.data
+    source = source_of(cfg.data)
     options = {"config": cfg.data_config, "image_column": cfg.image_column, "caption_column": cfg.caption_column}
     with collectives.node_main_first(accelerator):
         names = [name.strip() for name in cfg.data_splits.split(",") if name.strip()]

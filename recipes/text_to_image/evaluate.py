@@ -85,7 +85,7 @@ from shared.diffusion.generation import (
     make_images,
     without_bars,
 )
-from shared.images.captioned import SAMPLE, open_captioned
+from shared.images.captioned import open_captioned, source_of
 from shared.images.crops import Squares
 from shared.images.files import check_sides, spread, validation_split
 from shared.metrics import figures
@@ -123,7 +123,7 @@ def pick_split(cfg: Config) -> str:
 
 def open_data(cfg: Config, split: str, most: int | None) -> tuple[list[str], list[int], Tensor]:
     """Captions of at most so many of a split, their positions in it, and their images, uint8 (N, 3, S, S)."""
-    source = str(SAMPLE) if cfg.data == "sample" else cfg.data
+    source = source_of(cfg.data)
     columns = {"image_column": cfg.image_column, "caption_column": cfg.caption_column}
     images = open_captioned(
         source, config=cfg.data_config, split=split, **columns, max_bad_fraction=cfg.max_bad_fraction

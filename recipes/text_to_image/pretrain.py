@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
@@ -40,7 +40,8 @@ class Config(fields.LatentData, fields.RunControl):
     text_encoder: str = "scratch"
     """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is and with which
     cache_latents.py made embeddings."""
-    vocab_size: int = 2048  # Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch.
+    vocab_size: Annotated[int, fields.at_least(514)] = 2048
+    """Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch."""
     caption_length: Annotated[int, fields.at_least(3)] = 32
     """Tokens of a caption, start and end included, for a text encoder from scratch; longer ones are cut."""
     text_hidden_size: Count = 128  # Width of the text encoder from scratch.
@@ -56,7 +57,8 @@ class Config(fields.LatentData, fields.RunControl):
     init: str = "scratch"  # scratch, or a run folder or Hub id of a pipeline of these sizes to start from.
 
     # Objective
-    prediction_type: str = "v_prediction"  # What the model predicts: epsilon (the noise) or v_prediction.
+    prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
+    """What the model predicts: epsilon (the noise) or v_prediction."""
     snr_gamma: Amount = 5.0
     """Signal-to-noise ratio above which a timestep's weight stops to grow. 0 = all timesteps weigh the same."""
     caption_dropout: Share = 0.1
@@ -128,8 +130,6 @@ image = pipeline({!r}, guidance_scale={}, num_inference_steps={}).images[0]"""
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
-    known = ("epsilon", "v_prediction")
-    cli.expect(cfg.prediction_type in known, "prediction_type", cfg.prediction_type, " or ".join(known))
     is_guidable = cfg.guidance_scale == 1 or cfg.caption_dropout > 0
     expected = "1 with caption_dropout 0: a model that never sees the empty caption cannot be guided by it"
     cli.expect(is_guidable, "guidance_scale", cfg.guidance_scale, expected)
@@ -386,10 +386,10 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    run = Run(cfg, accelerator)  # a run that was stopped goes on here
     average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
-    order = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
-    updates = open_updates(accelerator, cfg, train, reading, **order, step=run.step)
+    sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
+    updates = open_updates(accelerator, cfg, train, reading, **sizes, step=run.step)
     splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_samples, NUM_BANDS, reading)
     fixed = {name: FixedSamples(split, *bands, batch_size=micro_batch_size) for name, split in splits.items()}
     prompts = some_captions(held_out.values(), NUM_SHOWN)
@@ -405,8 +405,8 @@ def main(cfg: Config) -> None:
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, signal)
         average.update(step + 1)
 
-        samples = cfg.global_batch_size
-        due, metrics = run.count_update(grad_norm, samples=samples, units=samples), {}
+        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+        metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, **run.rates("images")}
@@ -454,8 +454,8 @@ def report_costs(
     cfg: Config, accelerator: Any, train: Latents, reading: dict[str, Any], frozen: Any, micro_batch_size: int
 ) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    order = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
-    first, *_ = next(open_updates(accelerator, replace(cfg, num_workers=0), train, reading, **order, step=0))
+    sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
+    first, *_ = next(open_updates(accelerator, replace(cfg, num_workers=0), train, reading, **sizes, step=0))
     batch, seconds = to_device(first, accelerator.device), None
     inputs = {"latents": batch["latents"], "timesteps": batch["uniform"].long(), "text": batch["text"]}
     parts = {"tokenizer": reading["tokenizer"], "frozen": frozen, "latent_shape": batch["latents"].shape[1:]}
@@ -467,7 +467,7 @@ def report_costs(
     if dry_run.can_time(accelerator, facts["flops_per_sample"] * micro_batch_size, costs["memory: total"]):
         model = build_model(cfg, **parts)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first caption: {train.captions()[0]}\n\n{summary.table(rows)}")
 
 

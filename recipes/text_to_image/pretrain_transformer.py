@@ -41,7 +41,8 @@ class Config(fields.LatentData, fields.RunControl):
     text_encoder: str = "scratch"
     """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is and with which
     cache_latents.py made embeddings, of captions as they are: the pipeline then takes skip_text_cleaning=True."""
-    vocab_size: int = 2048  # Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch.
+    vocab_size: Annotated[int, fields.at_least(514)] = 2048
+    """Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch."""
     caption_length: Annotated[int, fields.at_least(3)] = 32
     """Tokens of a caption, start and end included, for a text encoder from scratch; longer ones are cut."""
     text_hidden_size: Count = 128  # Width of the text encoder from scratch.
@@ -148,7 +149,7 @@ def check_config(cfg: Config) -> None:
 # Data
 
 
-def check_sides(patch_size: int, latents: list[Latents]) -> None:
+def check_patches(patch_size: int, latents: list[Latents]) -> None:
     """Raise `UsageError` unless patches fill all latents."""
     for (_, *sides), _ in (bucket for part in latents for bucket in part.buckets()):
         fits = all(side % patch_size == 0 for side in sides)
@@ -167,8 +168,8 @@ def open_updates(
     cfg: Config, accelerator: Any, train: Latents, reading: dict[str, Any], micro_batch_size: int, step: int
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Updates from `step` on: each this process's micro-batches."""
-    order = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
-    updates = latent_updates.open_updates(accelerator, cfg, train, reading, **order, step=step)
+    sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
+    updates = latent_updates.open_updates(accelerator, cfg, train, reading, **sizes, step=step)
     return ([choose_kept(cfg, batch) for batch in batches] for batches in updates)
 
 
@@ -399,7 +400,7 @@ def main(cfg: Config) -> None:
     text = None if cfg.text_encoder == "scratch" else captions.load_text_encoder(cfg.text_encoder, "text_encoder")
     folders = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
     train, held_out, manifest = open_latents(accelerator, cfg, vae, text, **folders)
-    check_sides(cfg.patch_size, [train, *held_out.values()])
+    check_patches(cfg.patch_size, [train, *held_out.values()])
     tokenizer, frozen = text or (open_tokenizer(cfg, train), None)
     reader = tokenizer if text else captions.CleanedCaptions(tokenizer)  # embeddings are of captions as they are
     empty = captions.encode_captions([""], reader, frozen)
@@ -418,7 +419,7 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    run = Run(cfg, accelerator)  # a run that was stopped goes on here
     average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
     updates = open_updates(cfg, accelerator, train, reading, micro_batch_size, run.step)
     splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_samples, NUM_BANDS, reading)
@@ -436,8 +437,8 @@ def main(cfg: Config) -> None:
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches)
         average.update(step + 1)
 
-        samples = cfg.global_batch_size
-        due, metrics = run.count_update(grad_norm, samples=samples, units=samples), {}
+        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+        metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, **run.rates("images")}
@@ -492,7 +493,7 @@ def report_costs(
     if dry_run.can_time(accelerator, facts["flops_per_sample"] * number, costs["memory: total"]):
         model = build_model(cfg, tokenizer, frozen, channels)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first caption: {train.captions()[0]}\n\n{summary.table(rows)}")
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.fields import Amount, Count, Natural, Positive, Share, ShareInside
+from shared.fields import Amount, Count, Natural, Positive, Share
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -66,9 +66,6 @@ class Config(fields.Images, fields.RunControl):
     ema_decay: Share = 0.995
     """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""
 
-    # Evaluation
-    eval_fraction: ShareInside = 0.05  # Share of the images held out where there is no split to evaluate on.
-
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
     with cli.exit_codes():
@@ -89,26 +86,26 @@ from tqdm import tqdm
 from shared.data.batches import to_device
 from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
-from shared.diffusion.generation import to_uint8
 from shared.images import files as image_files
 from shared.images.bad_images import BadImages
-from shared.images.captioned import SAMPLE
+from shared.images.captioned import source_of
 from shared.images.crops import Squares
 from shared.images.files import ImageFiles, spread
+from shared.images.pixel_range import from_minus_one, to_uint8
 from shared.images.square_updates import SquareUpdates
 from shared.metrics.figures import image_grid
 from shared.models.averaged_weights import AveragedWeights
 from shared.models.export import export_module, whole_weights
 from shared.models.pretrained import check_sizes, load_diffusion_model, load_pretrained
+from shared.models.resnet import MEAN, STD
 from shared.optim import schedules
-from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
 from shared.run.training_run import Run, start
-from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first
+from shared.runtime.collectives import SHARDED_ENGINES, equal_share, gather_objects, node_main_first, rank_of
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, what a ResNet classifier expects
 NUM_SHOWN = 8
 STATISTICS_FROM = 4096  # images from which the latents' mean and deviation are measured
 USAGE = """from diffusers import AutoencoderKL
@@ -133,7 +130,7 @@ def check_config(cfg: Config) -> None:
 
 def open_data(cfg: Config, accelerator: Any) -> tuple[ImageFiles, ImageFiles]:
     """The images to train on and to evaluate on."""
-    source = str(SAMPLE) if cfg.data == "sample" else cfg.data
+    source = source_of(cfg.data)
     with node_main_first(accelerator):
         train = image_files.open_files(source, cfg.data_config, cfg.data_split, cfg.image_column)
         eval_split = cfg.eval_split or image_files.validation_split(source, cfg.data_config)
@@ -155,8 +152,7 @@ def open_updates(
     cfg: Config, accelerator: Any, train: ImageFiles, micro_batch_size: int, step: int
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[str]]]:
     """Updates from `step` on: each this process's micro-batches, and the names of bad images."""
-    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank}
+    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     form = {"size": cfg.image_size, "noise_shape": latent_shape(cfg), "micro_batch_size": micro_batch_size}
     updates = SquareUpdates(train, cfg.data, **form, order=order)
     return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
@@ -209,11 +205,6 @@ def build_model(cfg: Config) -> AutoencoderKL:
 # Objective
 
 
-def scaled(pixels: Tensor) -> Tensor:
-    """uint8 images (B, S, S, 3) as float32 (B, 3, S, S) from -1 to 1, channels-last in memory."""
-    return pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-
-
 def forward(model: Any, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Reconstructions (B, 3, S, S) of pixels from -1 to 1, KL divergences in nats (B,), and latents (B, C, s, s)."""
     return model(pixel_values=pixels, noise=noise)
@@ -264,8 +255,7 @@ def evaluate(
 ) -> tuple[dict[str, float], list[np.ndarray]]:
     """Errors of the reconstructions of every image once, from the mean of its latents, and some of both."""
     model.eval()
-    processes = accelerator.num_processes
-    steps = range(accelerator.process_index, math.ceil(len(held_out) / batch_size / processes) * processes, processes)
+    steps = equal_share(accelerator, math.ceil(len(held_out) / batch_size))
     batches = load_updates(Squares(held_out, cfg.image_size, batch_size), steps, cfg.num_workers, accelerator.device)
     is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
     totals, shown = torch.zeros(5, dtype=torch.float64), []
@@ -273,8 +263,8 @@ def evaluate(
         batch = to_device(batch, accelerator.device)
         true, is_image = batch["pixel_values"], batch["indices"] >= 0
         noise = torch.zeros(len(true), *latent_shape(cfg), device=true.device)
-        made, kl, _ = forward(model, scaled(true), noise)
-        loss, made = losses(scaled(true), made, kl, cfg.kl_weight), to_uint8(made)
+        made, kl, _ = forward(model, from_minus_one(true), noise)
+        loss, made = losses(from_minus_one(true), made, kl, cfg.kl_weight), to_uint8(made)
         rows = torch.stack([torch.ones_like(loss), loss, psnr(true, made), ssim(true, made), kl.float()])
         totals += rows[:, is_image].double().sum(1).cpu()
         shown += [pixels[is_image].cpu().numpy() for pixels in (true, made)] if not shown else []
@@ -303,9 +293,7 @@ def ssim(true: Tensor, made: Tensor) -> Tensor:
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     """AdamW with the betas of CompVis's code for Rombach et al. 2022."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = decay_of_matrices(model, cfg.weight_decay)
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.5, 0.9), fused=True)
 
 
@@ -317,7 +305,7 @@ def train_update(
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
     total = torch.zeros((), device=accelerator.device)
     for batch in batches:
-        pixels = scaled(batch["pixel_values"])
+        pixels = from_minus_one(batch["pixel_values"])
         with accelerator.accumulate(model):
             made, kl, _ = forward(model, pixels, batch["noise"])
             loss = losses(pixels, made, kl, cfg.kl_weight).sum()
@@ -339,14 +327,14 @@ def latent_statistics(
     Rombach et al. 2022, section 4.3.2 and appendix G: diffusion expects latents of about unit variance.
     """
     model.eval()
-    processes, some = accelerator.num_processes, spread(len(train), STATISTICS_FROM)
+    some = spread(len(train), STATISTICS_FROM)
     squares = Squares(train.subset(np.array(some)), cfg.image_size, batch_size)
-    steps = range(accelerator.process_index, math.ceil(len(some) / batch_size / processes) * processes, processes)
+    steps = equal_share(accelerator, math.ceil(len(some) / batch_size))
     totals = torch.zeros(3, cfg.latent_channels, dtype=torch.float64)
     for batch in load_updates(squares, steps, cfg.num_workers, accelerator.device):
         batch = to_device(batch, accelerator.device)
         noise = torch.zeros(len(batch["indices"]), *latent_shape(cfg), device=accelerator.device)
-        _, _, latents = forward(model, scaled(batch["pixel_values"]), noise)
+        _, _, latents = forward(model, from_minus_one(batch["pixel_values"]), noise)
         kept = latents[batch["indices"] >= 0].double().cpu()
         ones = torch.full((cfg.latent_channels,), kept[:, 0].numel(), dtype=torch.float64)
         totals += torch.stack([ones, kept.sum((0, 2, 3)), kept.square().sum((0, 2, 3))])
@@ -392,7 +380,7 @@ def main(cfg: Config) -> None:
     judge = load_judge(cfg, accelerator.device)
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    run = Run(cfg, accelerator)  # goes on from its newest checkpoint
+    run = Run(cfg, accelerator)  # a run that was stopped goes on here
     average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step)
@@ -407,8 +395,8 @@ def main(cfg: Config) -> None:
         average.update(step + 1)
         bad.add(undecoded)
 
-        images = cfg.global_batch_size
-        due, metrics = run.count_update(grad_norm, samples=images, units=images), {}
+        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+        metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, **run.rates("images"), "train/bad_images": bad.number()}
@@ -459,7 +447,7 @@ def report_costs(cfg: Config, accelerator: Any, train: ImageFiles, micro_batch_s
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     (first, *_), _ = next(open_updates(replace(cfg, num_workers=0), accelerator, train, micro_batch_size, 0))
     batch, seconds = to_device(first, accelerator.device), None
-    inputs = {"pixel_values": scaled(batch["pixel_values"]), "noise": batch["noise"]}
+    inputs = {"pixel_values": from_minus_one(batch["pixel_values"]), "noise": batch["noise"]}
     with dry_run.without_memory():
         model = build_model(cfg)
         facts = describe(cfg, accelerator, model, train)
@@ -468,7 +456,7 @@ def report_costs(cfg: Config, accelerator: Any, train: ImageFiles, micro_batch_s
     if dry_run.can_time(accelerator, facts["flops_per_image"] * micro_batch_size, costs["memory: total"]):
         model = build_model(cfg)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
-    rows = {**facts, **dry_run.describe(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
         grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "images.png"

@@ -1,4 +1,4 @@
-"""A frozen pretrained text encoder of CLIP: captions as the embeddings that Stable Diffusion is conditioned on.
+"""Captions as a diffusion model reads them: CLIP's text encoder, frozen or trained along, and its tokenizer.
 
 What is conditioned on is the whole last hidden state, padding included: Stable Diffusion's UNet masks none of it
 (Rombach et al. 2022, code). A caption of 77 tokens and 768 numbers, CLIP ViT-L/14's, takes 118 KB in float16.
@@ -19,7 +19,7 @@ from shared.command_line import expect
 from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from shared.diffusion.latent_cache import weights_digest
 from shared.models.pretrained import check_sizes, load_errors, load_pretrained
-from shared.text.tokenization import num_ids
+from shared.text.vocabulary import num_ids
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ for place, batch in fixed_batches(accelerator, fixed, num_workers):
 metrics = errors.metrics(accelerator, data_split)
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from shared.data.batches import to_device
 from shared.data.updates import load_updates
 from shared.diffusion.latent_updates import FixedSamples
-from shared.runtime.collectives import gather_objects
+from shared.runtime.collectives import equal_share, gather_objects
 
 
 class Place(NamedTuple):
@@ -44,9 +43,8 @@ def fixed_batches(
         splits: name -> samples.
         num_workers: data worker processes; 0 = read here.
     """
-    processes = accelerator.num_processes
     for row, samples in enumerate(splits.values()):
-        steps = range(accelerator.process_index, math.ceil(len(samples) / processes) * processes, processes)
+        steps = equal_share(accelerator, len(samples))
         batches = load_updates(samples, steps, num_workers, accelerator.device)
         for number, batch in zip(steps, batches, strict=True):
             place = Place(row, number % samples.num_bands, number < len(samples))

@@ -1,4 +1,4 @@
-"""Images from prompts with a pipeline of diffusers, each from a seed of its own."""
+"""Images from prompts, each from a seed of its own: with a pipeline of diffusers, or as a recipe shows them."""
 
 import contextlib
 import inspect
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from shared.command_line import expect
 from shared.data.randomness import derive_seed, normal_numbers
+from shared.images.pixel_range import to_uint8
 from shared.models.pretrained import load_diffusion_model
 
 # Samplers of any model that learned to predict noise or v. DDIM's own default is for pixels: it clips what is predicted
@@ -116,11 +117,6 @@ def decode_images(vae: Any, latents: Tensor) -> list[np.ndarray]:
         latents: as a diffusion model makes them.
     """
     return list(to_uint8(vae.decode(latents / vae.config.scaling_factor).sample).cpu().numpy())
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Images (B, 3, H, W) from -1 to 1 as uint8 (B, H, W, 3)."""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:

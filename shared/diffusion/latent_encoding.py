@@ -1,4 +1,4 @@
-"""Encoding images and their captions into the shards of a latent cache."""
+"""Encoding images and their captions into the shards of a latent cache, and opening one with its autoencoder."""
 
 import hashlib
 import itertools
@@ -22,6 +22,7 @@ from shared.fields import LatentData
 from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
 from shared.images.crops import BucketCrops
 from shared.images.files import list_splits
+from shared.images.pixel_range import from_minus_one
 from shared.models.pretrained import load_diffusion_model
 from shared.runtime.atomic_folder import written_aside
 from shared.runtime.collectives import node_main_first
@@ -147,7 +148,7 @@ def _full_batches(parts: Iterable[dict[str, Tensor]], batch_size: int) -> Iterat
 @torch.no_grad()
 def _posterior(vae: Any, pixels: Tensor, prefix: str) -> dict[str, np.ndarray]:
     """Mean and standard deviation of uint8 images (B, H, W, 3): float16 (B, C, h, w) each."""
-    posterior = vae.encode(pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1).latent_dist
+    posterior = vae.encode(from_minus_one(pixels)).latent_dist
     return {f"{prefix}{name}": getattr(posterior, name).half().cpu().numpy() for name in ("mean", "std")}
 
 
@@ -198,7 +199,7 @@ def open_latents(
         cache_dir: for data that is made once.
 
     Raises:
-        UsageError: there is no complete cache, or one that is made of something else; or see `open_splits`.
+        UsageError: there is no complete cache, or one of something else; or see `latent_cache.open_splits`.
     """
     with node_main_first(accelerator):
         folder, identity = Path(source.data), dict[str, Any](vae=latent_cache.weights_digest(vae))

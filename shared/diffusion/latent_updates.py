@@ -18,6 +18,7 @@ from shared.diffusion.captions import text_masks, token_ids
 from shared.diffusion.latent_cache import Latents
 from shared.fields import RunControl
 from shared.images.files import spread
+from shared.runtime.collectives import rank_of
 
 _MIRRORED, _DROPPED = 0, 1  # columns of a sample's uniform numbers
 
@@ -107,8 +108,7 @@ def open_updates(
         micro_batch_size: samples of a micro-batch.
         step: number of the first update, from 0.
     """
-    rank = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-    order = {"global_batch_size": control.global_batch_size, **rank}
+    order = {"global_batch_size": control.global_batch_size, **rank_of(accelerator)}
     draws: dict[str, Any] = {"caption_dropout": caption_dropout, "seed": control.seed}
     updates = LatentUpdates(train, reading, **draws, micro_batch_size=micro_batch_size, order=order)
     return load_updates(updates, range(step, control.max_steps), control.num_workers, accelerator.device)

@@ -19,6 +19,11 @@ _USUAL_COLUMNS = ("caption", "text", "txt")
 logger = logging.getLogger(__name__)
 
 
+def source_of(data: str) -> str:
+    """The data set that the field `data` means: the embedded one for sample."""
+    return str(SAMPLE) if data == "sample" else data
+
+
 @dataclass(frozen=True)
 class CaptionedImages:
     """Encoded images and what they show.

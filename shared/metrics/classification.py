@@ -1,6 +1,5 @@
 """What a classifier answers for held-out images: how often it is right, and which classes it takes for others."""
 
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -16,7 +15,7 @@ from shared.data.updates import load_updates
 from shared.images.crops import CenterCrops
 from shared.metrics import figures
 from shared.metrics.accuracy import Accuracy, TopKAccuracy
-from shared.runtime.collectives import gather_objects
+from shared.runtime.collectives import equal_share, gather_objects
 
 USAGE = """from transformers import pipeline
 
@@ -61,8 +60,7 @@ def load_held_out(accelerator: Any, crops: CenterCrops, num_workers: int) -> Ite
         crops: the images.
         num_workers: see `load_updates`.
     """
-    processes = accelerator.num_processes
-    steps = range(accelerator.process_index, math.ceil(len(crops) / processes) * processes, processes)
+    steps = equal_share(accelerator, len(crops))
     batches = load_updates(crops, steps, num_workers, accelerator.device)
     is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
     for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):

@@ -1,4 +1,4 @@
-"""Images of a run: its loss curve, and what its model sees and mistakes."""
+"""Figures of a run: its loss curve, and what its model sees and mistakes."""
 
 import math
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""How weights begin, are averaged and leave."""
+"""Networks, and how their weights begin, are averaged and leave."""

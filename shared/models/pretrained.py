@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from shared.command_line import UsageError, expect
-from shared.text.tokenization import num_ids
+from shared.text.vocabulary import num_ids
 
 
 def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> Any:

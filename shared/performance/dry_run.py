@@ -194,7 +194,7 @@ def checkpoint_bytes(model: nn.Module, optimizer_bytes_per_parameter: float) -> 
     return _num_bytes(saved.values()) + int(num_trained * optimizer_bytes_per_parameter)
 
 
-def describe(costs: dict[str, int], seconds: float | None, max_steps: int, *, compiles: bool) -> dict[str, str]:
+def cost_rows(costs: dict[str, int], seconds: float | None, max_steps: int, *, compiles: bool) -> dict[str, str]:
     """Rows of a table.
 
     Args:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,20 @@ def gather_objects(accelerator: Any, value: Any) -> list[Any]:
     values: list[Any] = [None] * accelerator.num_processes
     dist.all_gather_object(values, value)
     return values
+
+
+def rank_of(accelerator: Any) -> dict[str, int]:
+    """Which process this is, as what gives each its share takes it: rank and num_processes."""
+    return {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+
+
+def equal_share(accelerator: Any, number: int) -> range:
+    """This process's share of the integers below `number`, as many as every other's, for all must run equally often.
+
+    The last one of a process can be `number` or more.
+    """
+    processes = accelerator.num_processes
+    return range(accelerator.process_index, math.ceil(number / processes) * processes, processes)
 
 
 def placed_like(whole: torch.Tensor, parameter: Any) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from shared.text import tokenization
+from shared.text.vocabulary import special_ids
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def continue_prompt(
     Returns:
         Prompt and continuation.
     """
-    ids = [tokenization.special_ids(tokenizer)[0], *tokenization.encode(tokenizer.backend_tokenizer, prompt)]
+    ids = [special_ids(tokenizer)[0], *tokenization.encode(tokenizer.backend_tokenizer, prompt)]
     longest = getattr(model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
     ids = ids[-max(longest - max_new_tokens, longest // 2) :]
     input_ids = torch.tensor([ids], device=model.device)

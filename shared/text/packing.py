@@ -168,7 +168,8 @@ class PackedRows:
         All processes get as many batches: where no row is left for one, it has one of padding.
         """
         starts = range(0, len(self), batch_size * num_processes)
-        for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=rank > 0 or None):
+        is_quiet = rank > 0 or None  # None: where there is no terminal
+        for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
             mine = range(first + rank * batch_size, len(self))[:batch_size]
             rows = [self.read(row) for row in mine] or [fill_row([], self.seq_length, self.pad_token_id)]
             yield micro_batches(rows, batch_size)[0]

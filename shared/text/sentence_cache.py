@@ -25,6 +25,7 @@ from shared.text import tokenization
 from shared.text.document_pool import map_documents
 from shared.text.documents import Texts
 from shared.text.token_cache import SPLITS, cache_key, content_share, map_file
+from shared.text.vocabulary import num_ids
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def split_corpus(
             description="splitting into sentences",
         )
         with written_aside(folder) as aside:
-            _write(aside, results, tokenization.num_ids(tokenizer), eval_fraction)
+            _write(aside, results, num_ids(tokenizer), eval_fraction)
     train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
     _report_oddities(folder)
     return train, held_out

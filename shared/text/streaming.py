@@ -22,6 +22,7 @@ from shared.text import tokenization
 from shared.text.documents import LocalTexts, Texts, hub_errors, local_path, open_texts, pick_text_column, text_columns
 from shared.text.packing import MAX_WASTE, BestFitPacker, cut, fill_row
 from shared.text.token_cache import content_share
+from shared.text.vocabulary import special_ids
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def stream_rows(
     Raises:
         UsageError: no document is left to this process, since all are empty or held out, or there are too few.
     """
-    begin, end = tokenization.special_ids(tokenizer)
+    begin, end = special_ids(tokenizer)
     documents = deal_records([_Trained(shard, eval_fraction) for shard in shards], seed, rank, state)
     window_start: StreamState = {**state, "used": 0}
     used = state["used"]

@@ -22,6 +22,7 @@ from shared.command_line import UsageError
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.document_pool import map_documents
+from shared.text.vocabulary import num_ids, special_ids
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "eval")
@@ -75,7 +76,7 @@ def build_token_cache(
     if folder.exists():
         return
     with written_aside(folder) as aside:
-        writers = {split: _SplitWriter(aside / split, tokenization.num_ids(tokenizer)) for split in SPLITS}
+        writers = {split: _SplitWriter(aside / split, num_ids(tokenizer)) for split in SPLITS}
         first_share = None
         for ids, num_bytes, share in _tokenize(documents, tokenizer, num_processes):
             first_share = share if first_share is None else first_share
@@ -137,7 +138,7 @@ class _SplitWriter:
 
 def _tokenize(documents: Iterable[str], tokenizer: Any, num_processes: int) -> Iterator[tuple[np.ndarray, int, float]]:
     """Yield (ids with begin and end token, number of bytes, content share) of each document, in order."""
-    arguments = (tokenizer.backend_tokenizer.to_str(), *tokenization.special_ids(tokenizer))
+    arguments = (tokenizer.backend_tokenizer.to_str(), *special_ids(tokenizer))
     return map_documents(
         _encode_batch,
         documents,

@@ -14,6 +14,7 @@ import numpy as np
 from shared.command_line import UsageError
 from shared.runtime.atomic_folder import written_aside
 from shared.text.documents import Beginning, Texts
+from shared.text.vocabulary import special_ids
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 1 << 28  # of the corpora that the merges are counted on; more changes them little
@@ -162,17 +163,6 @@ def decode_bytes(backend: Any, ids: Iterable[int]) -> bytes:
         is_bytes = all(character in byte_of for character in token)
         parts.append(bytes(byte_of[character] for character in token) if is_bytes else token.encode())
     return b"".join(parts)
-
-
-def num_ids(tokenizer: Any) -> int:
-    """One more than the largest id, which is more than `len(tokenizer)` where ids have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def special_ids(tokenizer: Any) -> tuple[int, int]:
-    """The ids put before and after each document: the begin token if there is one, and the end token."""
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return begin, tokenizer.eos_token_id
 
 
 def _blocks(text: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from shared.command_line import UsageError
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.documents import Beginning, Texts
+from shared.text.vocabulary import num_ids
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"  # begins a token that continues a word
@@ -87,7 +88,7 @@ def load_wordpiece(name: str) -> Any:
 
 def continues_word(tokenizer: Any) -> np.ndarray:
     """For each id whether its token continues the word before it, bool (ids,); what is masked whole is a word."""
-    continues = np.zeros(tokenization.num_ids(tokenizer), dtype=bool)
+    continues = np.zeros(num_ids(tokenizer), dtype=bool)
     continues[[number for token, number in tokenizer.get_vocab().items() if token.startswith(CONTINUATION)]] = True
     return continues
 
@@ -105,6 +106,6 @@ class Vocabulary:
 def look_up_vocabulary(tokenizer: Any) -> Vocabulary:
     """The special tokens, and those that continue a word."""
     ids = np.array(sorted(tokenizer.get_vocab().values()))
-    is_special = np.isin(np.arange(tokenization.num_ids(tokenizer)), tokenizer.all_special_ids)
+    is_special = np.isin(np.arange(num_ids(tokenizer)), tokenizer.all_special_ids)
     ordinary_ids = ids[~is_special[ids]]
     return Vocabulary(tokenizer.mask_token_id, is_special, continues_word(tokenizer), ordinary_ids)

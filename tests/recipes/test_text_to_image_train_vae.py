@@ -204,7 +204,7 @@ def test_exported_latents_have_mean_zero_and_variance_one(vae: ModuleType, refer
     train, _ = vae.open_data(vae.Config(**TINY, data=str(shapes)), Accelerator(cpu=True))
     pixels = torch.from_numpy(vae.Squares(train, 16, len(train))[0]["pixel_values"])
     with torch.no_grad():
-        latents = model.encode(vae.scaled(pixels)).latent_dist.mean * model.config.scaling_factor
+        latents = model.encode(vae.from_minus_one(pixels)).latent_dist.mean * model.config.scaling_factor
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-4)
     assert latents.var((0, 2, 3), unbiased=False).mean().item() == pytest.approx(1, rel=1e-3)
     record = json.loads((reference / "run.json").read_text())
@@ -221,9 +221,9 @@ def test_evaluation_counts_every_image_once(vae: ModuleType, reference: Path, sh
     for index in range(21):
         pixels = torch.from_numpy(vae.Squares(held_out, 16, 1)[index]["pixel_values"])
         with torch.no_grad():
-            made = model(vae.scaled(pixels)).sample
+            made = model(vae.from_minus_one(pixels)).sample
         metric.update(vae.to_uint8(made).float(), pixels.float())
-        errors.append((made - vae.scaled(pixels)).abs().mean().item())
+        errors.append((made - vae.from_minus_one(pixels)).abs().mean().item())
     last = metrics_of(reference)[-1]
     assert last["eval/psnr"] == pytest.approx(metric.compute().mean().item(), abs=0.01)
     assert last["eval/loss"] == pytest.approx(np.mean(errors), rel=0.01)

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -52,6 +53,12 @@ def noisy(images: Tensor, deviation: float) -> Tensor:
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
+
+
+def test_the_classes_of_the_shipped_classifier_are_the_names_of_the_emoji_that_it_was_trained_on() -> None:
+    names = pyarrow.parquet.read_table(SAMPLE / "data" / "train-00000-of-00001.parquet")["name"].to_pylist()
+    classes = transformers.AutoConfig.from_pretrained(SHIPPED).id2label
+    assert [classes[number] for number in range(len(classes))] == sorted(set(names))
 
 
 def test_features_are_what_the_library_s_classifier_sees(shipped: nn.Module, emoji: Tensor) -> None:

@@ -1,11 +1,16 @@
 """What processes do together, with real processes."""
 
+import itertools
 import re
 from ast import literal_eval
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shared.runtime.collectives import equal_share
 from tests import launching
 
 PROGRAM = Path(__file__).with_name("launch_program.py")
@@ -16,6 +21,15 @@ def facts(output: str) -> list[tuple[bool, float, int]]:
     found = re.search(r"^processes \d+ engine \w+ facts (.*)$", output, re.MULTILINE)
     assert found, output
     return literal_eval(found[1])
+
+
+@given(number=st.integers(0, 50), processes=st.integers(1, 7))
+def test_equal_shares_are_equal_and_hold_everything(number: int, processes: int) -> None:
+    ranks = [SimpleNamespace(process_index=rank, num_processes=processes) for rank in range(processes)]
+    shares = [equal_share(rank, number) for rank in ranks]
+    assert len({len(share) for share in shares}) == 1
+    assert set(range(number)) <= set(itertools.chain.from_iterable(shares)) <= set(range(number + processes))
+    assert sum(map(len, shares)) < number + processes
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from shared.data.batches import IGNORED
 from shared.text import packing
 from shared.text.documents import open_texts
 from shared.text.packing import MAX_WASTE, OPEN_ROWS, BestFitPacker, Piece, cut, fill_row, pack, pack_corpus
-from shared.text.tokenization import encode, special_ids
+from shared.text.tokenization import encode
+from shared.text.vocabulary import special_ids
 
 LENGTHS = st.lists(st.integers(1, 90), max_size=60)
 SEQ_LENGTHS = st.integers(1, 40)

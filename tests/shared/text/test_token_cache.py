@@ -23,7 +23,8 @@ from shared.text import document_pool, token_cache
 from shared.text.documents import open_texts
 from shared.text.packing import pack_corpus
 from shared.text.token_cache import SPLITS, build_token_cache, content_share, open_token_cache
-from shared.text.tokenization import decode_bytes, encode, special_ids, to_bytes
+from shared.text.tokenization import decode_bytes, encode, to_bytes
+from shared.text.vocabulary import special_ids
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = [f"Document {number} has {'many ' * (number % 40)}words.\n" for number in range(400)]

@@ -23,10 +23,10 @@ from shared.text.tokenization import (
     fingerprint,
     load_or_train,
     load_tokenizer,
-    special_ids,
     to_bytes,
     train_byte_level_bpe,
 )
+from shared.text.vocabulary import special_ids
 
 ROOT = Path(__file__).parents[3]
 # hypothesis leaves lone surrogates out unless asked for; here they are half of the texts' point.
@@ -202,12 +202,6 @@ def test_decoding_gives_the_text(tokenizer: Any, text: str) -> None:
     begin, end = special_ids(tokenizer)
     ids = [begin, *encode(tokenizer.backend_tokenizer, text), end]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_the_end_token_stands_in_for_a_missing_begin_token(tokenizer: Any, tmp_path: Path) -> None:
-    assert special_ids(tokenizer) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    other = resaved(tokenizer, tmp_path, bos_token=None)
-    assert special_ids(other) == (other.eos_token_id, other.eos_token_id)
 
 
 def test_a_tokenizer_that_would_cut_or_pad_is_kept_from_it(tokenizer: Any, tmp_path: Path) -> None:
