@@ -105,7 +105,7 @@ def test_commands_of_the_top_readme_run(tmp_path: Path) -> None:
 
 def run_command(words: list[str], environment: dict[str, str]) -> None:
     """From the repository's root; it must end well."""
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
