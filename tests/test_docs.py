@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import ROOT, load_recipe
 from tests.hub_server import start_hub
+from tests.launching import preloaded_python
 
 READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("README.md"))]
 # Commands that name no run folder, and the one they get here.
@@ -122,15 +123,23 @@ def words_for(folder: Path, command: str) -> list[str]:
     return words + (["--output_dir", f"{folder}/outputs/{DEFAULT_RUNS[command]}"] if command in DEFAULT_RUNS else [])
 
 
+def preloaded(words: list[str]) -> list[str]:
+    """The same by an interpreter that has the libraries imported; for runs that are short."""
+    if words[:2] == ["accelerate", "launch"]:
+        return [*preloaded_python(), "-m", "accelerate.commands.launch", *words[2:]]
+    return [*preloaded_python(), *words[1:]] if words[0] == "python" else words
+
+
 def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
     """As written, from the repository's root, with an empty home; the metrics of the first one's run.
 
-    Run folders and copies go to a temporary folder.
+    Default runs start as a user's do, see `preloaded` for the others. Run folders and copies go to a temporary folder.
     """
     environment, commands = environment_for(folder), commands_of(ROOT / "recipes" / family / "README.md")
     assert commands[0] in DEFAULT_RUNS
     for command in commands:
-        run_command(words_for(folder, command), environment)
+        words = words_for(folder, command)
+        run_command(words if command in DEFAULT_RUNS else preloaded(words), environment)
     metrics = folder / "outputs" / DEFAULT_RUNS[commands[0]] / "metrics.jsonl"
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
