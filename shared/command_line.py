@@ -79,6 +79,8 @@ def check_limits(config: object) -> None:
     for name, kind in get_type_hints(type(config), include_extras=True).items():
         for limit in _limits(kind):
             expect(limit.holds(getattr(config, name)), name, getattr(config, name), limit.expected)
+        if get_origin(kind) is Literal:
+            expect(getattr(config, name) in get_args(kind), name, getattr(config, name), _expectation(kind))
 
 
 def positive_numbers(field: str, text: str, count: int) -> list[float]:

@@ -467,7 +467,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "data_split: 'dev': expected a split of the latents, there are: ": {"data_split": "dev"},
         "eval_splits: 'dev': expected": {"eval_splits": "test,dev"},
         "vocab_size: 100: expected at least 514": {"vocab_size": 100},
-        "prediction_type: 'x': expected epsilon or v_prediction": {"prediction_type": "x"},
+        "prediction_type: 'x': expected one of epsilon, v_prediction": {"prediction_type": "x"},
         "guidance_scale: 2.0: expected 1 with caption_dropout 0": {"caption_dropout": 0.0},
         "block_out_channels: '8,6': expected multiples of norm_num_groups 4": {"block_out_channels": "8,6"},
         "attention_stages: '3': expected numbers of stages from 1 to 2": {"attention_stages": "3"},

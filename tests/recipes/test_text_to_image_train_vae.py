@@ -154,7 +154,7 @@ def test_one_batch_is_overfitted(vae: ModuleType) -> None:
 
 def test_accumulation_is_exact(vae: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64 a batch of 8 is two of 4 is 8 of 1."""
-    monkeypatch.setattr(vae, "scaled", lambda pixels: pixels.permute(0, 3, 1, 2).double() / 127.5 - 1)
+    monkeypatch.setattr(vae, "from_minus_one", lambda pixels: pixels.permute(0, 3, 1, 2).double() / 127.5 - 1)
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
     cfg = vae.Config(**{**TINY, "max_grad_norm": 0.1})
     results = []
