@@ -96,7 +96,7 @@ from tqdm import tqdm
 from shared.data.batches import IGNORED, micro_batches, to_device
 from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
-from shared.metrics.accuracy import Accuracy
+from shared.metrics.scores import Accuracy
 from shared.models.export import export_model
 from shared.models.masked_heads import BertForPreTraining, MegatronBertForPreTraining
 from shared.models.neighbour_heads import attend_to_neighbours

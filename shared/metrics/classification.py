@@ -14,7 +14,7 @@ from shared.data.batches import IGNORED, to_device
 from shared.data.updates import load_updates
 from shared.images.crops import CenterCrops
 from shared.metrics import figures
-from shared.metrics.accuracy import Accuracy, TopKAccuracy
+from shared.metrics.scores import Accuracy, TopKAccuracy
 from shared.runtime.collectives import equal_share, gather_objects
 
 USAGE = """from transformers import pipeline
