@@ -100,7 +100,7 @@ from shared.images.bad_images import BadImages
 from shared.images.crops import CenterCrops
 from shared.images.labelled_updates import GrowingCrops, StreamedGrowingCrops
 from shared.metrics import classification
-from shared.metrics.classification import Answers, describe_confusions, draw_batch
+from shared.metrics.classification import Answers, draw_batch
 from shared.models import resnet
 from shared.models.averaged_weights import AveragedWeights
 from shared.models.batch_statistics import RunningStatistics
@@ -288,7 +288,7 @@ def main(cfg: Config) -> None:
                 with average.in_place():
                     evaluation, answers = evaluate(cfg, accelerator, model, crops)
                 metrics |= evaluation
-                run.write_samples(describe_confusions(answers, train.class_names))
+                run.write_samples(answers.describe_confusions(train.class_names))
             run.write(metrics)
             if due.save or bad.are_too_many:
                 streams = {"streams": gather_objects(accelerator, stream)} if stream else {}

@@ -115,7 +115,7 @@ from shared.images.bad_images import BadImages
 from shared.images.crops import CenterCrops
 from shared.images.labelled_updates import RepeatedCrops, StreamedRepeatedCrops
 from shared.metrics import classification
-from shared.metrics.classification import Answers, describe_confusions, draw_batch
+from shared.metrics.classification import Answers, draw_batch
 from shared.models import resnet
 from shared.models.batch_statistics import RunningStatistics
 from shared.models.export import export_model
@@ -382,7 +382,7 @@ def main(cfg: Config) -> None:
             if due.evaluate:
                 evaluation, answers = evaluate(cfg, accelerator, model, crops)
                 metrics |= evaluation
-                run.write_samples(describe_confusions(answers, train.class_names))
+                run.write_samples(answers.describe_confusions(train.class_names))
             run.write(metrics)
             if due.save or bad.are_too_many:
                 streams = {"streams": gather_objects(accelerator, stream)} if stream else {}

@@ -14,13 +14,13 @@ from shared.data.batches import IGNORED, to_device
 from shared.data.updates import load_updates
 from shared.images.crops import CenterCrops
 from shared.metrics import figures
+from shared.metrics.confusions import count_confusions, describe_confusions
 from shared.metrics.scores import Accuracy, TopKAccuracy
 from shared.runtime.collectives import equal_share, gather_objects
 
 USAGE = """from transformers import pipeline
 
 print(pipeline("image-classification", "path/of/this/folder")("image.jpg"))"""
-_NUM_DESCRIBED = 16
 _NUM_SHOWN = 16
 _TOP = 5
 
@@ -48,6 +48,10 @@ class Answers:
     def top5(self) -> float:
         """Share of the images whose class is among the five guesses."""
         return TopKAccuracy().compute(predictions=self.guesses, references=self.labels)["accuracy"]
+
+    def describe_confusions(self, class_names: Sequence[str]) -> str:
+        """See `confusions.describe_confusions`."""
+        return describe_confusions(self.labels, self.guesses[:, 0], class_names)
 
 
 def load_held_out(accelerator: Any, crops: CenterCrops, num_workers: int) -> Iterator[dict[str, Tensor]]:
@@ -106,22 +110,6 @@ def gather_answers(
     return {**metrics, "eval/top5": answers.top5(), "eval/skipped": num_images - number}, answers
 
 
-def count_confusions(labels: np.ndarray, guesses: np.ndarray, num_classes: int) -> np.ndarray:
-    """How often each class (rows) was taken for each (columns), int64 (C, C), from int64 (N,) of both."""
-    return np.bincount(labels * num_classes + guesses, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def describe_confusions(answers: Answers, class_names: Sequence[str]) -> str:
-    """The pairs of classes that are confused most often, a line each."""
-    counts = count_confusions(answers.labels, answers.guesses[:, 0], len(class_names))
-    totals = counts.sum(1)
-    np.fill_diagonal(counts, 0)
-    most = np.argsort(-counts, axis=None, kind="stable")[:_NUM_DESCRIBED].tolist()
-    pairs = [divmod(place, len(class_names)) for place in most if counts.flat[place]]
-    lines = [f"{class_names[a]} taken for {class_names[b]}: {counts[a, b]} of {totals[a]}" for a, b in pairs]
-    return "\n".join(lines) or "no mistake"
-
-
 def surest_mistakes(answers: Answers, number: int) -> np.ndarray:
     """Places of at most `number` wrong first guesses, those with the highest probability first."""
     wrong = np.flatnonzero(answers.labels != answers.guesses[:, 0])
@@ -167,7 +155,7 @@ def make_card(
         pipeline_tag, usage, samples and figures, of which other processes have none.
     """
     drawn = draw_answers(answers, class_names, crops, folder) if accelerator.is_main_process else {}
-    said = {"usage": USAGE, "samples": describe_confusions(answers, class_names)}
+    said = {"usage": USAGE, "samples": answers.describe_confusions(class_names)}
     return {"pipeline_tag": "image-classification", **said, "figures": drawn}
 
 

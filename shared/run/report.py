@@ -22,6 +22,7 @@ def finish_run(
     results: dict[str, Any],
     samples: str,
     figures: dict[str, str],
+    evaluation: dict[str, float] | None,
     is_main_process: bool,
 ) -> None:
     """Report on a run whose model is exported, and push it, if it is to be pushed; every process calls this.
@@ -35,10 +36,11 @@ def finish_run(
         results: see `write_report`.
         samples: see `write_report`.
         figures: see `write_report`.
+        evaluation: see `write_report`.
         is_main_process: whether this process is the one that writes.
     """
     if is_main_process:
-        write_report(log, run_dir, pipeline_tag, usage, results, samples, figures)
+        write_report(log, run_dir, pipeline_tag, usage, results, samples, figures, evaluation)
         pusher.push(run_dir, f"step {results['steps']}")
     if pusher.repo_id:
         log.say(pusher.close(timeout_seconds=PUSH_SECONDS) or f"pushed to {pusher.repo_id}")
@@ -53,6 +55,7 @@ def write_report(
     results: dict[str, Any],
     samples: str,
     figures: dict[str, str],
+    evaluation: dict[str, float] | None,
 ) -> None:
     """Write it all from the run's own measurements. The main process calls this.
 
@@ -64,10 +67,11 @@ def write_report(
         results: steps, training_seconds and training_flops, added to run.json.
         samples: what the model made, as plain text.
         figures: heading -> file name in figures/, of images beside the loss curve.
+        evaluation: of the exported weights, metric key to value; None = the last one of the log.
     """
     record = update_run_record(run_dir, results)
     loss_curve(log.read(), run_dir / "figures" / "loss.png")
-    evaluation = log.last_evaluation()
+    evaluation = log.last_evaluation() if evaluation is None else evaluation
     write_model_card(run_dir, run_dir.name, pipeline_tag, usage, record, evaluation, samples, figures)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in evaluation.items())
     log.say(f"\n{samples}\n\n{shown}\nmodel, card, loss curve and metrics: {run_dir}/")

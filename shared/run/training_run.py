@@ -229,6 +229,7 @@ class Run:
         results: dict[str, Any],
         samples: str,
         figures: dict[str, str],
+        evaluation: dict[str, float] | None = None,
         next_command: str = "",
     ) -> None:
         """Report on the run, whose model is exported, push it, and end the processes.
@@ -239,6 +240,7 @@ class Run:
             results: training_flops and what else run.json is to say.
             samples: what the model made, as plain text.
             figures: heading -> file name in figures/, of images beside the loss curve.
+            evaluation: of the weights that were exported; None = the run's last one.
             next_command: what the user may want to type now; "" = nothing.
         """
         accelerator = self._accelerator
@@ -251,6 +253,7 @@ class Run:
             results={"steps": self.step, "training_seconds": self._seconds, **results},
             samples=samples,
             figures=figures,
+            evaluation=evaluation,
             is_main_process=accelerator.is_main_process,
         )
         if next_command:

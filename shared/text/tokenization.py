@@ -100,8 +100,12 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_fast(name: str) -> Any:
+def load_fast(name: str, **options: Any) -> Any:
     """Load any tokenizer from a folder or the Hub; no code that comes with it is run, and it neither cuts nor pads.
+
+    Args:
+        name: the folder or Hub id.
+        options: passed on to `from_pretrained`.
 
     Raises:
         UsageError: it is not there, or has no fast version.
@@ -109,7 +113,7 @@ def load_fast(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True, **options)
     except Exception as error:  # hub, cache and format errors have no common class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"tokenizer: {name!r}: expected a tokenizer's folder or Hub id: {reason}") from error

@@ -1,0 +1,461 @@
+r"""Fine-tune a BERT, or any other encoder, on texts with labels: classes, numbers, or tags of words.
+
+Papers: Devlin et al. 2019 (sections 4 and 5), Mosbach et al. 2021 (bias correction, and enough updates for few labels),
+Howard and Ruder 2018 (rates by layer). With no arguments it starts from outputs/bert and learns which of 24 kinds of
+thing a definition of WordNet is of. recipes/bert/README.md has what pre-training is worth here.
+
+    accelerate launch recipes/bert/finetune.py
+    accelerate launch recipes/bert/finetune.py --init google-bert/bert-base-uncased --task mnli
+    accelerate launch recipes/bert/finetune.py --data my/reviews.csv --text_column review --label_column stars
+"""
+
+# Shapes: B texts of a micro-batch, T tokens of a row, C classes.
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import command_line as cli
+from shared import fields
+from shared.fields import Amount, Count, Natural, Share, ShareAboveZero, ShareInside
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(fields.RunControl):
+    """Fields of the method; RunControl has what every training stage has."""
+
+    output_dir: str = "outputs/bert_finetuned"
+    eval_every: Natural = 100
+    save_every: Natural = 200
+
+    # Data
+    task: Literal[
+        *("supersenses", "hypernyms"),
+        *("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "mnli_mismatched", "qnli", "rte", "wnli"),
+    ] = "supersenses"
+    """Embedded: supersenses (of a definition) or hypernyms (is the first a kind of the second); or a task of GLUE."""
+    data: str = ""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them that are named after splits, or a Hub data set id.
+    "" = that of `task`."""
+    data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
+    data_split: str = "train"  # Split to train on.
+    text_column: str = "text"  # Column of `data` with the text, or with lists of words whose labels are lists of tags.
+    text_pair_column: str = ""  # Column of `data` with the second text. "" = there is none.
+    label_column: str = (
+        "label"  # Column of `data` with classes (names or whole numbers), numbers with a point, or tags.
+    )
+    labels_per_class: Natural = 0  # Samples of each class to train on, chosen by the seed. 0 = all.
+    tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`.
+    seq_length: Count = 128  # Most tokens of a row; what is longer is cut.
+
+    # Model
+    init: str = "outputs/bert"
+    """Run folder or Hub id of the encoder to start from; or scratch: new weights, of the sizes that the configuration
+    beside `tokenizer` says."""
+    dropout: Share = 0.1  # Dropout probability everywhere in the model. 0 = none.
+
+    # Optimization
+    global_batch_size: Count = 32  # Texts of one update, over all processes and micro-batches.
+    max_steps: Count = 400
+    max_grad_norm: Amount = 1.0
+    learning_rate: Amount = 0.0
+    """Peak rate of AdamW. 0 = 3e-5 as for published BERTs, but 1e-3 for scratch and for a run folder that Muon trained,
+    whose weights are large."""
+    layer_decay: ShareAboveZero = 1.0  # Share of the next layer's rate that a layer has. 1 = one rate for all.
+    weight_decay: Amount = 0.01  # Decoupled weight decay of all but biases and norms. 0 = none.
+    warmup_steps: Natural = 40  # Updates over which the rate rises; then it falls linearly to 0.
+
+    # Evaluation
+    eval_data: str = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
+    eval_split: str = ""
+    """Split to evaluate on. "" = the first whose name begins with validation, val, dev or test, else eval_fraction is
+    held out."""
+    eval_fraction: ShareInside = 0.1
+    """Share of the samples, of each class where there are classes, held out where there is no split to evaluate on."""
+    best_metric: str = ""
+    """Metric whose best evaluation is exported, such as accuracy, macro_f1, pearson. "" = the first that is logged."""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import math
+
+import evaluate as evaluate_library
+import numpy as np
+import torch
+import transformers
+import yaml
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from shared.data.batches import IGNORED, to_device
+from shared.data.length_groups import samples_of_update
+from shared.data.randomness import derive_seed
+from shared.data.updates import load_updates
+from shared.metrics import scores
+from shared.metrics.confusions import describe_confusions
+from shared.models.export import export_model
+from shared.models.pretrained import label_numbers, load_errors, load_pretrained
+from shared.optim import schedules
+from shared.optim.layer_rates import layer_groups
+from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.performance import dry_run
+from shared.performance.flops import training_flops
+from shared.run import summary
+from shared.run.best import Best
+from shared.run.training_run import Run, start
+from shared.runtime.collectives import equal_share, gather_objects, node_main_first, rank_of
+from shared.text import labelled
+from shared.text.label_rows import LabelRows, encode
+from shared.text.labelled import LabelledTexts
+from shared.text.tokenization import load_fast
+from shared.text.vocabulary import num_ids
+
+
+class Task(NamedTuple):
+    """A data set: its Hub id or folder, configuration, text columns, split to evaluate on, and a metric of its own."""
+
+    data: str
+    config: str
+    columns: tuple[str, ...]
+    eval_split: str
+    metric: str = ""
+
+
+GLUE = "nyu-mll/glue"
+TASKS = {  # Wang et al. 2019, table 1, and the columns of its data set
+    "supersenses": Task(str(labelled.SAMPLES / "supersenses"), "", ("text",), "test"),
+    "hypernyms": Task(str(labelled.SAMPLES / "hypernyms"), "", ("sentence1", "sentence2"), "test"),
+    "cola": Task(GLUE, "cola", ("sentence",), "validation", "matthews_correlation"),
+    "sst2": Task(GLUE, "sst2", ("sentence",), "validation"),
+    "mrpc": Task(GLUE, "mrpc", ("sentence1", "sentence2"), "validation", "f1"),
+    "qqp": Task(GLUE, "qqp", ("question1", "question2"), "validation", "f1"),
+    "stsb": Task(GLUE, "stsb", ("sentence1", "sentence2"), "validation"),
+    "mnli": Task(GLUE, "mnli", ("premise", "hypothesis"), "validation_matched"),
+    "mnli_mismatched": Task(GLUE, "mnli", ("premise", "hypothesis"), "validation_mismatched"),
+    "qnli": Task(GLUE, "qnli", ("question", "sentence"), "validation"),
+    "rte": Task(GLUE, "rte", ("sentence1", "sentence2"), "validation"),
+    "wnli": Task(GLUE, "wnli", ("sentence1", "sentence2"), "validation"),
+}
+METRICS: dict[str, type[evaluate_library.Metric]] = {
+    "accuracy": scores.Accuracy,
+    "macro_f1": scores.MacroF1,
+    "f1": scores.BinaryF1,
+    "matthews_correlation": scores.MatthewsCorrelation,
+    "pearson": scores.PearsonCorrelation,
+    "spearman": scores.SpearmanCorrelation,
+    "entity_f1": scores.EntityF1,
+}
+METRICS_OF = {
+    "classes": ("accuracy", "macro_f1"),
+    "numbers": ("pearson", "spearman"),
+    "tags": ("entity_f1", "accuracy"),
+}
+MODEL_CLASSES = {
+    "classes": transformers.AutoModelForSequenceClassification,
+    "numbers": transformers.AutoModelForSequenceClassification,
+    "tags": transformers.AutoModelForTokenClassification,
+}
+PUBLISHED_RATE, LARGE_RATE = 3e-5, 1e-3  # Devlin et al. 2019, A.3; the README has how the second was found
+NUM_SAMPLES = 4
+PIPELINE_TAGS = {"classes": "text-classification", "numbers": "text-classification", "tags": "token-classification"}
+USAGE = """from transformers import pipeline
+
+print(pipeline({!r}, "path/of/this/folder")({!r}))"""
+
+
+def check_config(cfg: Config) -> None:
+    """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
+    fields.check_run_control(cfg)
+    has_sizes = cfg.init != "scratch" or bool(cfg.tokenizer)
+    cli.expect(has_sizes, "tokenizer", cfg.tokenizer, "the folder or Hub id of an encoder, for init scratch")
+    known = cfg.best_metric in ("", *METRICS)
+    cli.expect(known, "best_metric", cfg.best_metric, f"one of {', '.join(METRICS)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_data(cfg: Config) -> tuple[Task, LabelledTexts, LabelledTexts]:
+    """The task, and the texts to train on and to evaluate on."""
+    task, label_column = TASKS[cfg.task], "label"
+    if cfg.data:
+        columns = (cfg.text_column, *([cfg.text_pair_column] if cfg.text_pair_column else []))
+        task, label_column = Task(cfg.data, cfg.data_config, columns, cfg.eval_split), cfg.label_column
+    options: dict[str, Any] = {"config": task.config, "columns": task.columns, "label_column": label_column}
+    train = labelled.open_labelled(task.data, **options, split=cfg.data_split, class_names=None)
+    source = cfg.eval_data or task.data
+    eval_split = cfg.eval_split or task.eval_split or labelled.validation_split(source, task.config)
+    if eval_split:
+        held_out = labelled.open_labelled(source, **options, split=eval_split, class_names=train.class_names)
+    else:
+        train, held_out = labelled.hold_out(train, cfg.eval_fraction)
+    if cfg.labels_per_class:
+        has_classes = train.problem == "classes"
+        cli.expect(has_classes, "labels_per_class", cfg.labels_per_class, "0 for labels that are not classes")
+        train = labelled.few_of_each_class(train, cfg.labels_per_class, cfg.seed)
+    return task, train, held_out
+
+
+def open_tokenizer(cfg: Config, problem: str) -> Any:
+    """The tokenizer of the encoder; words that are given apart begin as words in a text do."""
+    tokenizer = load_fast(cfg.tokenizer or cfg.init, **({"add_prefix_space": True} if problem == "tags" else {}))
+    has_padding = tokenizer.pad_token_id is not None
+    cli.expect(has_padding, "tokenizer", cfg.tokenizer or cfg.init, "one with a token for padding")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Updates(Dataset):
+    """Item `step` is what update `step` sees on this process: a function of seed and step, whoever reads it.
+
+    Attributes:
+        rows: to train on.
+        micro_batch_size: texts of a micro-batch.
+        order: seed, global_batch_size, rank and num_processes.
+    """
+
+    rows: LabelRows
+    micro_batch_size: int
+    order: dict[str, int]
+
+    def __getitem__(self, step: int) -> list[dict[str, np.ndarray]]:
+        """The micro-batches of update `step`, of rows of about the same length."""
+        indices = [index for _, index in samples_of_update(step, self.rows.lengths, **self.order)]
+        starts = range(0, len(indices), self.micro_batch_size)
+        return [self.rows.batch(indices[start : start + self.micro_batch_size]) for start in starts]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def build_model(cfg: Config, problem: str, class_names: tuple[str, ...], tokenizer: Any) -> Any:
+    """The encoder with a new head, in float32."""
+    model_class, name = MODEL_CLASSES[problem], cfg.tokenizer if cfg.init == "scratch" else cfg.init
+    with load_errors("init" if name == cfg.init else "tokenizer", name):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    known, longest = config.vocab_size, getattr(config, "max_position_embeddings", cfg.seq_length)
+    cli.expect(
+        num_ids(tokenizer) <= known, "tokenizer", tokenizer.name_or_path, f"at most the {known} tokens of the model"
+    )
+    cli.expect(
+        cfg.seq_length <= longest, "seq_length", cfg.seq_length, f"at most {longest}, the longest row of the model"
+    )
+    dropouts = {field: cfg.dropout for field, value in config.to_dict().items() if is_dropout(field, value)}
+    head = {"num_labels": 1} if problem == "numbers" else label_numbers(class_names)
+    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    if cfg.init == "scratch":
+        model = model_class.from_config(transformers.AutoConfig.from_pretrained(name, **dropouts, **head))
+    else:
+        model = load_pretrained(model_class, name, "init", ignore_mismatched_sizes=True, **dropouts, **head)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def is_dropout(field: str, value: Any) -> bool:
+    """Whether a field of a configuration is a dropout probability: their names differ from encoder to encoder."""
+    return "dropout" in field and isinstance(value, float | int) and not isinstance(value, bool)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective
+
+
+def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits: (B, C) of texts, (B, T, C) of their tokens, (B, 1) where labels are numbers."""
+    return model(**{name: values for name, values in batch.items() if name != "labels"}).logits
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over texts or tokens that have a class; of numbers the squared error."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if labels.is_floating_point():
+        return (logits.squeeze(-1) - labels).square().sum()
+    return cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Any, model: Any, rows: LabelRows, samples: LabelledTexts, metrics: tuple[str, ...], batch_size: int
+) -> tuple[dict[str, float], str]:
+    """Loss and metrics over every text once, and what is mistaken most often."""
+    model.eval()
+    by_length = np.argsort(rows.lengths, kind="stable")
+    share = equal_share(accelerator, math.ceil(len(by_length) / batch_size))
+    loss, found = 0.0, []  # found: of each text its prediction and its label, numbers or arrays of tokens
+    is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
+    for number in tqdm(share, desc="evaluating", delay=2, leave=False, disable=is_quiet):
+        mine = by_length[number * batch_size :][:batch_size].tolist()
+        batch = to_device(rows.batch(mine or [0]), accelerator.device)  # all must run equally often
+        logits = forward(model, batch).float()
+        if mine:
+            loss += loss_sum(logits, batch["labels"]).item()
+            predicted = logits.squeeze(-1) if samples.problem == "numbers" else logits.argmax(-1)
+            found += list(zip(predicted.cpu().numpy(), batch["labels"].cpu().numpy(), strict=True))
+    model.train()
+    gathered = gather_objects(accelerator, (loss, found))
+    pairs = [pair for _, of_process in gathered for pair in of_process]
+    guesses, labels = (np.concatenate([np.atleast_1d(pair[place]) for pair in pairs]) for place in (0, 1))
+    has_label = labels != IGNORED if samples.problem != "numbers" else np.ones(len(labels), dtype=bool)
+    guesses, labels = guesses[has_label], labels[has_label]
+    results = {"eval/loss": sum(of_process for of_process, _ in gathered) / len(labels)}
+    for name in metrics:
+        predictions, references = guesses, labels
+        if name == "entity_f1":
+            named = [(guess[label != IGNORED], label[label != IGNORED]) for guess, label in pairs]
+            predictions, references = (
+                [[samples.class_names[tag] for tag in pair[place].tolist()] for pair in named] for place in (0, 1)
+            )
+        results[f"eval/{name}"] = METRICS[name]().compute(predictions=predictions, references=references)[name]
+    shown = describe_confusions(labels, guesses, samples.class_names) if samples.class_names else ""
+    return results, shown
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate_of(cfg: Config) -> float:
+    """The peak rate; see the field."""
+    record = Path(cfg.init) / "config.yaml"
+    is_large = cfg.init == "scratch" or (
+        record.is_file() and (yaml.safe_load(record.read_text()) or {}).get("optimizer") == "muon"
+    )
+    return cfg.learning_rate or (LARGE_RATE if is_large else PUBLISHED_RATE)
+
+
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """AdamW with bias correction, without which few labels are learnt badly (Mosbach et al. 2021, section 5)."""
+    groups = layer_groups(model, learning_rate_of(cfg), cfg.layer_decay, cfg.weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate_of(cfg), betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+
+def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
+    """One optimizer update: its mean loss a target over all processes and micro-batches, and its gradient norm."""
+    num_targets = accelerator.reduce(sum((batch["labels"] != IGNORED).sum() for batch in batches), "sum")
+    # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets
+    losses = []
+    for micro_step, batch in enumerate(batches):
+        torch.manual_seed(derive_seed(cfg.seed, "dropout", step, micro_step, accelerator.process_index))
+        with accelerator.accumulate(model):
+            loss = loss_sum(forward(model, batch), batch["labels"])
+            accelerator.backward(loss * scale)
+        losses.append(loss.detach())
+    grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
+    return accelerator.reduce(torch.stack(losses).sum(), "sum") / num_targets, grad_norm
+
+
+def main(cfg: Config) -> None:
+    """Train, evaluate, and leave the best model as `from_pretrained` and `pipeline` load it."""
+    check_config(cfg)
+    accelerator, micro_batch_size = start(cfg)
+    with node_main_first(accelerator):
+        task, train, held_out = open_data(cfg)
+    tokenizer = open_tokenizer(cfg, train.problem)
+    rows, eval_rows = (encode(samples, tokenizer, cfg.seq_length) for samples in (train, held_out))
+    order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
+    updates = Updates(rows, micro_batch_size, order)
+    if cfg.dry_run:
+        report_costs(cfg, accelerator, train, tokenizer, to_device(updates[0][0], accelerator.device))
+        return
+    model = build_model(cfg, train.problem, train.class_names, tokenizer)
+    facts = describe(cfg, accelerator, model, train, held_out)
+    accelerator.print(summary.table(facts))
+    if cfg.compile:
+        model.compile()
+    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+
+    metric_names = dict.fromkeys(filter(None, (cfg.best_metric, task.metric, *METRICS_OF[train.problem])))
+    run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    best = Best(f"eval/{next(iter(metric_names))}", run.state)
+    loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    fingerprints = [train.fingerprint(), held_out.fingerprint()]
+    run.record(Path(__file__), {"data": task.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
+    model.train()
+    for step, batches in run.updates(loader, facts["flops_per_row"]):
+        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, 1.0)
+        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * accelerator.num_processes
+        batches = [to_device(batch, accelerator.device) for batch in batches]
+        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
+
+        due = run.count_update(grad_norm, samples=tokens / cfg.seq_length, units=tokens)
+        metrics = {}
+        if due.log:
+            metrics = {"train/loss": loss.item(), "train/learning_rate": learning_rate_of(cfg) * factor}
+            metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
+        with run.pause():
+            if due.evaluate:
+                found, shown = evaluate(accelerator, model, eval_rows, held_out, tuple(metric_names), micro_batch_size)
+                metrics |= found
+                run.write_samples(shown)
+                if best.is_better(run.step, found, shown):
+                    export_model(accelerator, model, tokenizer, run.folder)
+            run.write(metrics)
+            if due.save:
+                run.save(best.state())
+            if due.push:
+                run.push()
+
+    results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step, "best_step": best.step}
+    usage = USAGE.format(PIPELINE_TAGS[train.problem], example_of(held_out))
+    card = {"samples": best.samples, "figures": {}, "evaluation": best.metrics}
+    run.finish(PIPELINE_TAGS[train.problem], usage, results=results, **card)
+
+
+def example_of(samples: LabelledTexts) -> Any:
+    """The first text as a pipeline takes it."""
+    text = " ".join(samples.texts[0]) if samples.problem == "tags" else samples.texts[0]
+    return text if samples.pairs is None else {"text": text, "text_pair": samples.pairs[0]}
+
+
+def describe(
+    cfg: Config, accelerator: Any, model: Any, train: LabelledTexts, held_out: LabelledTexts
+) -> dict[str, Any]:
+    """The numbers that follow from the configuration, for the table at the start and run.json."""
+    row = torch.zeros(1, cfg.seq_length, dtype=torch.int64)
+    return {
+        "parameters": model.num_parameters(),
+        "classes": len(train.class_names) or "numbers",
+        "texts": f"{len(train):,} to train on, {len(held_out):,} to evaluate on",
+        "flops_per_row": training_flops(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}),
+        "rows_per_update": cfg.global_batch_size,
+        "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
+        **summary.describe_engine(accelerator),
+    }
+
+
+def report_costs(cfg: Config, accelerator: Any, train: LabelledTexts, tokenizer: Any, batch: dict[str, Tensor]) -> None:
+    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
+    seconds = None
+    with dry_run.without_memory():
+        model = build_model(cfg, train.problem, train.class_names, tokenizer)
+        facts = describe(cfg, accelerator, model, train, train)
+        costs = dry_run.costs(accelerator, model, batch, state_bytes_per_parameter(build_optimizer(cfg, model)))
+    if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
+        model = build_model(cfg, train.problem, train.class_names, tokenizer)
+        seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), batch)
+    rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
+
+
+if __name__ == "__main__":
+    with cli.exit_codes():
+        main(CONFIG)

@@ -1,0 +1,37 @@
+"""The best evaluation of a run: what is exported, and what the card quotes, is of that step."""
+
+import math
+from typing import Any
+
+
+class Best:
+    """Which evaluation was the best so far by one metric, of which more is better.
+
+    Args:
+        metric: its key, such as eval/accuracy.
+        state: the state of the checkpoint that the run goes on from; empty at the beginning.
+
+    Attributes:
+        step: of the best evaluation; 0 = there was none.
+        metrics: of that evaluation.
+        samples: what was shown of it.
+    """
+
+    def __init__(self, metric: str, state: dict[str, Any]) -> None:
+        best = state.get("best", {})
+        self._metric = metric
+        self.step: int = best.get("step", 0)
+        self.metrics: dict[str, float] = best.get("metrics", {})
+        self.samples: str = best.get("samples", "")
+
+    def is_better(self, step: int, metrics: dict[str, float], samples: str) -> bool:
+        """Whether an evaluation beats all before it, which is then noted; of equal ones the first counts."""
+        value = metrics[self._metric]
+        if not math.isfinite(value) or value <= self.metrics.get(self._metric, -math.inf):
+            return False
+        self.step, self.metrics, self.samples = step, dict(metrics), samples
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"best": {"step": self.step, "metrics": self.metrics, "samples": self.samples}}
