@@ -132,7 +132,9 @@ class MatthewsCorrelation(_Score):
 
     def _compute(self, *, predictions: list[int], references: list[int]) -> dict[str, float]:
         classes = np.union1d(predictions, references)
-        guesses, labels = (np.equal.outer(np.array(values), classes) for values in (predictions, references))
+        guesses, labels = (
+            np.equal.outer(np.array(values), classes).astype(float) for values in (predictions, references)
+        )
         return {"matthews_correlation": _correlation(guesses, labels)}
 
 

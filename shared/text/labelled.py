@@ -103,6 +103,8 @@ def open_labelled(
         _check_texts(field, column, values, problem)
     where = f"in the split {split} of {data!r}"
     known = tuple(class_names) if class_names is not None else names
+    if problem == "tags":
+        _check_tags(texts[0], table[label_column], label_column)
     labels = _labels(problem, table.features[label_column], table[label_column], known, label_column, where)
     pairs = texts[1] if len(texts) > 1 else None
     opened = LabelledTexts(problem, texts[0], pairs, labels, known)
@@ -247,6 +249,12 @@ def _check_texts(field: str, column: str, values: Sequence[Any], problem: Proble
             expect(is_right, field, column, f"a list of words in every row, row {row} has {type(value).__name__}")
         else:
             expect(isinstance(value, str), field, column, f"a text in every row, row {row} has {value!r}")
+
+
+def _check_tags(texts: Sequence[Any], labels: Sequence[Any], column: str) -> None:
+    for row, (words, tags) in enumerate(zip(texts, labels, strict=True)):
+        expected = f"a label for each of the {len(words)} words of row {row}"
+        expect(tags is not None and len(tags) == len(words), "label_column", column, expected)
 
 
 def _check_every_class(samples: LabelledTexts, column: str, where: str) -> None:

@@ -14,8 +14,6 @@ from shared.images.labelled import SAMPLE, open_images
 from shared.metrics.classification import (
     Answers,
     answers_of,
-    count_confusions,
-    describe_confusions,
     draw_batch,
     gather_answers,
     join_answers,
@@ -32,16 +30,6 @@ NAMES = ["cat", "dog", "cow", "hen"]
 
 def answers(labels: np.ndarray, guesses: np.ndarray) -> Answers:
     return Answers(np.arange(7), labels, guesses[:, None], PROBABILITIES)
-
-
-def test_confusions_are_counted_by_class_and_guess() -> None:
-    assert count_confusions(LABELS, GUESSES, 4).tolist() == [[1, 2, 0, 0], [0, 1, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
-
-
-def test_the_most_frequent_come_first() -> None:
-    text = describe_confusions(answers(LABELS, GUESSES), NAMES)
-    assert text.splitlines() == ["cat taken for dog: 2 of 3", "dog taken for cow: 1 of 2"]
-    assert describe_confusions(answers(LABELS, LABELS), NAMES) == "no mistake"
 
 
 def test_the_surest_mistakes_come_first() -> None:
@@ -97,7 +85,7 @@ def test_the_main_process_draws_the_card(tmp_path: Path) -> None:
     crops, guesses = CenterCrops(images, 28, 1.0, 2), answers(LABELS, GUESSES)
     for is_main in (False, True):
         card = make_card(SimpleNamespace(is_main_process=is_main), guesses, NAMES, crops, tmp_path / "figures")
-        assert card["samples"] == describe_confusions(guesses, NAMES)
+        assert card["samples"] == guesses.describe_confusions(NAMES)
         assert card["pipeline_tag"] in card["usage"]
         assert set(card["figures"].values()) == {path.name for path in tmp_path.glob("figures/*")}
     assert len(card["figures"]) == 2

@@ -7,7 +7,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as expected
@@ -48,6 +48,7 @@ def test_batches_add_up() -> None:
 
 
 @given(CLASSES)
+@settings(deadline=None)
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true", "ignore:A single label was found")
 def test_scores_of_classes_are_scikit_learn_s(pairs: list[tuple[int, int]]) -> None:
     guesses, labels = zip(*pairs, strict=True)

@@ -1,0 +1,26 @@
+import json
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.run.best import Best
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan]), min_size=1), st.data())
+@settings(deadline=None)
+def test_the_first_of_the_best_is_kept_over_any_stop(values: list[float], data: st.DataObject) -> None:
+    stop = data.draw(st.integers(0, len(values)))
+    best = Best("eval/accuracy", {})
+    noted = []
+    for step, value in enumerate(values, start=1):
+        if step == stop:
+            best = Best("eval/accuracy", json.loads(json.dumps(best.state())))
+        if best.is_better(step, {"eval/accuracy": value, "eval/loss": 1.0}, f"at {step}"):
+            noted.append(step)
+    finite = [value for value in values if not math.isnan(value)]
+    expected = values.index(max(finite)) + 1 if finite else 0
+    assert best.step == expected == (noted[-1] if noted else 0)
+    if finite:
+        assert best.metrics == {"eval/accuracy": max(finite), "eval/loss": 1.0}
+        assert best.samples == f"at {expected}"
