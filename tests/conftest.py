@@ -118,6 +118,12 @@ def bert() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def bert_finetune() -> ModuleType:
+    """recipes/bert/finetune.py as a module."""
+    return load_recipe("bert/finetune.py")
+
+
+@pytest.fixture(scope="session")
 def resnet() -> ModuleType:
     """recipes/resnet/pretrain.py as a module."""
     return load_recipe("resnet/pretrain.py")

@@ -30,8 +30,8 @@ class Config(fields.RunControl):
     """Fields of the method; RunControl has what every training stage has."""
 
     output_dir: str = "outputs/bert_finetuned"
-    eval_every: Natural = 100
-    save_every: Natural = 200
+    eval_every: Natural = 250
+    save_every: Natural = 250
 
     # Data
     task: Literal[
@@ -61,14 +61,14 @@ class Config(fields.RunControl):
 
     # Optimization
     global_batch_size: Count = 32  # Texts of one update, over all processes and micro-batches.
-    max_steps: Count = 400
+    max_steps: Count = 1000
     max_grad_norm: Amount = 1.0
     learning_rate: Amount = 0.0
     """Peak rate of AdamW. 0 = 3e-5 as for published BERTs, but 1e-3 for scratch and for a run folder that Muon trained,
     whose weights are large."""
     layer_decay: ShareAboveZero = 1.0  # Share of the next layer's rate that a layer has. 1 = one rate for all.
     weight_decay: Amount = 0.01  # Decoupled weight decay of all but biases and norms. 0 = none.
-    warmup_steps: Natural = 40  # Updates over which the rate rises; then it falls linearly to 0.
+    warmup_steps: Natural = 100  # Updates over which the rate rises; then it falls linearly to 0.
 
     # Evaluation
     eval_data: str = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
@@ -104,7 +104,7 @@ from shared.data.updates import load_updates
 from shared.metrics import scores
 from shared.metrics.confusions import describe_confusions
 from shared.models.export import export_model
-from shared.models.pretrained import label_numbers, load_errors, load_pretrained
+from shared.models.pretrained import label_numbers, load_encoder, load_errors
 from shared.optim import schedules
 from shared.optim.layer_rates import layer_groups
 from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
@@ -180,6 +180,14 @@ def check_config(cfg: Config) -> None:
     cli.expect(has_sizes, "tokenizer", cfg.tokenizer, "the folder or Hub id of an encoder, for init scratch")
     known = cfg.best_metric in ("", *METRICS)
     cli.expect(known, "best_metric", cfg.best_metric, f"one of {', '.join(METRICS)}")
+
+
+def metrics_of(cfg: Config, task: "Task", problem: str) -> tuple[str, ...]:
+    """Names of the metrics to log, first the one whose best evaluation is exported."""
+    usual = tuple(filter(None, (task.metric, *METRICS_OF[problem])))
+    fits = cfg.best_metric in ("", *usual)
+    cli.expect(fits, "best_metric", cfg.best_metric, f"a metric of {problem}: {', '.join(usual)}")
+    return tuple(dict.fromkeys(filter(None, (cfg.best_metric, *usual))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,7 +266,7 @@ def build_model(cfg: Config, problem: str, class_names: tuple[str, ...], tokeniz
     if cfg.init == "scratch":
         model = model_class.from_config(transformers.AutoConfig.from_pretrained(name, **dropouts, **head))
     else:
-        model = load_pretrained(model_class, name, "init", ignore_mismatched_sizes=True, **dropouts, **head)
+        model = load_encoder(model_class, name, **dropouts, **head)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
@@ -368,6 +376,7 @@ def main(cfg: Config) -> None:
     accelerator, micro_batch_size = start(cfg)
     with node_main_first(accelerator):
         task, train, held_out = open_data(cfg)
+    metric_names = metrics_of(cfg, task, train.problem)
     tokenizer = open_tokenizer(cfg, train.problem)
     rows, eval_rows = (encode(samples, tokenizer, cfg.seq_length) for samples in (train, held_out))
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
@@ -382,9 +391,8 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
-    metric_names = dict.fromkeys(filter(None, (cfg.best_metric, task.metric, *METRICS_OF[train.problem])))
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
-    best = Best(f"eval/{next(iter(metric_names))}", run.state)
+    best = Best(f"eval/{metric_names[0]}", run.state)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     fingerprints = [train.fingerprint(), held_out.fingerprint()]
     run.record(Path(__file__), {"data": task.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
@@ -403,7 +411,7 @@ def main(cfg: Config) -> None:
             metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
         with run.pause():
             if due.evaluate:
-                found, shown = evaluate(accelerator, model, eval_rows, held_out, tuple(metric_names), micro_batch_size)
+                found, shown = evaluate(accelerator, model, eval_rows, held_out, metric_names, micro_batch_size)
                 metrics |= found
                 run.write_samples(shown)
                 if best.is_better(run.step, found, shown):

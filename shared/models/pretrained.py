@@ -28,6 +28,27 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
         )
 
 
+def load_encoder(auto_class: Any, name: str, **options: Any) -> Any:
+    """Load a model whose head, and whose pooler in front of it, may be new, as `load_pretrained` does.
+
+    Raises:
+        UsageError: it is not there, or lacks weights of the encoder.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else a table of the heads that come and go
+    try:
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, loading = load_pretrained(auto_class, name, "init", **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    needed = [key for key in loading["missing_keys"] if key.startswith(model.base_model_prefix) and "pooler" not in key]
+    missing = f"the weights of an encoder, of which {len(needed)} are not there, such as {sorted(needed)[:1]}"
+    expect(not needed, "init", name, missing)
+    return model
+
+
 def load_diffusion_model(model_class: Any, name: str, field: str, **options: Any) -> Any:
     """The same for a model of diffusers, such as `diffusers.AutoencoderKL`."""
     with load_errors(field, name):

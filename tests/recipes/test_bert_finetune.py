@@ -1,0 +1,444 @@
+"""Fine-tuning on classes, pairs, numbers and tags; what is exported is the best model, whatever stops the run."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from shared import command_line as cli
+from shared.text.labelled import SAMPLES
+from tests.conftest import ROOT
+from tests.hub_server import Repository, start_hub
+from tests.launching import assert_no_traceback
+from tests.recipes.runs import Runs, assert_same, metric, metrics_of, push_and_load, results_of, run, weights
+from tests.recipes.test_bert_pretrain import TINY as SIZES
+
+SUBJECTS = {"animal": ["cat", "dog"], "plant": ["tree", "house"]}
+TINY: dict[str, Any] = {
+    "global_batch_size": 8,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "learning_rate": 0.003,
+    "log_every": 1,
+    "eval_every": 3,
+    "save_every": 3,
+    "seq_length": 32,
+}
+
+
+@pytest.fixture(scope="session")
+def encoder(bert: ModuleType, sentences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of pre-training."""
+    run_dir = tmp_path_factory.mktemp("encoder") / "run"
+    run(bert, bert.Config(**{**SIZES, "max_steps": 3, "data": str(sentences_file), "output_dir": str(run_dir)}))
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences whose class is told by one of their words, and all kinds of labels beside it."""
+    folder, draw = tmp_path_factory.mktemp("labelled"), random.Random(0)
+    for split, number in (("train", 44), ("test", 21)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for _ in range(number):
+                kind = draw.choice(list(SUBJECTS))
+                words = draw.choices(["the", "a", "big", "red", "sees", "small"], k=draw.randint(2, 14))
+                words.insert(draw.randrange(len(words)), draw.choice(SUBJECTS[kind]))
+                row = {"text": " ".join(words), "other": " ".join(reversed(words)), "words": words, "label": kind}
+                row["tags"] = ["B-LIVING" if word in ("cat", "dog", "tree") else "O" for word in words]
+                row["score"] = float(len(words)) + 0.5
+                file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def config_of(finetune: ModuleType, encoder: Path, data: Path, run_dir: Path, **fields: Any) -> Any:
+    usual = {**TINY, "init": str(encoder), "data": str(data), "output_dir": str(run_dir)}
+    return finetune.Config(**{**usual, **fields})
+
+
+@pytest.fixture(scope="module")
+def reference(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An uninterrupted run over two epochs that kept every checkpoint."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, run_dir, save_every=1, keep_checkpoints=99))
+    return run_dir
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "classes": {},
+    "pairs": {"text_pair_column": "other"},
+    "numbers": {"label_column": "score", "learning_rate": 0.02},
+    "tags": {"text_column": "words", "label_column": "tags"},
+}
+REACHED = {
+    "classes": ("accuracy", 0.9),
+    "pairs": ("accuracy", 0.9),
+    "numbers": ("pearson", 0.8),
+    "tags": ("entity_f1", 0.9),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_kind_of_label_is_learnt_and_read_by_the_library(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path, problem: str
+) -> None:
+    fields = {"learning_rate": 0.006, **PROBLEMS[problem], "max_steps": 160, "eval_every": 40, "save_every": 0}
+    fields |= {"dropout": 0.0}
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path, **fields))
+    name, least = REACHED[problem]
+    assert max(metric(tmp_path, f"eval/{name}")) >= least
+    program = transformers.pipeline(
+        "token-classification" if problem == "tags" else "text-classification", str(tmp_path)
+    )
+    if problem == "classes":
+        assert program("the big dog sees a")[0]["label"] == "animal"
+        assert program.model.config.label2id == {"animal": 0, "plant": 1}
+    if problem == "pairs":
+        assert program({"text": "the big dog", "text_pair": "dog big the"})["label"] == "animal"
+    if problem == "tags":
+        assert {found["word"] for found in program("the cat sees") if found["entity"] == "B-LIVING"} == {"cat"}
+    card = (tmp_path / "README.md").read_text()
+    assert program.task in card
+    assert f"| `eval/{name}` | {max(metric(tmp_path, f'eval/{name}')):.4f} |" in card
+
+
+def test_initial_loss_is_that_of_a_uniform_guess(bert_finetune: ModuleType, encoder: Path, labelled: Path) -> None:
+    cfg = config_of(bert_finetune, encoder, labelled, encoder, dropout=0.0)
+    _, train, _ = bert_finetune.open_data(cfg)
+    tokenizer = bert_finetune.open_tokenizer(cfg, "classes")
+    model = bert_finetune.build_model(cfg, "classes", train.class_names, tokenizer)
+    batch = bert_finetune.encode(train, tokenizer, 32).batch(range(44))
+    batch = {name: torch.from_numpy(values) for name, values in batch.items()}
+    logits = bert_finetune.forward(model, batch)
+    assert bert_finetune.loss_sum(logits, batch["labels"]).item() / 44 == pytest.approx(math.log(2), rel=0.1)
+    assert model(**batch).loss.item() * 44 == pytest.approx(bert_finetune.loss_sum(logits, batch["labels"]).item())
+
+
+def test_evaluation_counts_every_text_once(bert_finetune: ModuleType, labelled: Path, reference: Path) -> None:
+    """Against the library's model, one text at a time."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(reference).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reference)
+    rows = [json.loads(line) for line in (labelled / "test.jsonl").read_text().splitlines()]
+    losses, right = [], []
+    with torch.no_grad():
+        for row in rows:
+            logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+            label = model.config.label2id[row["label"]]
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(label)).item())
+            right.append(int(logits.argmax()) == label)
+    best = json.loads((reference / "run.json").read_text())["best_step"]
+    [entry] = [entry for entry in metrics_of(reference) if entry["step"] == best]
+    assert entry["eval/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert entry["eval/accuracy"] == np.mean(right)
+
+
+def test_scratch_has_the_sizes_of_the_encoder_beside_its_tokenizer(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    fields = {"init": "scratch", "tokenizer": str(encoder), "max_steps": 3}
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path, **fields))
+    one, other = weights(tmp_path), weights(encoder)
+    shared = [name for name in one if name in other and one[name].ndim == 2]
+    assert len(shared) > 10
+    assert all(one[name].shape == other[name].shape for name in shared)
+    assert not any(torch.allclose(one[name], other[name], atol=0.01) for name in shared)
+
+
+def test_few_labels_are_chosen_by_the_seed(bert_finetune: ModuleType, encoder: Path, labelled: Path) -> None:
+    chosen = {}
+    for few, seed in ((2, 0), (5, 0), (2, 1)):
+        cfg = config_of(bert_finetune, encoder, labelled, encoder, labels_per_class=few, seed=seed)
+        _, train, held_out = bert_finetune.open_data(cfg)
+        assert (len(train), len(held_out)) == (2 * few, 21)
+        chosen[few, seed] = set(train.texts)
+    assert chosen[2, 0] < chosen[5, 0]
+    assert chosen[2, 0] != chosen[2, 1]
+
+
+@pytest.mark.parametrize("task", ["supersenses", "hypernyms"])
+def test_the_embedded_tasks_are_there(bert_finetune: ModuleType, encoder: Path, task: str) -> None:
+    _, train, held_out = bert_finetune.open_data(bert_finetune.Config(task=task))
+    expected = {"supersenses": (11046, 2760, 24), "hypernyms": (10000, 2000, 2)}[task]
+    assert (len(train), len(held_out), len(train.class_names)) == expected
+    assert not set(zip(train.texts, train.pairs or train.texts, strict=True)) & set(
+        zip(held_out.texts, held_out.pairs or held_out.texts, strict=True)
+    )
+
+
+def test_no_definition_to_be_tested_on_is_in_the_dictionary_to_pre_train_on() -> None:
+    read = datasets.load_dataset("parquet", data_dir=str(SAMPLES / "dictionary"), split="train")
+    lines = {line.partition(": ")[2] for text in read["text"] for line in text.splitlines()}
+    tests = datasets.load_dataset("parquet", data_files=str(SAMPLES / "supersenses" / "test.parquet"), split="train")
+    assert len(lines) > 90_000
+    assert not lines & {f"{text}." for text in tests["text"]}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_rate_that_is_not_given_suits_what_is_loaded(
+    bert_finetune: ModuleType, tmp_path: Path, optimizer: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"optimizer: {optimizer}\n")
+    rate = {"muon": 1e-3, "adamw": 3e-5}[optimizer]
+    assert bert_finetune.learning_rate_of(bert_finetune.Config(init=str(tmp_path))) == rate
+    assert bert_finetune.learning_rate_of(bert_finetune.Config(init="google-bert/bert-base-uncased")) == 3e-5
+    assert bert_finetune.learning_rate_of(bert_finetune.Config(init="scratch", tokenizer="x")) == 1e-3
+    assert bert_finetune.learning_rate_of(bert_finetune.Config(init=str(tmp_path), learning_rate=0.5)) == 0.5
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_other_encoders_are_tuned(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path, name: str
+) -> None:
+    """As the Hub has them: a masked language model and its tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(name, **sizes, intermediate_size=16, vocab_size=len(tokenizer) + 8)
+    transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    if name == "modernbert":
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path / "model")
+    fields = {"init": str(tmp_path / "model"), "max_steps": 3, "layer_decay": 0.7}
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path / "run", **fields))
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert tuned.config.model_type == name
+    assert tuned.config.id2label == {0: "animal", 1: "plant"}
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_resuming_is_exact_and_keeps_the_best(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, reference: Path, tmp_path: Path, stop: int
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns("step_*", "*.safetensors"))
+    shutil.copytree(reference / f"checkpoints/step_{stop:08d}", run_dir / f"checkpoints/step_{stop:08d}")
+    best = json.loads((reference / "run.json").read_text())["best_step"]
+    if best <= stop:  # then those of the best step were exported before the stop
+        shutil.copy(reference / "model.safetensors", run_dir)
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, run_dir, num_workers=stop % 2))
+    assert_same(run_dir, reference)
+    assert json.loads((run_dir / "run.json").read_text())["best_step"] == best
+    assert (run_dir / "README.md").read_text().split("## Results")[1] == (
+        (reference / "README.md").read_text().split("## Results")[1]
+    )
+
+
+def test_what_is_exported_is_the_best_by_the_named_metric(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, f1 = bert_finetune.evaluate, iter([0.1, 0.9, 0.2, 0.3])
+
+    def pretend(*arguments: Any) -> tuple[dict[str, float], str]:
+        found, shown = evaluate(*arguments)
+        return {**found, "eval/macro_f1": next(f1)}, shown
+
+    monkeypatch.setattr(bert_finetune, "evaluate", pretend)
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path / "run", best_metric="macro_f1"))
+    short = config_of(
+        bert_finetune, encoder, labelled, tmp_path / "short", eval_every=0, save_every=6, keep_checkpoints=9
+    )
+    monkeypatch.setattr(bert_finetune, "evaluate", evaluate)
+    run(bert_finetune, short)
+    saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").state_dict()
+    after_six = load_file(tmp_path / "short/checkpoints/step_00000006/model.safetensors")
+    assert all(torch.equal(after_six[name], value) for name, value in saved.items())
+    assert "| `eval/macro_f1` | 0.9000 |" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_dry_run_leaves_nothing(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for problem in PROBLEMS.values():
+        fields = {**problem, "dry_run": True}
+        run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path / "run", **fields))
+        printed = capsys.readouterr().out
+        for expected in ("first row: [CLS]", "memory: activations", "one update", "flops_per_row"):
+            assert expected in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def runs(bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two micro-batches a process; without dropout, whose masks are a process's own."""
+    fields = {**TINY, "init": str(encoder), "max_steps": 6, "per_device_batch_size": 2, "dropout": 0.0}
+    tags = {**fields, "text_column": "words", "label_column": "tags"}
+    return Runs(bert_finetune, {"classes": fields, "tags": tags}, labelled, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        ("multi_cpu", "tags"),
+        *(
+            pytest.param(engine, "classes", marks=pytest.mark.slow)
+            for engine in ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+        ),
+    ],
+)
+def test_engine_equals_one_process(runs: Runs, engine: str, kind: str) -> None:
+    run_dir, other = runs.of_engine(engine, kind), runs.of_one_process(kind)
+    assert metric(run_dir, "step") == metric(other, "step")
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
+    for name in ("eval/accuracy", "eval/entity_f1"):
+        assert metric(run_dir, name) == metric(other, name), name
+    for name, value in weights(run_dir).items():
+        if not name.endswith("key.bias"):  # softmax does not see it: its gradient is rounding alone
+            torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stopping_two_processes_and_going_on_is_exact(runs: Runs, tmp_path: Path) -> None:
+    fields = {**runs.fields["tags"], "save_every": 0}
+    status, output = runs.run("multi_cpu", tmp_path / "run", fields, SIGTERM_AT="2:1")
+    assert status == 1, output  # of the launcher
+    assert "stopped: saved at step 3 of 6" in output
+    assert_no_traceback(output)
+    status, output = runs.run("multi_cpu", tmp_path / "run", fields)
+    assert status == 0, output
+    assert results_of(tmp_path / "run") == results_of(runs.of_engine("multi_cpu", "tags"))
+
+
+@pytest.mark.slow
+def test_push_reaches_the_hub_and_loads_in_a_clean_process(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    fields = {**TINY, "init": encoder, "data": labelled, "push_every": 6}
+    program = "print(pipeline('text-classification', 'tester/mine')('the dog')[0]['label'])"
+    answer, pushed = push_and_load(bert_finetune, fields, program, tmp_path)
+    assert answer in ("animal\n", "plant\n")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "figures/loss.png"} <= pushed
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_gets_one_line_and_writes_nothing(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(encoder, tmp_path / "no_tokenizer", ignore=shutil.ignore_patterns("token*", "vocab*"))
+    shutil.copytree(encoder, tmp_path / "headless")
+    save_file({"classifier.bias": torch.zeros(2)}, tmp_path / "headless" / "model.safetensors", {"format": "pt"})
+    cases = {
+        "data: '/no/such.csv'": {"data": "/no/such.csv"},
+        "text_column: 'body': expected a column of": {"text_column": "body"},
+        "text_pair_column: 'body': expected a column of": {"text_pair_column": "body"},
+        "label_column: 'body': expected a column of": {"label_column": "body"},
+        "tokenizer: ''": {"init": "scratch"},
+        "expected a tokenizer's folder or Hub id": {"init": str(tmp_path / "no_tokenizer")},
+        "init: '/no/such/model': expected": {"init": "/no/such/model", "tokenizer": str(encoder)},
+        "expected the weights of an encoder, of which": {"init": str(tmp_path / "headless")},
+        "seq_length: 64: expected at most 48": {"seq_length": 64},
+        "labels_per_class: 2: expected 0": {"labels_per_class": 2, "label_column": "score"},
+        "best_metric: 'loss': expected one of": {"best_metric": "loss"},
+        "best_metric: 'pearson': expected a metric of classes": {"best_metric": "pearson"},
+        "split: 'dev': expected one of the splits": {"eval_split": "dev"},
+        "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
+        "global_batch_size: 8: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},
+    }
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for message, fields in cases.items():
+        with pytest.raises(cli.UsageError) as caught:
+            run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path / "run", **fields))
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+# -- GLUE --------------------------------------------------------------------------------------------------------------
+
+READ_GLUE = """
+import json, sys
+from tests.conftest import load_recipe
+finetune = load_recipe("bert/finetune.py")
+for name, task in finetune.TASKS.items():
+    if task.data == finetune.GLUE:
+        _, train, held_out = finetune.open_data(finetune.Config(task=name))
+        assert held_out.class_names == train.class_names
+        names = finetune.metrics_of(finetune.Config(task=name), task, train.problem)
+        print(json.dumps([name, train.problem, list(train.class_names), train.pairs is not None, len(held_out), names]))
+"""
+COLUMNS = {  # of the data set on the Hub, in its order, and its classes
+    "cola": (["sentence"], ["unacceptable", "acceptable"]),
+    "sst2": (["sentence"], ["negative", "positive"]),
+    "mrpc": (["sentence1", "sentence2"], ["not_equivalent", "equivalent"]),
+    "qqp": (["question1", "question2"], ["not_duplicate", "duplicate"]),
+    "stsb": (["sentence1", "sentence2"], []),
+    "mnli": (["premise", "hypothesis"], ["entailment", "neutral", "contradiction"]),
+    "qnli": (["question", "sentence"], ["entailment", "not_entailment"]),
+    "rte": (["sentence1", "sentence2"], ["entailment", "not_entailment"]),
+    "wnli": (["sentence1", "sentence2"], ["not_entailment", "entailment"]),
+}
+
+
+def glue_files(folder: Path) -> dict[str, bytes]:
+    """Small data of the same form: a configuration for each task, Parquet, labels of -1 in the test splits."""
+    files, configs = {}, []
+    for task, (columns, names) in COLUMNS.items():
+        label = datasets.ClassLabel(names=names) if names else datasets.Value("float32")
+        features = {**dict.fromkeys(columns, datasets.Value("string")), "label": label, "idx": datasets.Value("int32")}
+        evals = ["validation_matched", "validation_mismatched"] if task == "mnli" else ["validation"]
+        configs.append(f"- config_name: {task}\n  data_files:")
+        for split, number in (("train", 12), *((split, 6) for split in evals), ("test", 3)):
+            labels = [-1 if split == "test" else n % len(names) if names else n / 3 for n in range(number)]
+            texts = {column: [f"{column} {n} {n % 3}" for n in range(number)] for column in columns}
+            table = datasets.Dataset.from_dict(
+                {**texts, "label": labels, "idx": list(range(number))}, features=datasets.Features(features)
+            )
+            table.to_parquet(folder / "one.parquet")
+            files[f"{task}/{split}-00000-of-00001.parquet"] = (folder / "one.parquet").read_bytes()
+            configs.append(f"  - split: {split}\n    path: {task}/{split}-*")
+    return {**files, "README.md": ("---\nconfigs:\n" + "\n".join(configs) + "\n---\n").encode()}
+
+
+@pytest.mark.slow
+def test_every_task_of_glue_is_read_from_the_hub_and_trained_on(
+    bert_finetune: ModuleType, encoder: Path, tmp_path: Path
+) -> None:
+    """Through the real client, against a Hub on loopback that has small data in the form of nyu-mll/glue."""
+    hub = start_hub()
+    hub.repositories["datasets", bert_finetune.GLUE] = Repository(private=False)
+    hub.repositories["datasets", bert_finetune.GLUE].commit(glue_files(tmp_path), "files")
+    environment = {**os.environ, **hub.environment(), "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", READ_GLUE], **options)
+    assert done.returncode == 0, done.stderr
+    found = {line[0]: line[1:] for line in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == {*COLUMNS, "mnli_mismatched"}
+    for task, (problem, names, has_pairs, number, metrics) in found.items():
+        columns, expected = COLUMNS[task.removesuffix("_mismatched")]
+        assert (names, has_pairs, number) == (expected, len(columns) == 2, 6)
+        assert problem == ("classes" if expected else "numbers")
+        assert metrics == {
+            "stsb": ["pearson", "spearman"],
+            "cola": ["matthews_correlation", "accuracy", "macro_f1"],
+            "mrpc": ["f1", "accuracy", "macro_f1"],
+            "qqp": ["f1", "accuracy", "macro_f1"],
+        }.get(task, ["accuracy", "macro_f1"])
+    fields = {**TINY, "task": "stsb", "init": encoder, "output_dir": tmp_path / "run"}
+    flags = [f"--{name}={value}" for name, value in fields.items()]
+    done = subprocess.run([sys.executable, str(bert_finetune.__file__), *flags], **options)
+    hub.stop()
+    assert done.returncode == 0, done.stderr
+    assert "| `eval/spearman` |" in (tmp_path / "run" / "README.md").read_text()
