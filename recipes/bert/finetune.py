@@ -272,6 +272,12 @@ def build_model(cfg: Config, problem: str, class_names: tuple[str, ...], tokeniz
     return model
 
 
+def begin_at_mean(model: Any, labels: np.ndarray) -> None:
+    """Let a head with one output begin at the mean of the labels, from which small rates are far otherwise."""
+    [bias] = [weight for name, weight in model.named_parameters() if name.endswith("bias") and weight.numel() == 1]
+    torch.nn.init.constant_(bias, float(np.mean(labels)))
+
+
 def is_dropout(field: str, value: Any) -> bool:
     """Whether a field of a configuration is a dropout probability: their names differ from encoder to encoder."""
     return "dropout" in field and isinstance(value, float | int) and not isinstance(value, bool)
@@ -385,6 +391,8 @@ def main(cfg: Config) -> None:
         report_costs(cfg, accelerator, train, tokenizer, to_device(updates[0][0], accelerator.device))
         return
     model = build_model(cfg, train.problem, train.class_names, tokenizer)
+    if train.problem == "numbers":
+        begin_at_mean(model, train.labels)
     facts = describe(cfg, accelerator, model, train, held_out)
     accelerator.print(summary.table(facts))
     if cfg.compile:

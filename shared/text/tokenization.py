@@ -119,6 +119,10 @@ def load_fast(name: str, **options: Any) -> Any:
         raise UsageError(f"tokenizer: {name!r}: expected a tokenizer's folder or Hub id: {reason}") from error
     if not tokenizer.is_fast:
         raise UsageError(f"tokenizer: {name!r}: expected one with a tokenizer.json")
+    if len(tokenizer) <= len(
+        set(tokenizer.all_special_ids)
+    ):  # what the library makes of a folder that has a model alone
+        raise UsageError(f"tokenizer: {name!r}: expected a tokenizer's folder or Hub id, this has no vocabulary")
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json cut or pad all that they encode
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
