@@ -77,6 +77,8 @@ class Config(fields.RunControl):
     held out."""
     eval_fraction: ShareInside = 0.1
     """Share of the samples, of each class where there are classes, held out where there is no split to evaluate on."""
+    probe: bool = False
+    """Say before training how well the encoder as it is tells classes: by nearest neighbours, and linearly."""
     best_metric: str = ""
     """Metric whose best evaluation is exported, such as accuracy, macro_f1, pearson. "" = the first that is logged."""
 
@@ -103,6 +105,7 @@ from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
 from shared.metrics import scores
 from shared.metrics.confusions import describe_confusions
+from shared.metrics.probe import linear_probe, nearest_neighbours
 from shared.models.export import export_model
 from shared.models.pretrained import label_numbers, load_encoder, load_errors
 from shared.optim import schedules
@@ -341,6 +344,31 @@ def evaluate(
     return results, shown
 
 
+@torch.no_grad()
+def mean_features(accelerator: Any, model: Any, rows: LabelRows, batch_size: int) -> np.ndarray:
+    """Of every text the mean over its tokens of the encoder's last layer, float32 (N, H), on every process."""
+    model.eval()
+    found = {}
+    for number in equal_share(accelerator, math.ceil(len(rows) / batch_size)):
+        mine = range(number * batch_size, len(rows))[:batch_size]
+        batch = to_device(rows.batch(mine or [0]), accelerator.device)
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        last = model(**inputs, output_hidden_states=True).hidden_states[-1].float()
+        mask = batch["attention_mask"][:, :, None]
+        if mine:
+            found[number] = ((last * mask).sum(1) / mask.sum(1)).cpu().numpy()
+    model.train()
+    gathered = {place: part for of_process in gather_objects(accelerator, found) for place, part in of_process.items()}
+    return np.concatenate([gathered[place] for place in sorted(gathered)])
+
+
+def probe(accelerator: Any, model: Any, rows: LabelRows, eval_rows: LabelRows, batch_size: int) -> dict[str, float]:
+    """Accuracies from frozen features, see `shared/metrics/probe.py`."""
+    known, asked = (mean_features(accelerator, model, some, batch_size) for some in (rows, eval_rows))
+    samples = (known, rows.labels, asked, eval_rows.labels)
+    return {"knn_accuracy": nearest_neighbours(*samples), "linear_probe_accuracy": linear_probe(*samples)}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -383,6 +411,7 @@ def main(cfg: Config) -> None:
     with node_main_first(accelerator):
         task, train, held_out = open_data(cfg)
     metric_names = metrics_of(cfg, task, train.problem)
+    cli.expect(train.problem == "classes" or not cfg.probe, "probe", cfg.probe, "False for labels that are not classes")
     tokenizer = open_tokenizer(cfg, train.problem)
     rows, eval_rows = (encode(samples, tokenizer, cfg.seq_length) for samples in (train, held_out))
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
@@ -398,6 +427,9 @@ def main(cfg: Config) -> None:
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+    if cfg.probe:
+        facts |= (probed := probe(accelerator, model, rows, eval_rows, micro_batch_size))
+        accelerator.print(summary.table(probed))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
     best = Best(f"eval/{metric_names[0]}", run.state)

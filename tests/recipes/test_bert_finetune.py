@@ -19,6 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from shared import command_line as cli
+from shared.metrics.probe import linear_probe, nearest_neighbours
 from shared.text.labelled import SAMPLES
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
@@ -264,6 +265,29 @@ def test_what_is_exported_is_the_best_by_the_named_metric(
     assert "| `eval/macro_f1` | 0.9000 |" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_a_probe_of_the_encoder_is_in_the_record(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """Against features one text at a time, without padding."""
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path, probe=True, max_steps=2))
+    tokenizer, model = (
+        transformers.AutoTokenizer.from_pretrained(encoder),
+        transformers.AutoModel.from_pretrained(encoder),
+    )
+    features, labels = {}, {}
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (labelled / f"{split}.jsonl").read_text().splitlines()]
+        inputs = [tokenizer(row["text"], truncation=True, max_length=32, return_tensors="pt") for row in rows]
+        with torch.no_grad():
+            last = [model(**text, output_hidden_states=True).hidden_states[-1][0] for text in inputs]
+        features[split] = np.stack([states.mean(0).numpy() for states in last])
+        labels[split] = np.array([["animal", "plant"].index(row["label"]) for row in rows])
+    record = json.loads((tmp_path / "run.json").read_text())
+    samples = (features["train"], labels["train"], features["test"], labels["test"])
+    assert record["knn_accuracy"] == nearest_neighbours(*samples)
+    assert record["linear_probe_accuracy"] == pytest.approx(linear_probe(*samples), abs=0.03)
+
+
 def test_dry_run_leaves_nothing(
     bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,6 +374,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "init: '/no/such/model': expected": {"init": "/no/such/model", "tokenizer": str(encoder)},
         "expected the weights of an encoder, of which": {"init": str(tmp_path / "headless")},
         "seq_length: 64: expected at most 48": {"seq_length": 64},
+        "probe: True: expected False": {"probe": True, "label_column": "score"},
         "labels_per_class: 2: expected 0": {"labels_per_class": 2, "label_column": "score"},
         "best_metric: 'loss': expected one of": {"best_metric": "loss"},
         "best_metric: 'pearson': expected a metric of classes": {"best_metric": "pearson"},
