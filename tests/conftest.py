@@ -136,6 +136,12 @@ def resnet_rsb() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def resnet_finetune() -> ModuleType:
+    """recipes/resnet/finetune.py as a module."""
+    return load_recipe("resnet/finetune.py")
+
+
+@pytest.fixture(scope="session")
 def vae() -> ModuleType:
     """recipes/text_to_image/train_vae.py as a module."""
     return load_recipe("text_to_image/train_vae.py")

@@ -14,6 +14,7 @@ import numpy as np
 
 from shared.command_line import UsageError, expect
 from shared.data.randomness import derive_seed, shuffled_indices
+from shared.data.subsets import few_of_each
 from shared.fields import Images
 from shared.images.files import (
     HELD_OUT_SEED,
@@ -129,6 +130,17 @@ def hold_out(images: LabelledImages, fraction: float) -> tuple[LabelledImages, L
         seed = derive_seed(HELD_OUT_SEED, "held out", label)
         is_held_out[of_class[shuffled_indices(np.arange(number), len(of_class), seed)]] = True
     return images.subset(np.flatnonzero(~is_held_out)), images.subset(np.flatnonzero(is_held_out))
+
+
+def few_of_each_class(images: LabelledImages, number: int, seed: int) -> LabelledImages:
+    """So many images of each class, all where there are fewer; a smaller number's are among a larger one's.
+
+    Args:
+        images: to choose from.
+        number: of each class.
+        seed: of the choice.
+    """
+    return images.subset(few_of_each(images.labels, number, seed))
 
 
 def number_alike(images: LabelledImages, class_names: Sequence[str], split: str) -> LabelledImages:

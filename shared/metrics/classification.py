@@ -21,6 +21,7 @@ from shared.runtime.collectives import equal_share, gather_objects
 USAGE = """from transformers import pipeline
 
 print(pipeline("image-classification", "path/of/this/folder")("image.jpg"))"""
+FIGURES = {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
 _NUM_SHOWN = 16
 _TOP = 5
 
@@ -136,7 +137,7 @@ def draw_answers(answers: Answers, class_names: Sequence[str], crops: CenterCrop
         titles.append(f"{guess} ({answers.probabilities[place]:.0%})\nis {label}")
         shown.append(crops.read(int(answers.indices[place]))["pixel_values"])
     figures.image_grid(shown, titles, folder / "surest_mistakes.png")
-    return {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
+    return FIGURES
 
 
 def make_card(

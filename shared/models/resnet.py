@@ -3,6 +3,7 @@
 The normalisation is the one of the exported image processor, so checkpoints of either kind are read alike.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,17 +65,21 @@ def normalize(pixels: Tensor, enlarge: int) -> Tensor:
     return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
 
 
-def build_processor(size: int, crop_fraction: float) -> transformers.ConvNextImageProcessorPil:
+def build_processor(
+    size: int, crop_fraction: float, image_mean: Sequence[float] = MEAN, image_std: Sequence[float] = STD
+) -> transformers.ConvNextImageProcessorPil:
     """What `AutoImageProcessor` loads: the middle crop of `images.crops.CenterCrops`, normalised.
 
     Args:
         size: side of the crop in pixels.
         crop_fraction: of the shorter side that it keeps.
+        image_mean: of the channels, from 0 to 1.
+        image_std: likewise.
     """
     return transformers.ConvNextImageProcessorPil(
         size={"shortest_edge": size},
         crop_pct=crop_fraction,
         resample=2,  # bilinear
-        image_mean=list(MEAN),
-        image_std=list(STD),
+        image_mean=list(image_mean),
+        image_std=list(image_std),
     )

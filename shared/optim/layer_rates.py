@@ -31,12 +31,15 @@ def layer_groups(
         learning_rate: of the head.
         layer_decay: share of its successor's rate that a block has; 1 = the same rate for all.
         weight_decay: of matrices; norms, biases and other vectors have none.
+
+    Returns:
+        The groups, with the key `depth` of `layer_depths`.
     """
     depths = layer_depths(model)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for depth, parameter in zip(depths, model.parameters(), strict=True):
         decays = parameter.ndim >= 2
         rate = learning_rate * layer_decay ** (max(depths) - depth)
-        new = {"params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0}
+        new = {"params": [], "depth": depth, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
         groups.setdefault((depth, decays), new)["params"].append(parameter)
     return list(groups.values())

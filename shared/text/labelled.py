@@ -15,6 +15,7 @@ import numpy as np
 from shared.command_line import UsageError, expect
 from shared.data.batches import IGNORED
 from shared.data.randomness import derive_seed, shuffled_indices
+from shared.data.subsets import few_of_each
 from shared.text.documents import hub_errors
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -137,12 +138,7 @@ def few_of_each_class(samples: LabelledTexts, number: int, seed: int) -> Labelle
         number: of each class.
         seed: of the choice.
     """
-    chosen = []
-    for label in range(len(samples.class_names)):
-        members = np.flatnonzero(samples.labels == label)
-        order = shuffled_indices(np.arange(len(members)), len(members), derive_seed(seed, "few labels", label))
-        chosen.append(members[order[:number]])
-    return samples.subset(np.sort(np.concatenate(chosen)))
+    return samples.subset(few_of_each(samples.labels, number, seed))
 
 
 def _load(data: str, config: str) -> dict[str, Any]:

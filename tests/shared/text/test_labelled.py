@@ -8,8 +8,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from shared.command_line import UsageError
 from shared.text.labelled import LabelledTexts, few_of_each_class, hold_out, open_labelled, validation_split
@@ -92,21 +90,11 @@ def samples_of(labels: list[int]) -> LabelledTexts:
     return LabelledTexts("classes", [str(n) for n in range(len(labels))], None, np.array(labels), names)
 
 
-@given(st.lists(st.integers(0, 3), min_size=4, max_size=60), st.integers(0, 9), st.integers(1, 9), st.integers(0, 9))
-@settings(deadline=None)
-def test_few_labels_are_balanced_and_among_the_more(labels: list[int], seed: int, few: int, more: int) -> None:
-    samples = samples_of(labels)
-    chosen = few_of_each_class(samples, few, seed)
-    larger = few_of_each_class(samples, few + more, seed)
-    assert set(chosen.texts) <= set(larger.texts)
-    for label in range(len(samples.class_names)):
-        assert (chosen.labels == label).sum() == min(few, labels.count(label))
+def test_few_labels_keep_their_texts() -> None:
+    samples = samples_of([0, 1, 2] * 9)
+    chosen = few_of_each_class(samples, 2, 0)
+    assert len(chosen) == 6
     assert [samples.labels[int(text)] for text in chosen.texts] == chosen.labels.tolist()
-
-
-def test_another_seed_chooses_others() -> None:
-    samples = samples_of([0, 1] * 50)
-    assert set(few_of_each_class(samples, 5, 0).texts) != set(few_of_each_class(samples, 5, 1).texts)
 
 
 def test_a_share_of_each_class_is_held_out() -> None:

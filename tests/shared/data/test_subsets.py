@@ -1,0 +1,21 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.data.subsets import few_of_each
+
+
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=60), st.integers(0, 9), st.integers(1, 9), st.integers(0, 9))
+@settings(deadline=None)
+def test_few_are_balanced_and_among_the_more(labels: list[int], seed: int, few: int, more: int) -> None:
+    array = np.array(labels)
+    chosen, larger = few_of_each(array, few, seed), few_of_each(array, few + more, seed)
+    assert set(chosen.tolist()) <= set(larger.tolist())
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    for label in set(labels):
+        assert (array[chosen] == label).sum() == min(few, labels.count(label))
+
+
+def test_another_seed_chooses_others() -> None:
+    labels = np.array([0, 1] * 50)
+    assert set(few_of_each(labels, 5, 0).tolist()) != set(few_of_each(labels, 5, 1).tolist())
