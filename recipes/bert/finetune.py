@@ -46,9 +46,8 @@ class Config(fields.RunControl):
     data_split: str = "train"  # Split to train on.
     text_column: str = "text"  # Column of `data` with the text, or with lists of words whose labels are lists of tags.
     text_pair_column: str = ""  # Column of `data` with the second text. "" = there is none.
-    label_column: str = (
-        "label"  # Column of `data` with classes (names or whole numbers), numbers with a point, or tags.
-    )
+    label_column: str = "label"
+    """Column of `data` with classes (names or whole numbers), numbers with a point, or lists of tags."""
     labels_per_class: Natural = 0  # Samples of each class to train on, chosen by the seed. 0 = all.
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`.
     seq_length: Count = 128  # Most tokens of a row; what is longer is cut.

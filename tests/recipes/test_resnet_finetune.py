@@ -1,0 +1,294 @@
+"""Fine-tuning on images of other classes; what is exported is the best model, whatever stops the run."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from shared import command_line as cli
+from shared.data.batches import IGNORED
+from shared.images.crops import CenterCrops
+from tests.recipes.runs import Runs, assert_same, metric, metrics_of, push_and_load, run, weights
+from tests.recipes.test_resnet_pretrain import TINY as SIZES
+
+TINY: dict[str, Any] = {
+    "image_size": 12,
+    "eval_image_size": 16,
+    "global_batch_size": 8,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "learning_rate": 0.01,
+    "log_every": 1,
+    "eval_every": 3,
+    "save_every": 3,
+    "num_workers": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def classifier(resnet: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of pre-training, on two classes of noise."""
+    folder, draw = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("rough", "smooth"):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for index in range(8):
+                pixels = draw.integers(0, 255, (16, 16, 3)) if name == "rough" else np.full((16, 16, 3), 20 * index)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{index}.png")
+    fields = {**SIZES, "max_steps": 6, "data": str(folder / "data"), "output_dir": str(folder / "run")}
+    run(resnet, resnet.Config(**fields))
+    return folder / "run"
+
+
+def config_of(finetune: ModuleType, classifier: Path, images: Path, run_dir: Path, **fields: Any) -> Any:
+    usual = {**TINY, "init": str(classifier), "data": str(images), "output_dir": str(run_dir)}
+    return finetune.Config(**{**usual, **fields})
+
+
+@pytest.fixture(scope="module")
+def reference(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An uninterrupted run over two epochs that kept every checkpoint."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    run(resnet_finetune, config_of(resnet_finetune, classifier, shapes, run_dir, save_every=1, keep_checkpoints=99))
+    return run_dir
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+def test_other_classes_are_learnt_and_read_by_the_library(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path: Path
+) -> None:
+    fields = {"max_steps": 90, "eval_every": 30, "save_every": 0, "head_steps": 10, "layer_decay": 0.9}
+    run(resnet_finetune, config_of(resnet_finetune, classifier, shapes, tmp_path, **fields))
+    assert max(metric(tmp_path, "eval/accuracy")) >= 0.85
+    pipeline = transformers.pipeline("image-classification", str(tmp_path))
+    images = sorted((shapes / "test").glob("*/*.png"))
+    right = [pipeline(str(image))[0]["label"] == image.parent.name for image in images]
+    card = (tmp_path / "README.md").read_text()
+    assert f"| `eval/accuracy` | {np.mean(right):.4f} |" in card
+    assert np.mean(right) == max(metric(tmp_path, "eval/accuracy"))
+    for name in ("figures/confusion_matrix.png", "figures/surest_mistakes.png", "figures/loss.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "confusion_matrix.png" in card
+
+
+def test_evaluation_counts_every_image_once(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, reference: Path
+) -> None:
+    """Against the library's model, one image at a time."""
+    cfg = config_of(resnet_finetune, classifier, shapes, reference)
+    _, held_out = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+    model = transformers.AutoModelForImageClassification.from_pretrained(reference).eval()
+    crops, losses, right = CenterCrops(held_out, 16, 1.0, 1), [], []
+    statistics = resnet_finetune.statistics_of(cfg)
+    with torch.no_grad():
+        for index in range(len(held_out)):
+            pixels = torch.from_numpy(crops.read(index)["pixel_values"].copy())[None]
+            logits = resnet_finetune.forward(model, pixels, statistics)[0]
+            label = int(held_out.labels[index])
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(label)).item())
+            right.append(int(logits.argmax()) == label)
+    best = json.loads((reference / "run.json").read_text())["best_step"]
+    [entry] = [entry for entry in metrics_of(reference) if entry["step"] == best]
+    assert entry["eval/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert entry["eval/accuracy"] == np.mean(right)
+    assert entry["eval/balanced_accuracy"] == pytest.approx(np.mean(right))  # as many of each class
+
+
+def test_the_head_learns_first(resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path: Path) -> None:
+    fields = {"max_steps": 4, "warmup_steps": 0, "eval_every": 0, "save_every": 1, "keep_checkpoints": 9}
+    run(resnet_finetune, config_of(resnet_finetune, classifier, shapes, tmp_path, head_steps=2, **fields))
+    states = [load_file(tmp_path / f"checkpoints/step_{step:08d}/model.safetensors") for step in (1, 2, 3)]
+    start = weights(classifier)
+    for name, value in states[1].items():
+        is_head, is_statistic = name.startswith("classifier"), "running" in name or "num_batches" in name
+        if not is_statistic:
+            changed = not torch.equal(states[0][name], value)
+            assert changed == is_head, name
+            if not is_head:
+                assert torch.equal(start[name], value), name
+                assert not torch.equal(value, states[2][name]), name
+
+
+def test_scratch_has_the_sizes_of_init_and_other_weights(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path
+) -> None:
+    built = {}
+    for scratch in (False, True):
+        cfg = config_of(resnet_finetune, classifier, shapes, classifier, scratch=scratch)
+        built[scratch] = resnet_finetune.build_model(cfg, ("a", "b", "c")).state_dict()
+    start = weights(classifier)
+    for name, value in built[True].items():
+        assert value.shape == built[False][name].shape
+        if name.endswith("convolution.weight"):
+            assert torch.equal(built[False][name], start[name])
+            assert not torch.equal(value, start[name])
+    assert built[False]["classifier.1.weight"].shape[0] == 3
+
+
+def test_class_weights_let_all_classes_count_the_same(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path
+) -> None:
+    cfg = config_of(resnet_finetune, classifier, shapes, classifier, class_weights=True)
+    train, _ = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+    few = train.subset(np.flatnonzero((train.labels > 0) | (np.arange(len(train)) < 3)))
+    counts = np.bincount(few.labels)
+    assert counts[0] < counts[1]
+    weights_of_classes = resnet_finetune.weights_of_classes(cfg, few)
+    assert (weights_of_classes * torch.tensor(counts)).tolist() == pytest.approx([len(few) / 3] * 3)
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, IGNORED])
+    expected = torch.nn.CrossEntropyLoss(weights_of_classes, reduction="sum", ignore_index=IGNORED)(logits, labels)
+    assert resnet_finetune.loss_sum(logits, labels, 0.0, weights_of_classes).item() == pytest.approx(expected.item())
+
+
+def test_few_labels_are_chosen_by_the_seed(resnet_finetune: ModuleType, classifier: Path, shapes: Path) -> None:
+    chosen = {}
+    for few, seed in ((2, 0), (5, 0), (2, 1)):
+        cfg = config_of(resnet_finetune, classifier, shapes, classifier, labels_per_class=few, seed=seed)
+        train, held_out = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+        assert np.bincount(train.labels).tolist() == [few] * 3
+        assert len(held_out) == 21
+        chosen[few, seed] = {train.files.name(index) for index in range(len(train))}
+    assert chosen[2, 0] < chosen[5, 0]
+    assert chosen[2, 0] != chosen[2, 1]
+
+
+def test_the_embedded_groups_are_of_unseen_concepts(resnet_finetune: ModuleType, classifier: Path) -> None:
+    cfg = resnet_finetune.Config(init=str(classifier))
+    train, held_out = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+    assert (len(train), len(held_out)) == (4599, 300)
+    assert "Food & Drink" in train.class_names
+    assert len(train.class_names) == 9
+
+
+@pytest.mark.parametrize("name", ["convnext", "vit"])
+def test_other_classifiers_are_tuned_with_their_own_statistics(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path: Path, name: str
+) -> None:
+    sizes: dict[str, Any] = {
+        "convnext": {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2},
+        "vit": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+        | {"image_size": 16, "patch_size": 4},
+    }[name]
+    config = transformers.AutoConfig.for_model(name, **sizes, num_labels=5)
+    transformers.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "model")
+    processor = transformers.ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor.save_pretrained(tmp_path / "model")
+    fields = {"init": str(tmp_path / "model"), "image_size": 16, "max_steps": 3, "layer_decay": 0.7}
+    run(resnet_finetune, config_of(resnet_finetune, classifier, shapes, tmp_path / "run", **fields))
+    tuned = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert tuned.config.model_type == name
+    assert tuned.config.id2label == {0: "high", 1: "low", 2: "middle"}
+    saved = json.loads((tmp_path / "run" / "preprocessor_config.json").read_text())
+    assert (saved["image_mean"], saved["image_std"]) == ([0.5] * 3, [0.5] * 3)
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_resuming_is_exact_and_keeps_the_best(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, reference: Path, tmp_path: Path, stop: int
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns("step_*", "*.safetensors"))
+    shutil.copytree(reference / f"checkpoints/step_{stop:08d}", run_dir / f"checkpoints/step_{stop:08d}")
+    best = json.loads((reference / "run.json").read_text())["best_step"]
+    if best <= stop:  # then those of the best step were exported before the stop
+        shutil.copy(reference / "model.safetensors", run_dir)
+    fields = {"num_workers": stop % 2, "save_every": 1, "keep_checkpoints": 99}
+    run(resnet_finetune, config_of(resnet_finetune, classifier, shapes, run_dir, **fields))
+    assert_same(run_dir, reference)
+    assert json.loads((run_dir / "run.json").read_text())["best_step"] == best
+
+
+def test_dry_run_leaves_nothing(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(resnet_finetune, config_of(resnet_finetune, classifier, shapes, tmp_path / "run", dry_run=True))
+    printed = capsys.readouterr().out
+    for expected in ("training images as the model sees them", "memory: activations", "one update", "flops_per_image"):
+        assert expected in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def runs(resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Batch normalisation sees its micro-batch, so all runs have micro-batches of 4."""
+    fields = {**TINY, "init": str(classifier), "max_steps": 6, "per_device_batch_size": 4, "learning_rate": 0.001}
+    return Runs(resnet_finetune, {"all": fields}, shapes, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ["multi_cpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_engine_equals_one_process(runs: Runs, engine: str) -> None:
+    run_dir, other = runs.of_engine(engine, "all"), runs.of_one_process("all")
+    assert metric(run_dir, "step") == metric(other, "step")
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
+    assert metric(run_dir, "eval/accuracy") == metric(other, "eval/accuracy")
+
+
+@pytest.mark.slow
+def test_push_reaches_the_hub_and_loads_in_a_clean_process(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path: Path
+) -> None:
+    fields = {**TINY, "init": classifier, "data": shapes, "push_every": 6}
+    image = next((shapes / "test" / "high").glob("*.png"))
+    program = f"print(pipeline('image-classification', 'tester/mine')({str(image)!r})[0]['label'])"
+    answer, pushed = push_and_load(resnet_finetune, fields, program, tmp_path)
+    assert answer.strip() in ("high", "low", "middle")
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= pushed
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_gets_one_line_and_writes_nothing(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(classifier, tmp_path / "headless")
+    save_file({"classifier.1.bias": torch.zeros(2)}, tmp_path / "headless" / "model.safetensors", {"format": "pt"})
+    shutil.copytree(shapes, tmp_path / "unseen")
+    (tmp_path / "unseen" / "test" / "high").rename(tmp_path / "unseen" / "test" / "other")
+    shutil.copytree(shapes, tmp_path / "empty_class")
+    for image in (tmp_path / "empty_class" / "train" / "low").iterdir():
+        image.unlink()
+    cases = {
+        "data: '/no/such'": {"data": "/no/such"},
+        "none of high": {"data": str(tmp_path / "unseen"), "data_split": "test", "eval_split": "train"},
+        "low": {"data": str(tmp_path / "empty_class")},
+        "init: '/no/such/model'": {"init": "/no/such/model"},
+        "expected the weights of an encoder, of which": {"init": str(tmp_path / "headless")},
+        "gradient_checkpointing: True: expected False": {"gradient_checkpointing": True},
+        "expected images of at least 30 pixels": {"image_size": 30},
+        "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
+        "global_batch_size: 8: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},
+    }
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for message, fields in cases.items():
+        with pytest.raises(cli.UsageError) as caught:
+            run(resnet_finetune, config_of(resnet_finetune, classifier, shapes, tmp_path / "run", **fields))
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_the_loss_of_a_new_head_is_that_of_a_uniform_guess(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, reference: Path
+) -> None:
+    assert metric(reference, "train/loss")[0] == pytest.approx(math.log(3), rel=0.25)
