@@ -16,11 +16,11 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-if len(CORES) > 1 and (worker := os.environ.get("PYTEST_XDIST_WORKER", "")):
-    # A worker has a core of its own, and so have the programs that it starts: with two threads each, two workers are
-    # slower than one.
-    os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
+sys.path.insert(0, str(ROOT))
+
+from tests import core_turns  # noqa: E402 (the line above finds it)
+
+core_turns.pin_worker()
 # Of made-up sentences.
 WORDS = [
     "the",
@@ -38,9 +38,6 @@ WORDS = [
     "or",
     "runs",
 ]
-sys.path.insert(0, str(ROOT))
-
-
 # What takes longest begins first, or one worker would be busy with it when the others have nothing left.
 LONGEST_FIRST = (
     *("test_commands_of_the_text_to_image_readme", "test_commands_of_the_resnet_readme"),
@@ -51,7 +48,7 @@ LONGEST_FIRST = (
 
 def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` is: a worker for each core, and no more than there are long files of tests."""
-    return min(len(CORES), 8)
+    return min(len(core_turns.CORES), 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,21 +58,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, name in enumerate(LONGEST_FIRST) if name in item.nodeid), len(LONGEST_FIRST))
 
     for item in items:
-        is_walk = item.path.name == "test_docs.py" and item.get_closest_marker("slow")
-        item.add_marker(pytest.mark.xdist_group(item.name if is_walk else item.path.relative_to(ROOT).as_posix()))
+        item.add_marker(pytest.mark.xdist_group(item.name if is_walk(item) else item.path.relative_to(ROOT).as_posix()))
     items.sort(key=place)
+
+
+def is_walk(item: pytest.Item) -> bool:
+    """Whether a test runs the commands of a README."""
+    return item.path.name == "test_docs.py" and item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture
 def all_cores() -> Iterator[int]:
-    """The programs that the test starts may use every core, as a user's do; how many there are."""
-    if hasattr(os, "sched_getaffinity"):
-        own = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, CORES)
-        yield len(CORES)
-        os.sched_setaffinity(0, own)
+    """The programs that the test starts have every core, as a user's do, and nothing else runs; how many there are."""
+    with core_turns.alone() as number:
+        yield number
+
+
+@pytest.fixture(autouse=True)
+def shared_cores(request: pytest.FixtureRequest) -> Iterator[None]:
+    """While a test of another worker has all cores, this one waits; walks through a README take their own turns."""
+    if is_walk(request.node) or "all_cores" in request.fixturenames:
+        yield
     else:
-        yield os.cpu_count() or 1
+        with core_turns.sharing():
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import core_turns
 from tests.conftest import ROOT, load_recipe
 from tests.hub_server import start_hub
 from tests.launching import preloaded_python
@@ -88,7 +89,8 @@ def test_commands_of_the_top_readme_run(tmp_path: Path) -> None:
     assert [command for command in commands if "--push_to_hub" in command]
     for command in commands:
         words = words_for(tmp_path, command) + (small if "pretrain.py" in command else [])
-        run_command([*words, *(["--push_every", "2"] if "--push_to_hub" in command else [])], environment)
+        with core_turns.sharing():
+            run_command([*words, *(["--push_every", "2"] if "--push_to_hub" in command else [])], environment)
 
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("## What a run folder holds") : readme.index("## Licence")]
@@ -133,13 +135,19 @@ def preloaded(words: list[str]) -> list[str]:
 def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
     """As written, from the repository's root, with an empty home; the metrics of the first one's run.
 
-    Default runs start as a user's do, see `preloaded` for the others. Run folders and copies go to a temporary folder.
+    Default runs start as a user's do, with all cores; see `preloaded` for the others. Run folders and copies go to a
+    temporary folder.
     """
     environment, commands = environment_for(folder), commands_of(ROOT / "recipes" / family / "README.md")
     assert commands[0] in DEFAULT_RUNS
     for command in commands:
         words = words_for(folder, command)
-        run_command(words if command in DEFAULT_RUNS else preloaded(words), environment)
+        if command in DEFAULT_RUNS:
+            with core_turns.alone():
+                run_command(words, environment)
+        else:
+            with core_turns.sharing():
+                run_command(preloaded(words), environment)
     metrics = folder / "outputs" / DEFAULT_RUNS[commands[0]] / "metrics.jsonl"
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
