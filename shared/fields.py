@@ -112,7 +112,7 @@ class Corpus:
     eval_split: str = "validation"
     """Split of eval_data if it is a Hub data set."""
     eval_fraction: Share = 0.05
-    """Share of the documents held out where eval_data is not given; chosen by their content. 0 = none."""
+    """Share of the documents held out, by their content, where eval_data is not given. 0 = none, with eval_data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

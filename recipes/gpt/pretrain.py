@@ -12,6 +12,7 @@ CPU cores in minutes; recipes/gpt/README.md has the measured results and what di
 """
 
 # Shapes: B rows of a micro-batch, T tokens of a row, V vocabulary.
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -365,7 +366,8 @@ def main(cfg: Config) -> None:
     export_model(accelerator, model, tokenizer, run.folder)
     results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
     shown = {"samples": sample(cfg, accelerator, model, tokenizer), "figures": {}}
-    run.finish("text-generation", USAGE, results=results, **shown, next_command=NEXT.format(run.folder))
+    next_command = NEXT.format(shlex.quote(str(run.folder)))
+    run.finish("text-generation", USAGE, results=results, **shown, next_command=next_command)
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dict[str, Any]:

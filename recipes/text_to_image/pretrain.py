@@ -10,6 +10,7 @@ trains on the embedded emoji, whose latents it makes at the first start, on two 
 """
 
 # Shapes: B samples of a micro-batch, C, h, w of the latents, L tokens of a caption, D width of the text encoder.
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -433,7 +434,7 @@ def main(cfg: Config) -> None:
     results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step}
     card = {"samples": "\n".join(prompts), "figures": {"Images of held-out captions": "images.png"}}
     usage = USAGE.format(prompts[0], cfg.guidance_scale, cfg.sample_steps)
-    run.finish("text-to-image", usage, results=results, **card, next_command=NEXT.format(run.folder))
+    run.finish("text-to-image", usage, results=results, **card, next_command=NEXT.format(shlex.quote(str(run.folder))))
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, empty: Tensor) -> dict[str, Any]:

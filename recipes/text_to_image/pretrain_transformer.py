@@ -11,6 +11,7 @@ embedded emoji, whose latents it makes at the first start, on two CPU cores in m
 
 # Shapes: B samples of a micro-batch, C, h, w of the latents, N image tokens, K of them that skip no block, L tokens of
 # a caption, D width of the text encoder.
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -465,7 +466,7 @@ def main(cfg: Config) -> None:
     results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step}
     card = {"samples": "\n".join(prompts), "figures": {"Images of held-out captions": "images.png"}}
     usage = USAGE.format(cfg.text_encoder != "scratch", prompts[0], cfg.guidance_scale, cfg.sample_steps)
-    run.finish("text-to-image", usage, results=results, **card, next_command=NEXT.format(run.folder))
+    run.finish("text-to-image", usage, results=results, **card, next_command=NEXT.format(shlex.quote(str(run.folder))))
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, inputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def build_token_cache(
         if eval_fraction < 1 and not summary["train"]["documents"]:
             raise UsageError(
                 f"data: expected documents to train on, but all {summary['eval']['documents']} (equal ones stay "
-                "together) are held out; with eval_fraction 0, or with eval_data set, none is"
+                "together) are held out; with a smaller eval_fraction, or with eval_data set, fewer or none are"
             )
         (aside / "summary.json").write_text(json.dumps(summary))
 

@@ -166,7 +166,9 @@ def test_no_documents(tokenizer: Any, tmp_path: Path, documents: list[str]) -> N
 
 @pytest.mark.parametrize("documents", [["one"], ["one"] * 5, DOCUMENTS[:3]])
 def test_none_left_to_train_on(tokenizer: Any, tmp_path: Path, documents: list[str]) -> None:
-    message = f"^data: expected documents to train on, but all {len(documents)} .* held out; with eval_fraction 0"
+    message = (
+        f"^data: expected documents to train on, but all {len(documents)} .* held out; with a smaller eval_fraction"
+    )
     with pytest.raises(UsageError, match=message):
         build(tmp_path / "cache", documents, tokenizer, eval_fraction=0.9999 if len(documents) == 3 else 0.05)
     assert os.listdir(tmp_path) == []
