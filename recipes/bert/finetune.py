@@ -72,8 +72,8 @@ class Config(fields.RunControl):
     # Evaluation
     eval_data: str = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
     eval_split: str = ""
-    """Split to evaluate on. "" = the first whose name begins with validation, val, dev or test, else eval_fraction is
-    held out."""
+    """Split to evaluate on. "" = the first whose name begins with validation, val, dev or test, else all of eval_data,
+    else eval_fraction is held out."""
     eval_fraction: ShareInside = 0.1
     """Share of the samples, of each class where there are classes, held out where there is no split to evaluate on."""
     probe: bool = False
@@ -167,8 +167,8 @@ MODEL_CLASSES = {
     "numbers": transformers.AutoModelForSequenceClassification,
     "tags": transformers.AutoModelForTokenClassification,
 }
-PUBLISHED_RATE, LARGE_RATE = 3e-5, 1e-3  # Devlin et al. 2019, A.3; the README has how the second was found
-NUM_SAMPLES = 4
+# Devlin et al. 2019, A.3; of 25 supersenses a class 45.1 % were right after 400 updates with 1e-3, 44.6 % with 3e-3.
+PUBLISHED_RATE, LARGE_RATE = 3e-5, 1e-3
 PIPELINE_TAGS = {"classes": "text-classification", "numbers": "text-classification", "tags": "token-classification"}
 USAGE = """from transformers import pipeline
 
@@ -184,7 +184,7 @@ def check_config(cfg: Config) -> None:
     cli.expect(known, "best_metric", cfg.best_metric, f"one of {', '.join(METRICS)}")
 
 
-def metrics_of(cfg: Config, task: "Task", problem: str) -> tuple[str, ...]:
+def metrics_of(cfg: Config, task: Task, problem: str) -> tuple[str, ...]:
     """Names of the metrics to log, first the one whose best evaluation is exported."""
     usual = tuple(filter(None, (task.metric, *METRICS_OF[problem])))
     fits = cfg.best_metric in ("", *usual)
@@ -205,7 +205,8 @@ def open_data(cfg: Config) -> tuple[Task, LabelledTexts, LabelledTexts]:
     options: dict[str, Any] = {"config": task.config, "columns": task.columns, "label_column": label_column}
     train = labelled.open_labelled(task.data, **options, split=cfg.data_split, class_names=None)
     source = cfg.eval_data or task.data
-    eval_split = cfg.eval_split or task.eval_split or labelled.validation_split(source, task.config)
+    eval_split = cfg.eval_split or ("" if cfg.eval_data else task.eval_split)
+    eval_split = eval_split or labelled.validation_split(source, task.config) or ("train" if cfg.eval_data else "")
     if eval_split:
         held_out = labelled.open_labelled(source, **options, split=eval_split, class_names=train.class_names)
     else:

@@ -173,6 +173,17 @@ def test_few_labels_are_chosen_by_the_seed(bert_finetune: ModuleType, encoder: P
     assert chosen[2, 0] != chosen[2, 1]
 
 
+def test_a_file_to_evaluate_on_is_taken_whole(bert_finetune: ModuleType, encoder: Path, labelled: Path) -> None:
+    """A single file has no split to be found by its name."""
+    files = {"data": str(labelled / "train.jsonl"), "eval_data": str(labelled / "test.jsonl")}
+    _, train, held_out = bert_finetune.open_data(config_of(bert_finetune, encoder, labelled, encoder, **files))
+    assert (len(train), len(held_out)) == (124, 41)
+    del files["eval_data"]
+    _, train, held_out = bert_finetune.open_data(config_of(bert_finetune, encoder, labelled, encoder, **files))
+    assert (len(train), len(held_out)) == (124 - len(held_out), len(held_out))
+    assert len(held_out) in (12, 13)
+
+
 @pytest.mark.parametrize("task", ["supersenses", "hypernyms"])
 def test_the_embedded_tasks_are_there(bert_finetune: ModuleType, encoder: Path, task: str) -> None:
     _, train, held_out = bert_finetune.open_data(bert_finetune.Config(task=task))
