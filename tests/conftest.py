@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests import core_turns  # noqa: E402 (the line above finds it)
+from tests import core_turns  # noqa: E402 (found by the line above, since plain `pytest` does not put the root on sys.path)
 
 core_turns.pin_worker()
 # Of made-up sentences.

@@ -459,7 +459,7 @@ def main(cfg: Config) -> None:
             run.write(metrics)
             if due.save:
                 run.save(best.state())
-            if due.push:
+            if due.push and best.step:  # before the first evaluation there is no model to push
                 run.push()
 
     results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step, "best_step": best.step}

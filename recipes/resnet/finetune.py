@@ -321,18 +321,25 @@ def main(cfg: Config) -> None:
                 run.write_samples(shown)
                 if best.is_better(run.step, found, shown):
                     export_model(accelerator, model, processor, run.folder)
-                    if accelerator.is_main_process:
-                        classification.draw_answers(answers, train.class_names, crops, run.folder / "figures")
+                    draw_answers(accelerator, answers, train, crops, run.folder)
             run.write(metrics)
             if due.save or bad.are_too_many:
                 run.save({"bad_images": bad.gather(), **best.state()})
-            if due.push:
+            if due.push and best.step:  # before the first evaluation there is no model to push
                 run.push()
         bad.check()
 
     results = {"training_flops": facts["flops_per_image"] * cfg.global_batch_size * run.step, "best_step": best.step}
     card = {"samples": best.samples, "figures": classification.FIGURES, "evaluation": best.metrics}
     run.finish("image-classification", classification.USAGE, results=results, **card)
+
+
+def draw_answers(
+    accelerator: Any, answers: Answers, train: labelled.LabelledImages, crops: CenterCrops, folder: Path
+) -> None:
+    """The confusion matrix and the surest mistakes of the model that was exported; the main process draws."""
+    if accelerator.is_main_process:
+        classification.draw_answers(answers, train.class_names, crops, folder / "figures")
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str, Any]:

@@ -147,11 +147,10 @@ def _load(data: str, config: str) -> dict[str, Any]:
 
     path = Path(data).expanduser()
     if path.is_dir() or path.is_file():
+        files = _local(path)
         try:
-            found = datasets.load_dataset(**_local(path))
-        except UsageError:
-            raise
-        except Exception as error:  # formats have no common class
+            found = datasets.load_dataset(**files)
+        except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
             raise UsageError(f"data: {data!r}: expected files that can be read: {_one_line(error)}") from error
     else:
         with hub_errors(data):
