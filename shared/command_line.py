@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -64,6 +64,23 @@ class Limit:
     expected: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Where a field's default does not fit and the user must say a value; it stands in the annotation, like `Limit`.
+
+    Attributes:
+        where: tells of a configuration whether it is so.
+        words: the same in words, for messages and --help, such as "with init".
+    """
+
+    where: Callable[[Any], bool]
+    words: str
+
+
+_SEVERAL = "several"
+Several = Annotated[str, _SEVERAL]  # values with commas between them, which YAML may have as a list
+
+
 def expect(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise `UsageError` naming the field, its value and what was expected, unless `condition` holds."""
     if not condition:
@@ -77,7 +94,7 @@ def check_limits(config: object) -> None:
         UsageError: it names the field, its value and what was expected.
     """
     for name, kind in get_type_hints(type(config), include_extras=True).items():
-        for limit in _limits(kind):
+        for limit in _parts(kind, Limit):
             expect(limit.holds(getattr(config, name)), name, getattr(config, name), limit.expected)
         if get_origin(kind) is Literal:
             expect(getattr(config, name) in get_args(kind), name, getattr(config, name), _expectation(kind))
@@ -103,19 +120,20 @@ def positive_numbers(field: str, text: str, count: int) -> list[float]:
     return numbers
 
 
-def whole_numbers(field: str, text: str) -> list[int]:
-    """Comma-separated whole numbers above 0.
+def whole_numbers(field: str, text: str, least: int = 1) -> list[int]:
+    """Comma-separated whole numbers.
 
     Args:
         field: name for the message.
         text: such as "3,4,6,3".
+        least: that each of them may be.
 
     Raises:
         UsageError: it holds something else, or nothing.
     """
     parts = [part.strip() for part in text.split(",")]
-    is_right = all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
-    expect(is_right, field, text, "comma-separated whole numbers above 0")
+    is_right = all(part.isascii() and part.isdecimal() and int(part) >= least for part in parts)
+    expect(is_right, field, text, f"comma-separated whole numbers, {least} or more")
     return [int(part) for part in parts]
 
 
@@ -127,7 +145,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 
     Raises:
         SystemExit: with status 0 after `--help`.
-        UsageError: a flag or the YAML is wrong.
+        UsageError: a flag or the YAML is wrong, or neither says a value that must be `Given`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
@@ -136,8 +154,18 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     flags = _read_flags(arguments, kinds)
     kinds.pop("config", None)
-    values = _read_yaml(Path(flags["config"]), kinds) if flags.get("config") else {}
-    return config_class(**{**values, **flags})
+    annotated = get_type_hints(config_class, include_extras=True)
+    several = [name for name, kind in annotated.items() if _SEVERAL in getattr(kind, "__metadata__", ())]
+    values = _read_yaml(Path(flags["config"]), kinds, several) if flags.get("config") else {}
+    values |= flags
+    config = config_class(**values)
+    for name, kind in annotated.items():
+        for given in _parts(kind, Given):
+            is_there = name in values or not given.where(config)
+            expect(
+                is_there, name, getattr(config, name), f"a value of your own {given.words}, where this one does not fit"
+            )
+    return config
 
 
 @contextlib.contextmanager
@@ -159,6 +187,8 @@ def exit_codes() -> Iterator[None]:
         message, status = f"error: {error}", EXIT_NON_FINITE
     except NoUsableCheckpoint as error:
         message, status = f"error: {error}", EXIT_NO_CHECKPOINT
+    else:
+        _leave_process_group()
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
     if status:
@@ -167,6 +197,13 @@ def exit_codes() -> Iterator[None]:
             line = redact(" ".join(message.splitlines()))
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (the accelerator may not exist yet)
         sys.exit(status)
+
+
+def _leave_process_group() -> None:
+    """End what joins this process to the others, if it was ever begun; nothing is imported for it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_speaking_process() -> bool:
@@ -179,8 +216,8 @@ def redact(text: str) -> str:
     return _ACCESS_TOKEN.sub("hf_***", text)
 
 
-def _limits(kind: Any) -> list[Limit]:
-    return [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Limit)]
+def _parts(kind: Any, part_class: type) -> list[Any]:
+    return [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, part_class)]
 
 
 def _show_help(config_class: type) -> None:
@@ -190,7 +227,11 @@ def _show_help(config_class: type) -> None:
     groups: dict[str, list[Any]] = {}
     for field in dataclasses.fields(config_class):
         heading, text = texts[field.name]
-        words = [text, *(f"{limit.expected[0].upper()}{limit.expected[1:]}." for limit in _limits(kinds[field.name]))]
+        words = [
+            text,
+            *(f"{limit.expected[0].upper()}{limit.expected[1:]}." for limit in _parts(kinds[field.name], Limit)),
+        ]
+        words += [f"Must be given {given.words}." for given in _parts(kinds[field.name], Given)]
         kind: Any = Annotated[kinds[field.name], tyro.conf.arg(help=" ".join(words))]
         groups.setdefault(heading or _GROUPS[-1], []).append(
             (field.name, kind, dataclasses.field(default=field.default))
@@ -264,7 +305,7 @@ def _read_flags(arguments: list[str], kinds: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _read_yaml(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+def _read_yaml(path: Path, kinds: dict[str, Any], several: Collection[str]) -> dict[str, Any]:
     """The fields in a YAML file.
 
     Values are taken as they are written, before YAML makes numbers of them: 1e-3 is a text to YAML 1.1, and the text
@@ -289,10 +330,18 @@ def _read_yaml(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
         if key not in kinds:
             raise UsageError(f"{path}: unknown key {key!r}{_suggestion(key, kinds)}")
         try:
-            values[key] = _convert_node(key, node, kinds[key])
+            is_list = key in several and isinstance(node, yaml.SequenceNode)
+            values[key] = _join_list(key, node) if is_list else _convert_node(key, node, kinds[key])
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
     return values
+
+
+def _join_list(name: str, node: yaml.SequenceNode) -> str:
+    """Several texts as the command line has them."""
+    values = [_convert_node(name, item, str) for item in node.value]
+    expect(not any("," in value for value in values), name, values, "values without commas in a list")
+    return ",".join(values)
 
 
 def _convert_node(name: str, node: yaml.Node, kind: Any) -> Any:

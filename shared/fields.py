@@ -7,11 +7,14 @@ checked by `check_limits`, and `--help` says what it must be.
 
 import dataclasses
 import math
+import string
 from typing import Annotated
 
 import yaml
 
-from shared.command_line import Limit, check_limits, expect, redact
+from shared.command_line import Given, Limit, Several, check_limits, expect, redact
+
+_OF_LICENSES = {*string.ascii_lowercase, *string.digits, "-", "."}
 
 
 def at_least(least: float) -> Limit:
@@ -27,6 +30,10 @@ FromOne = Annotated[float, at_least(1)]
 Share = Annotated[float, Limit(lambda value: 0 <= value < 1, "a share in [0, 1)")]
 ShareInside = Annotated[float, Limit(lambda value: 0 < value < 1, "a share in (0, 1)")]
 ShareAboveZero = Annotated[float, Limit(lambda value: 0 < value <= 1, "a share in (0, 1]")]
+RateOfNewWeights = Annotated[Positive, Given(lambda config: config.init != "scratch", "with init")]
+RateOfNewWeightsByMuon = Annotated[
+    Positive, Given(lambda config: config.init != "scratch" and config.optimizer == "muon", "with init and muon")
+]
 ShareToOne = Annotated[float, Limit(lambda value: 0 <= value <= 1, "a share in [0, 1]")]
 
 
@@ -82,9 +89,13 @@ class RunControl:
     """Hub repository id to push the model to, such as me/my-gpt. "" = do not push."""
     hub_private: bool = True
     """Whether a repository that the push creates is private."""
+    hub_license: Annotated[
+        str, Limit(lambda value: not set(value) - _OF_LICENSES, "small letters, digits, - and .")
+    ] = ""
+    """License of the model as the Hub abbreviates it, for the card, such as apache-2.0. "" = none is named."""
     push_every: Natural = 0
     """Updates between two pushes of a loadable model. 0 = only at the end."""
-    report_to: str = ""
+    report_to: Several = ""
     """Trackers, comma-separated: tensorboard, wandb, ... metrics.jsonl is always written. "" = none."""
     timeout_minutes: Positive = 30
     """Minutes that one process waits for another in a collective before the run fails."""
@@ -97,8 +108,10 @@ class Corpus:
     """Where text comes from; `shared/text/documents.py` opens it."""
 
     # Data
-    data: str = "sample"
-    """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id."""
+    data: Several = "sample"
+    """sample (prose and dictionary), prose (presidents' messages and novels), books (novels and dictionary), a
+    .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas, in YAML as a list. One may
+    have its own config, split or text_column: wikimedia/wikipedia:config=20231101.en,my_books:text_column=body."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     data_split: str = "train"
@@ -107,7 +120,7 @@ class Corpus:
     """Column of the text. "" = the only column that holds text, or the one called text."""
 
     # Evaluation
-    eval_data: str = ""
+    eval_data: Several = ""
     """Data to evaluate on, in the same forms. "" = hold out eval_fraction of the documents."""
     eval_split: str = "validation"
     """Split of eval_data if it is a Hub data set."""
@@ -184,7 +197,7 @@ def check_corpus(corpus: Corpus) -> None:
     Raises:
         UsageError: there is nothing to evaluate on.
     """
-    has_eval = corpus.eval_fraction > 0 or corpus.eval_data or corpus.data == "sample"
+    has_eval = corpus.eval_fraction > 0 or corpus.eval_data or corpus.data in ("sample", "prose", "books")
     expect(bool(has_eval), "eval_fraction", corpus.eval_fraction, "more than 0 where eval_data is not given")
 
 

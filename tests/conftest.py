@@ -41,8 +41,9 @@ WORDS = [
 # What takes longest begins first, or one worker would be busy with it when the others have nothing left.
 LONGEST_FIRST = (
     *("test_commands_of_the_text_to_image_readme", "test_commands_of_the_resnet_readme"),
-    *("test_commands_of_the_bert_readme", "test_commands_of_the_gpt_readme"),
+    *("test_commands_of_the_bert_readme", "test_commands_of_the_gpt_readme", "test_commands_of_the_top_readme"),
     *("test_text_to_image_engines.py", "test_gpt_engines.py", "test_bert_engines.py", "test_resnet_engines.py"),
+    *("test_label_efficiency.py", "test_token_cache.py"),
 )
 
 

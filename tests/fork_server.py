@@ -41,7 +41,7 @@ LIBRARIES = (
     *("transformers.models.megatron_bert.modeling_megatron_bert", "transformers.models.clip.modeling_clip"),
     *("transformers.models.resnet.modeling_resnet", "diffusers", "diffusers.models.transformers.transformer_prx"),
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.pipelines.prx.pipeline_prx"),
-    *("pytorch_optimizer", "deepspeed"),
+    "deepspeed",
 )
 
 

@@ -50,12 +50,13 @@ def stable_diffusion(vae: Any) -> Any:
         norm_num_groups=4,
     )
     schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    schedule |= {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"}
     return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=tiny_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=unet.eval(),
-        scheduler=diffusers.DPMSolverMultistepScheduler(**schedule, prediction_type="v_prediction"),
+        scheduler=diffusers.DPMSolverMultistepScheduler.from_config(schedule),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

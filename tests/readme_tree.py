@@ -28,11 +28,18 @@ def entry(depth: int, name: str, text: str) -> str:
 
 def tree() -> str:
     """The lines of the tree."""
-    lines = [entry(0, "recipes/", "one folder a family, one file a stage; configs/ and assets/ beside them")]
+    lines = [
+        entry(
+            0,
+            "recipes/",
+            "one folder a family, one file a stage; configs/ and assets/ beside them; what is of several families",
+        )
+    ]
     for family in sorted(path for path in (ROOT / "recipes").iterdir() if (path / "README.md").is_file()):
         title = (family / "README.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         lines.append(entry(1, f"{family.name}/", title))
         lines += [entry(2, stage.name, first_line(stage)) for stage in sorted(family.glob("*.py"))]
+    lines += [entry(1, program.name, first_line(program)) for program in sorted((ROOT / "recipes").glob("*.py"))]
     shared = ROOT / "shared"
     lines.append(entry(0, "shared/", first_line(shared / "__init__.py")))
     lines += [entry(1, module.name, first_line(module)) for module in sorted(shared.glob("[!_]*.py"))]

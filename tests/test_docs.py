@@ -1,11 +1,13 @@
 """Every command in a README runs, and what a README says about keys, files and fields is so."""
 
 import json
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,9 @@ DEFAULT_RUNS = {
     "accelerate launch recipes/text_to_image/cache_latents.py": "latents",
     "accelerate launch recipes/text_to_image/pretrain.py": "text_to_image",
 }
+# The goals are of machines that do about 137 a core; on one of half that speed the seven default runs take 45 minutes.
+GOALS_FROM = 100.0  # GFLOP/s of a core in matrix products
+CUT_RUN = ["--max_steps", "100"]
 CONFIGS = sorted((ROOT / "recipes").rglob("configs/*.yaml"))
 
 
@@ -38,52 +43,70 @@ def test_the_readmes_have_commands_and_configs_are_found() -> None:
     assert len(CONFIGS) >= 3
 
 
+def test_every_config_says_what_it_stands_for() -> None:
+    rows = [line for line in (ROOT / "recipes" / "README.md").read_text().splitlines() if "/configs/" in line]
+    for config in CONFIGS:
+        [row] = [line for line in rows if f"]({config.relative_to(ROOT / 'recipes')})" in line]
+        assert row.count("|") == 6, row
+
+
+@pytest.fixture(scope="module")
+def whole() -> bool:
+    """Whether default runs go to their end and must reach their goals: on a fast machine, or with WHOLE_RUNS=1."""
+    with core_turns.alone():
+        return os.environ.get("WHOLE_RUNS") == "1" or core_speed() >= GOALS_FROM
+
+
 @pytest.mark.slow
-def test_commands_of_the_gpt_readme_run_in_order(tmp_path: Path) -> None:
+def test_commands_of_the_gpt_readme_run_in_order(tmp_path: Path, whole: bool) -> None:
     """The first must reach the README's goal; a general-purpose compressor, `xz -9e`, needs 1.89 bits a byte."""
-    entries = run_commands("gpt", tmp_path)
+    entries = run_commands("gpt", tmp_path, whole)
+    skip_goals_unless(whole)
     assert entries[-1]["eval/bits_per_byte"] <= 1.45
 
 
 @pytest.mark.slow
-def test_commands_of_the_bert_readme_run_in_order(tmp_path: Path) -> None:
+def test_commands_of_the_bert_readme_run_in_order(tmp_path: Path, whole: bool) -> None:
     """The first must reach the README's goals; a coin answers half of the pairs right."""
-    entries = run_commands("bert", tmp_path)
-    assert entries[-1]["eval/mlm_accuracy"] >= 0.25
-    assert entries[-1]["eval/nsp_accuracy"] >= 0.70
+    entries = run_commands("bert", tmp_path, whole)
+    skip_goals_unless(whole)
+    assert entries[-1]["eval/prose/mlm_accuracy"] >= 0.25
+    assert entries[-1]["eval/prose/nsp_accuracy"] >= 0.70
 
 
 @pytest.mark.slow
-def test_commands_of_the_resnet_readme_run_in_order(tmp_path: Path) -> None:
+def test_commands_of_the_resnet_readme_run_in_order(tmp_path: Path, whole: bool) -> None:
     """The first must reach the README's goal, the long recipe come near it; logistic regression reaches 81 %."""
-    entries = run_commands("resnet", tmp_path)
+    entries = run_commands("resnet", tmp_path, whole)
+    skip_goals_unless(whole)
     assert entries[-1]["eval/top1"] >= 0.90
     long = (tmp_path / "outputs" / "resnet_rsb" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(long[-1])["eval/top1"] >= 0.87
 
 
 @pytest.mark.slow
-def test_commands_of_the_text_to_image_readme_run_in_order(tmp_path: Path) -> None:
+def test_commands_of_the_text_to_image_readme_run_in_order(tmp_path: Path, whole: bool) -> None:
     """The autoencoder must reach the README's goal, and diffusion's error fall on all three splits."""
-    entries = run_commands("text_to_image", tmp_path)
-    assert entries[-1]["eval/psnr"] >= 24
+    entries = run_commands("text_to_image", tmp_path, whole)
+    images = list((tmp_path / "outputs" / "images").glob("*-3d-fluent-emoji-red-apple.png"))
+    assert len(images) == 4
     manifest = json.loads((tmp_path / "outputs" / "latents" / "manifest.json").read_text())
     assert (manifest["images"], manifest["rows"]) == (5099, 5099)
+    skip_goals_unless(whole)
+    assert entries[-1]["eval/psnr"] >= 24
     lines = (tmp_path / "outputs" / "text_to_image" / "metrics.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, lines) if "eval/loss" in entry]
     for split in ("train", "test_unseen_concept", "test_unseen_combination"):
         losses = [entry[f"eval/loss_{split}"] for entry in entries]
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] < 0.3
-    images = list((tmp_path / "outputs" / "images").glob("*-3d-fluent-emoji-red-apple.png"))
-    assert len(images) == 4
 
 
 @pytest.mark.slow
 def test_commands_of_the_top_readme_run(tmp_path: Path) -> None:
     """Those after the first two, with a small model and few updates; pushes go to a Hub on loopback."""
     hub = start_hub()
-    small = shlex.split("--max_steps 4 --hidden_size 32 --num_layers 1 --data shared/samples/prose/eval.parquet")
+    small = shlex.split("--max_steps 4 --hidden_size 32 --num_layers 1 --data shared/samples/novels/eval.parquet")
     environment = {**environment_for(tmp_path), **hub.environment(), "HF_HUB_OFFLINE": "0"}
     commands = [command for command in commands_of(ROOT / "README.md") if not command.startswith("pip install")]
     assert [command for command in commands if "--push_to_hub" in command]
@@ -132,17 +155,38 @@ def preloaded(words: list[str]) -> list[str]:
     return [*preloaded_python(), *words[1:]] if words[0] == "python" else words
 
 
-def run_commands(family: str, folder: Path) -> list[dict[str, float]]:
+def core_speed() -> float:
+    """GFLOP/s of one core in products of matrices of float32, the best of ten."""
+    import torch
+
+    threads, size, seconds = torch.get_num_threads(), 1024, math.inf
+    torch.set_num_threads(1)
+    left, right = torch.randn(2, size, size)
+    for _ in range(10):
+        begin = time.perf_counter()
+        left @ right
+        seconds = min(seconds, time.perf_counter() - begin)
+    torch.set_num_threads(threads)
+    return 2e-9 * size**3 / seconds
+
+
+def skip_goals_unless(whole: bool) -> None:
+    if not whole:
+        pytest.skip(f"all commands ran, default runs only as {' '.join(CUT_RUN)}: this machine is too slow for goals")
+
+
+def run_commands(family: str, folder: Path, whole: bool) -> list[dict[str, float]]:
     """As written, from the repository's root, with an empty home; the metrics of the first one's run.
 
-    Default runs start as a user's do, with all cores; see `preloaded` for the others. Run folders and copies go to a
-    temporary folder.
+    Default runs start as a user's do, with all cores, and are cut unless they are to be whole; see `preloaded` for the
+    others. Run folders and copies go to a temporary folder.
     """
     environment, commands = environment_for(folder), commands_of(ROOT / "recipes" / family / "README.md")
     assert commands[0] in DEFAULT_RUNS
     for command in commands:
         words = words_for(folder, command)
         if command in DEFAULT_RUNS:
+            words += CUT_RUN if not whole and "cache_latents" not in command else []
             with core_turns.alone():
                 run_command(words, environment)
         else:
@@ -166,13 +210,14 @@ def test_relative_links_lead_somewhere() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt", "resnet", "text_to_image"])
 def test_metrics_table_has_the_keys_that_the_recipe_logs(family: str) -> None:
     readme = (ROOT / f"recipes/{family}/README.md").read_text()
-    documented = set(re.findall(r"^\| `(\w+/[\w{}]+)`", readme, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(\w+/[\w{}/]+)`", readme, re.MULTILINE))
     shared = ["performance/throughput.py", "run/training_run.py"]
     shared += {"text_to_image": ["diffusion/fixed_evaluation.py"], "resnet": ["metrics/classification.py"]}.get(
         family, []
     )
     sources = [*(ROOT / "recipes" / family).glob("*.py"), *(ROOT / "shared" / name for name in shared)]
-    logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}]+)"', "".join(source.read_text() for source in sources)))
+    program = "".join(source.read_text() for source in sources).replace('"{split.name}/', '"eval/')  # test has the same
+    logged = set(re.findall(r'"((?:train|eval|perf)/[\w{}/]*[\w}])"', program))
     assert documented == {key.replace("{unit}", "tokens" if family in ("bert", "gpt") else "images") for key in logged}
 
 

@@ -35,10 +35,11 @@ class Config(fields.RunControl):
 
     # Data
     task: Literal[
-        *("supersenses", "hypernyms"),
+        *("supersenses", "hypernyms", "eras"),
         *("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "mnli_mismatched", "qnli", "rte", "wnli"),
     ] = "supersenses"
-    """Embedded: supersenses (of a definition) or hypernyms (is the first a kind of the second); or a task of GLUE."""
+    """Embedded: supersenses (of a definition), hypernyms (is the first a kind of the second) or eras (when a president
+    said it); or a task of GLUE."""
     data: str = ""
     """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them that are named after splits, or a Hub data set id.
     "" = that of `task`."""
@@ -48,7 +49,7 @@ class Config(fields.RunControl):
     text_pair_column: str = ""  # Column of `data` with the second text. "" = there is none.
     label_column: str = "label"
     """Column of `data` with classes (names or whole numbers), numbers with a point, or lists of tags."""
-    labels_per_class: Natural = 0  # Samples of each class to train on, chosen by the seed. 0 = all.
+    labels_per_class: Natural = 0  # Labels of each class that there are, chosen by the seed. 0 = all.
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`.
     seq_length: Count = 128  # Most tokens of a row; what is longer is cut.
 
@@ -56,6 +57,7 @@ class Config(fields.RunControl):
     init: str = "outputs/bert"
     """Run folder or Hub id of the encoder to start from; or scratch: new weights, of the sizes that the configuration
     beside `tokenizer` says."""
+    keep_head: bool = False  # Begin with the head of `init` too, which was tuned on the same classes.
     dropout: Share = 0.1  # Dropout probability everywhere in the model. 0 = none.
 
     # Optimization
@@ -72,14 +74,18 @@ class Config(fields.RunControl):
     # Evaluation
     eval_data: str = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
     eval_split: str = ""
-    """Split to evaluate on. "" = the first whose name begins with validation, val, dev or test, else all of eval_data,
-    else eval_fraction is held out."""
+    """Split to evaluate on, by which the best model is chosen; the one to train on: eval_fraction of its labels.
+    "" = the first whose name begins with validation, val, dev or test, else all of eval_data, else eval_fraction."""
     eval_fraction: ShareInside = 0.1
     """Share of the samples, of each class where there are classes, held out where there is no split to evaluate on."""
+    test_split: str = ""
+    """Split on which the best model is tried, and which chooses nothing. "" = that of the task, none of other data."""
     probe: bool = False
     """Say before training how well the encoder as it is tells classes: by nearest neighbours, and linearly."""
     best_metric: str = ""
     """Metric whose best evaluation is exported, such as accuracy, macro_f1, pearson. "" = the first that is logged."""
+    patience: Natural = 0  # Evaluations without a better one after which the run ends. 0 = it does not.
+    seeds: Count = 1  # Runs, with seeds from `seed` on, whose mean and standard error are told.
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -106,7 +112,7 @@ from shared.metrics import scores
 from shared.metrics.confusions import describe_confusions
 from shared.metrics.probe import linear_probe, nearest_neighbours
 from shared.models.export import export_model
-from shared.models.pretrained import label_numbers, load_encoder, load_errors
+from shared.models.pretrained import label_numbers, load_encoder, load_errors, load_with_head
 from shared.optim import schedules
 from shared.optim.layer_rates import layer_groups
 from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
@@ -114,6 +120,7 @@ from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
 from shared.run.best import Best
+from shared.run.seeds import each_seed, report_seeds
 from shared.run.training_run import Run, start
 from shared.runtime.collectives import equal_share, gather_objects, node_main_first, rank_of
 from shared.text import labelled
@@ -124,19 +131,41 @@ from shared.text.vocabulary import num_ids
 
 
 class Task(NamedTuple):
-    """A data set: its Hub id or folder, configuration, text columns, split to evaluate on, and a metric of its own."""
+    """A data set: Hub id or folder, configuration, columns, splits to evaluate and to test on, a metric of its own.
+
+    To evaluate on train means on a part of it that is held out.
+    """
 
     data: str
     config: str
     columns: tuple[str, ...]
     eval_split: str
     metric: str = ""
+    test_split: str = ""
+
+
+class Split(NamedTuple):
+    """Texts, how metrics call them (eval or test), and their tokens."""
+
+    name: str
+    samples: LabelledTexts
+    rows: LabelRows
+
+
+class Tried(NamedTuple):
+    """How a model did on a split: metrics, what it mistakes most often, and of each text the label and the answer."""
+
+    metrics: dict[str, float]
+    confusions: str
+    labels: list[Any]
+    answers: list[Any]
 
 
 GLUE = "nyu-mll/glue"
 TASKS = {  # Wang et al. 2019, table 1, and the columns of its data set
-    "supersenses": Task(str(labelled.SAMPLES / "supersenses"), "", ("text",), "test"),
-    "hypernyms": Task(str(labelled.SAMPLES / "hypernyms"), "", ("sentence1", "sentence2"), "test"),
+    "supersenses": Task(str(labelled.SAMPLES / "supersenses"), "", ("text",), "train", test_split="test"),
+    "eras": Task(str(labelled.SAMPLES / "eras"), "", ("text",), "train", test_split="test"),
+    "hypernyms": Task(str(labelled.SAMPLES / "hypernyms"), "", ("sentence1", "sentence2"), "train", test_split="test"),
     "cola": Task(GLUE, "cola", ("sentence",), "validation", "matthews_correlation"),
     "sst2": Task(GLUE, "sst2", ("sentence",), "validation"),
     "mrpc": Task(GLUE, "mrpc", ("sentence1", "sentence2"), "validation", "f1"),
@@ -169,6 +198,7 @@ MODEL_CLASSES = {
 }
 # Devlin et al. 2019, A.3; of 25 supersenses a class 45.1 % were right after 400 updates with 1e-3, 44.6 % with 3e-3.
 PUBLISHED_RATE, LARGE_RATE = 3e-5, 1e-3
+NO_CHOICE = "another split than the one that chooses the best model"
 PIPELINE_TAGS = {"classes": "text-classification", "numbers": "text-classification", "tags": "token-classification"}
 USAGE = """from transformers import pipeline
 
@@ -178,8 +208,13 @@ print(pipeline({!r}, "path/of/this/folder")({!r}))"""
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
+    cli.expect(cfg.test_split != cfg.data_split, "test_split", cfg.test_split, "another split than the one to train on")
+    evaluates = not cfg.patience or cfg.eval_every > 0
+    cli.expect(evaluates, "patience", cfg.patience, "0 where eval_every is 0, since it counts evaluations")
     has_sizes = cfg.init != "scratch" or bool(cfg.tokenizer)
     cli.expect(has_sizes, "tokenizer", cfg.tokenizer, "the folder or Hub id of an encoder, for init scratch")
+    has_head = cfg.init != "scratch" or not cfg.keep_head
+    cli.expect(has_head, "keep_head", True, "a model to start from, not init scratch")
     known = cfg.best_metric in ("", *METRICS)
     cli.expect(known, "best_metric", cfg.best_metric, f"one of {', '.join(METRICS)}")
 
@@ -196,26 +231,36 @@ def metrics_of(cfg: Config, task: Task, problem: str) -> tuple[str, ...]:
 # Data
 
 
-def open_data(cfg: Config) -> tuple[Task, LabelledTexts, LabelledTexts]:
-    """The task, and the texts to train on and to evaluate on."""
+def open_data(cfg: Config) -> tuple[Task, LabelledTexts, dict[str, LabelledTexts]]:
+    """The task, the texts to train on, and those of eval and, if there is such a split, of test."""
     task, label_column = TASKS[cfg.task], "label"
     if cfg.data:
         columns = (cfg.text_column, *([cfg.text_pair_column] if cfg.text_pair_column else []))
-        task, label_column = Task(cfg.data, cfg.data_config, columns, cfg.eval_split), cfg.label_column
+        task, label_column = Task(cfg.data, cfg.data_config, columns, ""), cfg.label_column
     options: dict[str, Any] = {"config": task.config, "columns": task.columns, "label_column": label_column}
     train = labelled.open_labelled(task.data, **options, split=cfg.data_split, class_names=None)
     source = cfg.eval_data or task.data
+    options["class_names"] = train.class_names
     eval_split = cfg.eval_split or ("" if cfg.eval_data else task.eval_split)
-    eval_split = eval_split or labelled.validation_split(source, task.config) or ("train" if cfg.eval_data else "")
-    if eval_split:
-        held_out = labelled.open_labelled(source, **options, split=eval_split, class_names=train.class_names)
-    else:
-        train, held_out = labelled.hold_out(train, cfg.eval_fraction)
+    eval_split = eval_split or labelled.validation_split(source, task.config, cfg.test_split)
+    eval_split = eval_split or ("train" if cfg.eval_data else "")
+    cli.expect(not cfg.test_split or cfg.test_split != eval_split, "test_split", cfg.test_split, NO_CHOICE)
+    chooses_by_own = source == task.data and eval_split == cfg.data_split  # by labels that are to be few as well
+    evals: dict[str, LabelledTexts] = {}
+    if eval_split and not chooses_by_own:
+        evals["eval"] = labelled.open_labelled(source, **options, split=eval_split, field="eval_split")
+    elif not eval_split:
+        train, evals["eval"] = labelled.hold_out(train, cfg.eval_fraction)
     if cfg.labels_per_class:
         has_classes = train.problem == "classes"
         cli.expect(has_classes, "labels_per_class", cfg.labels_per_class, "0 for labels that are not classes")
         train = labelled.few_of_each_class(train, cfg.labels_per_class, cfg.seed)
-    return task, train, held_out
+    if chooses_by_own:
+        train, evals["eval"] = labelled.hold_out(train, cfg.eval_fraction)
+    test_split = cfg.test_split or ("" if cfg.eval_data or task.test_split == eval_split else task.test_split)
+    if test_split:
+        evals["test"] = labelled.open_labelled(source, **options, split=test_split, field="test_split")
+    return task, train, evals
 
 
 def open_tokenizer(cfg: Config, problem: str) -> Any:
@@ -267,7 +312,11 @@ def build_model(cfg: Config, problem: str, class_names: tuple[str, ...], tokeniz
     head = {"num_labels": 1} if problem == "numbers" else label_numbers(class_names)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     if cfg.init == "scratch":
-        model = model_class.from_config(transformers.AutoConfig.from_pretrained(name, **dropouts, **head))
+        model = model_class.from_config(
+            transformers.AutoConfig.from_pretrained(name, **dropouts, **head), dtype=torch.float32
+        )
+    elif cfg.keep_head:
+        model = load_with_head(model_class, name, class_names, **dropouts, **head)
     else:
         model = load_encoder(model_class, name, **dropouts, **head)
     if cfg.gradient_checkpointing:
@@ -295,6 +344,11 @@ def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return model(**{name: values for name, values in batch.items() if name != "labels"}).logits
 
 
+def is_target(labels: Tensor) -> Tensor:
+    """Which labels are to be learnt: all numbers, and all classes but -100."""
+    return torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
+
+
 def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over texts or tokens that have a class; of numbers the squared error."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -308,40 +362,35 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    accelerator: Any, model: Any, rows: LabelRows, samples: LabelledTexts, metrics: tuple[str, ...], batch_size: int
-) -> tuple[dict[str, float], str]:
-    """Loss and metrics over every text once, and what is mistaken most often."""
+def evaluate(accelerator: Any, model: Any, split: Split, metrics: tuple[str, ...], batch_size: int) -> Tried:
+    """Loss and metrics over every text once, under the name of the split."""
     model.eval()
-    by_length = np.argsort(rows.lengths, kind="stable")
+    by_length = np.argsort(split.rows.lengths, kind="stable")
     share = equal_share(accelerator, math.ceil(len(by_length) / batch_size))
-    loss, found = 0.0, []  # found: of each text its prediction and its label, numbers or arrays of tokens
+    loss, found = 0.0, {}  # found: of each text its labels and the answers, one or several
     is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
     for number in tqdm(share, desc="evaluating", delay=2, leave=False, disable=is_quiet):
         mine = by_length[number * batch_size :][:batch_size].tolist()
-        batch = to_device(rows.batch(mine or [0]), accelerator.device)  # all must run equally often
+        batch = to_device(split.rows.batch(mine or [0]), accelerator.device)  # all must run equally often
         logits = forward(model, batch).float()
         if mine:
             loss += loss_sum(logits, batch["labels"]).item()
-            predicted = logits.squeeze(-1) if samples.problem == "numbers" else logits.argmax(-1)
-            found += list(zip(predicted.cpu().numpy(), batch["labels"].cpu().numpy(), strict=True))
+            answers = logits.squeeze(-1) if split.samples.problem == "numbers" else logits.argmax(-1)
+            columns = (batch["labels"], answers, is_target(batch["labels"]))
+            rows = zip(mine, *(values.reshape(len(mine), -1).cpu().numpy() for values in columns), strict=True)
+            found |= {text: (label[known], answer[known]) for text, label, answer, known in rows}
     model.train()
     gathered = gather_objects(accelerator, (loss, found))
-    pairs = [pair for _, of_process in gathered for pair in of_process]
-    guesses, labels = (np.concatenate([np.atleast_1d(pair[place]) for pair in pairs]) for place in (0, 1))
-    has_label = labels != IGNORED if samples.problem != "numbers" else np.ones(len(labels), dtype=bool)
-    guesses, labels = guesses[has_label], labels[has_label]
-    results = {"eval/loss": sum(of_process for of_process, _ in gathered) / len(labels)}
+    everything = {text: pair for _, of_process in gathered for text, pair in of_process.items()}
+    labels, answers = zip(*(everything[text] for text in range(len(everything))), strict=True)
+    flat = {"references": np.concatenate(labels), "predictions": np.concatenate(answers)}
+    named = {"references": split.samples.named(labels), "predictions": split.samples.named(answers)}
+    results = {f"{split.name}/loss": sum(of_process for of_process, _ in gathered) / len(flat["references"])}
     for name in metrics:
-        predictions, references = guesses, labels
-        if name == "entity_f1":
-            named = [(guess[label != IGNORED], label[label != IGNORED]) for guess, label in pairs]
-            predictions, references = (
-                [[samples.class_names[tag] for tag in pair[place].tolist()] for pair in named] for place in (0, 1)
-            )
-        results[f"eval/{name}"] = METRICS[name]().compute(predictions=predictions, references=references)[name]
-    shown = describe_confusions(labels, guesses, samples.class_names) if samples.class_names else ""
-    return results, shown
+        results[f"{split.name}/{name}"] = METRICS[name]().compute(**(named if name == "entity_f1" else flat))[name]
+    names = split.samples.class_names
+    confusions = describe_confusions(flat["references"], flat["predictions"], names) if names else ""
+    return Tried(results, confusions, named["references"], named["predictions"])
 
 
 @torch.no_grad()
@@ -390,7 +439,7 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 
 def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
     """One optimizer update: its mean loss a target over all processes and micro-batches, and its gradient norm."""
-    num_targets = accelerator.reduce(sum((batch["labels"] != IGNORED).sum() for batch in batches), "sum")
+    num_targets = accelerator.reduce(sum(is_target(batch["labels"]).sum() for batch in batches), "sum")
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets
     losses = []
@@ -409,32 +458,35 @@ def main(cfg: Config) -> None:
     check_config(cfg)
     accelerator, micro_batch_size = start(cfg)
     with node_main_first(accelerator):
-        task, train, held_out = open_data(cfg)
+        task, train, evals = open_data(cfg)
     metric_names = metrics_of(cfg, task, train.problem)
     cli.expect(train.problem == "classes" or not cfg.probe, "probe", cfg.probe, "False for labels that are not classes")
     tokenizer = open_tokenizer(cfg, train.problem)
-    rows, eval_rows = (encode(samples, tokenizer, cfg.seq_length) for samples in (train, held_out))
+    rows = encode(train, tokenizer, cfg.seq_length)
+    splits = {name: Split(name, texts, encode(texts, tokenizer, cfg.seq_length)) for name, texts in evals.items()}
+    held_out, test = splits["eval"], splits.get("test")
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     updates = Updates(rows, micro_batch_size, order)
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, tokenizer, to_device(updates[0][0], accelerator.device))
+        report_costs(cfg, accelerator, train, tokenizer, updates)
         return
     model = build_model(cfg, train.problem, train.class_names, tokenizer)
-    if train.problem == "numbers":
+    if train.problem == "numbers" and not cfg.keep_head:
         begin_at_mean(model, train.labels)
-    facts = describe(cfg, accelerator, model, train, held_out)
+    facts = describe(cfg, accelerator, model, rows, evals)
     accelerator.print(summary.table(facts))
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
     if cfg.probe:
-        facts |= (probed := probe(accelerator, model, rows, eval_rows, micro_batch_size))
+        facts |= (probed := probe(accelerator, model, rows, (test or held_out).rows, micro_batch_size))
         accelerator.print(summary.table(probed))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
     best = Best(f"eval/{metric_names[0]}", run.state)
+    run.is_over = best.has_waited(cfg.patience)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
-    fingerprints = [train.fingerprint(), held_out.fingerprint()]
+    fingerprints = [texts.fingerprint() for texts in (train, *evals.values())]
     run.record(Path(__file__), {"data": task.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
     for step, batches in run.updates(loader, facts["flops_per_row"]):
@@ -444,26 +496,32 @@ def main(cfg: Config) -> None:
         batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
 
-        due = run.count_update(grad_norm, samples=tokens / cfg.seq_length, units=tokens)
+        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=tokens)
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": learning_rate_of(cfg) * factor}
             metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
         with run.pause():
             if due.evaluate:
-                found, shown = evaluate(accelerator, model, eval_rows, held_out, metric_names, micro_batch_size)
-                metrics |= found
-                run.write_samples(shown)
-                if best.is_better(run.step, found, shown):
+                tried = evaluate(accelerator, model, held_out, metric_names, micro_batch_size)
+                metrics |= tried.metrics
+                run.write_samples(tried.confusions)
+                if best.is_better(run.step, tried.metrics, tried.confusions):
                     export_model(accelerator, model, tokenizer, run.folder)
+                    tried = evaluate(accelerator, model, test, metric_names, micro_batch_size) if test else tried
+                    metrics |= tried.metrics
+                    best.metrics |= tried.metrics
+                    run.write_predictions(tried.labels, tried.answers)
+                run.is_over = best.has_waited(cfg.patience)
             run.write(metrics)
-            if due.save:
+            if due.save or run.is_over:
                 run.save(best.state())
             if due.push and best.step:  # before the first evaluation there is no model to push
                 run.push()
 
+    cli.expect(best.step > 0, "best_metric", metric_names[0], "a finite value of it once; there is no model to export")
     results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step, "best_step": best.step}
-    usage = USAGE.format(PIPELINE_TAGS[train.problem], example_of(held_out))
+    usage = USAGE.format(PIPELINE_TAGS[train.problem], example_of(held_out.samples))
     card = {"samples": best.samples, "figures": {}, "evaluation": best.metrics}
     run.finish(PIPELINE_TAGS[train.problem], usage, results=results, **card)
 
@@ -475,27 +533,29 @@ def example_of(samples: LabelledTexts) -> Any:
 
 
 def describe(
-    cfg: Config, accelerator: Any, model: Any, train: LabelledTexts, held_out: LabelledTexts
+    cfg: Config, accelerator: Any, model: Any, rows: LabelRows, evals: dict[str, LabelledTexts]
 ) -> dict[str, Any]:
-    """The numbers that follow from the configuration, for the table at the start and run.json."""
-    row = torch.zeros(1, cfg.seq_length, dtype=torch.int64)
+    """The numbers that follow from configuration and data, for the table at the start and run.json."""
+    mean_length = round(np.mean(rows.lengths))
+    row = torch.zeros(1, mean_length, dtype=torch.int64)
     return {
         "parameters": model.num_parameters(),
-        "classes": len(train.class_names) or "numbers",
-        "texts": f"{len(train):,} to train on, {len(held_out):,} to evaluate on",
+        "labels": "numbers" if model.num_labels == 1 else f"{model.num_labels} classes",
+        "texts": ", ".join(f"{len(texts):,} to {use} on" for use, texts in {"train": rows, **evals}.items()),
+        "tokens_per_row": mean_length,
         "flops_per_row": training_flops(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}),
         "rows_per_update": cfg.global_batch_size,
-        "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
+        "updates_per_epoch": round(len(rows) / cfg.global_batch_size, 1),
         **summary.describe_engine(accelerator),
     }
 
 
-def report_costs(cfg: Config, accelerator: Any, train: LabelledTexts, tokenizer: Any, batch: dict[str, Tensor]) -> None:
+def report_costs(cfg: Config, accelerator: Any, train: LabelledTexts, tokenizer: Any, updates: Updates) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
-    seconds = None
+    batch, seconds = to_device(updates[0][0], accelerator.device), None
     with dry_run.without_memory():
         model = build_model(cfg, train.problem, train.class_names, tokenizer)
-        facts = describe(cfg, accelerator, model, train, train)
+        facts = describe(cfg, accelerator, model, updates.rows, {})
         costs = dry_run.costs(accelerator, model, batch, state_bytes_per_parameter(build_optimizer(cfg, model)))
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, train.problem, train.class_names, tokenizer)
@@ -506,4 +566,6 @@ def report_costs(cfg: Config, accelerator: Any, train: LabelledTexts, tokenizer:
 
 if __name__ == "__main__":
     with cli.exit_codes():
-        main(CONFIG)
+        for config in each_seed(CONFIG, CONFIG.seeds):
+            main(config)
+        report_seeds(CONFIG, CONFIG.seeds)

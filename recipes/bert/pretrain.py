@@ -19,7 +19,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.fields import Amount, Count, Natural, Positive, Share, ShareInside
+from shared.fields import Amount, Count, Natural, RateOfNewWeights, RateOfNewWeightsByMuon, Share, ShareInside
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -39,6 +39,8 @@ class Config(fields.Corpus, fields.RunControl):
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a WordPiece trained on the data.
     vocab_size: Count = 8192  # Tokens of a tokenizer trained here; the model's vocabulary is padded to 64's.
     lowercase: bool = True  # Whether a tokenizer trained here ignores case and accents.
+    limit_alphabet: Count = 1000  # Characters that a tokenizer trained here knows, the most frequent ones.
+    min_frequency: Count = 2  # Occurrences of a token that a tokenizer trained here makes of two.
     seq_length: Annotated[int, fields.at_least(8)] = 64
     """Tokens of a row: [CLS] A [SEP] B [SEP], two segments and three special tokens."""
 
@@ -66,15 +68,17 @@ class Config(fields.Corpus, fields.RunControl):
 
     # Optimization
     global_batch_size: Count = 32  # Pairs of one update, over all processes and micro-batches.
-    max_steps: Count = 2500
+    max_steps: Count = 3000
     max_grad_norm: Amount = 1.0
     optimizer: Literal["muon", "adamw", "lamb"] = "muon"
     """muon = Muon for hidden matrices and AdamW for the rest; adamw or lamb = that one for all."""
-    learning_rate: Positive = 0.002  # Peak rate of AdamW or LAMB.
-    muon_learning_rate: Positive = 0.008  # Peak rate of Muon.
+    learning_rate: RateOfNewWeights = 0.002  # Peak rate of AdamW or LAMB.
+    muon_learning_rate: RateOfNewWeightsByMuon = 0.008  # Peak rate of Muon.
     weight_decay: Amount = 0.0
     """Decoupled weight decay of all but biases and norms (muon: of its matrices only). 0 = none."""
     warmup_steps: Natural = 50  # Updates over which the rate rises; then it falls linearly. 0 = none.
+    decay_from: Literal["start", "warmup"] = "start"
+    """start = on the line from the peak at update 0, which it joins after the warm-up; warmup = from the peak."""
     schedule_steps: Natural = 0
     """Updates after which the rate is 0, more than max_steps where a next phase goes on. 0 = max_steps."""
 
@@ -102,7 +106,9 @@ from shared.models.masked_heads import BertForPreTraining, MegatronBertForPreTra
 from shared.models.neighbour_heads import attend_to_neighbours
 from shared.models.pretrained import check_saved_sizes, load_pretrained
 from shared.optim import schedules
-from shared.optim.optimizers import MuonWithAdamW, clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.optim.lamb import Lamb
+from shared.optim.muon import MuonWithAdamW
+from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
@@ -111,9 +117,9 @@ from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import gather_objects, node_main_first, rank_of
 from shared.runtime.launch import usable_cores
 from shared.text import wordpiece
-from shared.text.documents import Beginning, open_texts
+from shared.text.documents import Beginning, open_corpora, open_held_out, short_names
 from shared.text.filled_masks import show_answer, show_filled
-from shared.text.sentence_cache import split_corpus
+from shared.text.sentence_cache import join_caches, split_corpus
 from shared.text.sentence_pairs import NUM_SPECIAL, SentencePairs, cut_padding, without_targets
 from shared.text.vocabulary import num_ids
 
@@ -146,40 +152,40 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
     if cfg.optimizer != "adamw" and accelerator.distributed_type == "DEEPSPEED":
         needs = "ZeRO flattens the matrices that it needs, use --optimizer adamw"
         raise cli.UsageError(f"optimizer: {cfg.optimizer!r}: {needs}")
-    if cfg.optimizer == "lamb" and accelerator.distributed_type == "FSDP":
-        raise cli.UsageError("optimizer: 'lamb': FSDP2 cuts the matrices whose norms it needs, use muon or adamw")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
 
-def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, SentencePairs]:
-    """The tokenizer, and the pairs to train on and to evaluate on."""
+def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, dict[str, SentencePairs]]:
+    """The tokenizer, the pairs to train on, and those of each source to evaluate on."""
     columns = {"config": cfg.data_config, "text_column": cfg.text_column}
-    texts = open_texts(cfg.data, split=cfg.data_split, **columns)
-    eval_data = cfg.eval_data or ("sample_eval" if cfg.data == "sample" else "")
-    eval_texts = open_texts(eval_data, split=cfg.eval_split, **columns) if eval_data else None
-    fraction = 0.0 if eval_texts else cfg.eval_fraction
+    texts: list[Any] = open_corpora(cfg.data, split=cfg.data_split, **columns)
+    eval_texts, fraction = open_held_out(cfg)
+    names = short_names([source.name for source in eval_texts or texts])
     if cfg.dry_run:
-        texts = Beginning(texts, DRY_RUN_CHARACTERS)
-        eval_texts = eval_texts and Beginning(eval_texts, DRY_RUN_CHARACTERS)
+        texts = [Beginning(source, DRY_RUN_CHARACTERS) for source in texts]
+        eval_texts = [Beginning(source, DRY_RUN_CHARACTERS) for source in eval_texts]
     with node_main_first(accelerator):
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         sizes = {"vocab_size": cfg.vocab_size, "seq_length": cfg.max_positions, "lowercase": cfg.lowercase}
+        sizes |= {"limit_alphabet": cfg.limit_alphabet, "min_frequency": cfg.min_frequency}
         cache_dir = cache_folder(cfg.cache_dir)
         tokenizer = wordpiece.load_or_train(name, texts, **sizes, cache_dir=cache_dir)
         options = {"language": cfg.language, "one_sentence_per_line": cfg.one_sentence_per_line}
         options |= {"cache_dir": cache_dir, "num_processes": usable_cores()}
-        train, held_out = split_corpus(texts, tokenizer, eval_fraction=fraction, **options)
+        splits = [split_corpus(source, tokenizer, eval_fraction=fraction, **options) for source in texts]
+        train = join_caches([of_source for of_source, _ in splits], cache_dir)
+        held_out = [of_source for _, of_source in splits]
         if eval_texts:
-            _, held_out = split_corpus(eval_texts, tokenizer, eval_fraction=1.0, **options)
+            held_out = [split_corpus(source, tokenizer, eval_fraction=1.0, **options)[1] for source in eval_texts]
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
         pairs = SentencePairs(train, ids, cfg.seq_length, SHORT_FRACTION, cfg.seed)
-        eval_pairs = SentencePairs(held_out, ids, cfg.seq_length, SHORT_FRACTION, EVAL_SEED)
-        for needed_by_all in (pairs, eval_pairs):
+        evals = [SentencePairs(source, ids, cfg.seq_length, SHORT_FRACTION, EVAL_SEED) for source in held_out]
+        for needed_by_all in (pairs, *evals):
             needed_by_all.epoch(0)
-    return tokenizer, pairs, eval_pairs
+    return tokenizer, pairs, dict(zip(names, evals, strict=True))
 
 
 def mask_tokens(
@@ -309,15 +315,41 @@ def row_to_evaluate(pairs: SentencePairs, pair: int, vocabulary: wordpiece.Vocab
     return mask_tokens(pairs.read(0, pair), vocabulary, EVAL_MASK_FRACTION, whole_words=False, seed=seed)
 
 
-@torch.no_grad()
 def evaluate(
-    accelerator: Any, model: Any, pairs: SentencePairs, vocabulary: wordpiece.Vocabulary, batch_size: int
+    accelerator: Any, model: Any, sources: dict[str, SentencePairs], vocabulary: wordpiece.Vocabulary, batch_size: int
 ) -> dict[str, float]:
-    """Losses (nats) and accuracies of both objectives over every pair once."""
+    """Losses (nats) and accuracies of both objectives over every pair once, of all together and of each source."""
+    found = {name: answers_to(accelerator, model, pairs, vocabulary, batch_size) for name, pairs in sources.items()}
+    nlls = sum(nlls for nlls, *_ in found.values())
+    together = (np.concatenate([of_source[kind] for of_source in found.values()], axis=1) for kind in (1, 2))
+    results = losses_and_accuracies(nlls, *together)
+    for source in found if len(found) > 1 else ():
+        of_source = {key.removeprefix("eval/"): value for key, value in losses_and_accuracies(*found[source]).items()}
+        results |= {f"eval/{source}/{name}": value for name, value in of_source.items()}
+    return results
+
+
+def losses_and_accuracies(nlls: np.ndarray, tokens: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+    """Means over what `answers_to` found."""
+    mlm_loss, nsp_loss = nlls[0].item() / tokens.shape[1], nlls[1].item() / answers.shape[1]
+    return {
+        "eval/loss": mlm_loss + nsp_loss,
+        "eval/mlm_loss": mlm_loss,
+        "eval/mlm_accuracy": Accuracy().compute(predictions=tokens[0], references=tokens[1])["accuracy"],
+        "eval/nsp_loss": nsp_loss,
+        "eval/nsp_accuracy": Accuracy().compute(predictions=answers[0], references=answers[1])["accuracy"],
+    }
+
+
+@torch.no_grad()
+def answers_to(
+    accelerator: Any, model: Any, pairs: SentencePairs, vocabulary: wordpiece.Vocabulary, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both losses (2,), summed over every pair once; of masked tokens and of sentences (2, N) guesses and targets."""
     model.eval()
     by_length = np.argsort(pairs.lengths(pairs.epoch(0)), kind="stable")
     starts = range(0, len(by_length), batch_size * accelerator.num_processes)
-    nlls, tokens, answers = np.zeros(2), [], []  # tokens and answers: (2, N), what was predicted and what was right
+    nlls, tokens, answers = np.zeros(2), [], []
     is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
     for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
         mine = by_length[first + accelerator.process_index * batch_size :][:batch_size]
@@ -331,24 +363,18 @@ def evaluate(
         answers.append(torch.stack([output.seq_relationship_logits.argmax(-1), batch["next_sentence_label"]]))
     model.train()
     gathered = gather_objects(accelerator, [nlls, *(torch.cat(both, 1).cpu().numpy() for both in (tokens, answers))])
-    mlm_nll, nsp_nll = np.sum([process[0] for process in gathered], axis=0).tolist()
+    nlls = np.sum([process[0] for process in gathered], axis=0)
     tokens, answers = (np.concatenate([process[kind] for process in gathered], axis=1) for kind in (1, 2))
-    tokens, answers = (both[:, both[1] != IGNORED] for both in (tokens, answers))
-    mlm_loss, nsp_loss = mlm_nll / tokens.shape[1], nsp_nll / answers.shape[1]
-    return {
-        "eval/loss": mlm_loss + nsp_loss,
-        "eval/mlm_loss": mlm_loss,
-        "eval/mlm_accuracy": Accuracy().compute(predictions=tokens[0], references=tokens[1])["accuracy"],
-        "eval/nsp_loss": nsp_loss,
-        "eval/nsp_accuracy": Accuracy().compute(predictions=answers[0], references=answers[1])["accuracy"],
-    }
+    return nlls, *(both[:, both[1] != IGNORED] for both in (tokens, answers))
 
 
 @torch.no_grad()
-def sample(accelerator: Any, model: Any, tokenizer: Any, pairs: SentencePairs, vocabulary: wordpiece.Vocabulary) -> str:
+def sample(
+    accelerator: Any, model: Any, tokenizer: Any, sources: dict[str, SentencePairs], vocabulary: wordpiece.Vocabulary
+) -> str:
     """What the model fills into the masks of `NUM_SAMPLES` pairs and answers about them; every process takes part."""
     model.eval()
-    texts = []
+    pairs, texts = next(iter(sources.values())), []
     for pair in np.linspace(0, len(pairs.epoch(0)) - 1, NUM_SAMPLES, dtype=np.int64).tolist():
         batch = cut_padding(micro_batches([row_to_evaluate(pairs, pair, vocabulary)], 1)[0])
         output = forward(model, to_device(batch, accelerator.device))
@@ -382,10 +408,17 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     ]
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, fused=True)
-    from pytorch_optimizer import Lamb  # two seconds
+    # Where there is no decay, a step is as long as Adam's: released code of You et al. 2020.
+    groups[1]["trust_ratio"] = False
+    return Lamb(groups, cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6)
 
-    # You et al. 2020, algorithm 2: the decay is part of the update whose length the trust ratio sets.
-    return Lamb(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False)
+
+def learning_rate_factor(cfg: Config, step: int) -> float:
+    """Share of the peak rate at `step`; it is 0 at schedule_steps."""
+    max_steps = cfg.schedule_steps or cfg.max_steps
+    if cfg.decay_from == "start":  # released code of Devlin et al. 2019, optimization.py
+        return schedules.warmup_line_from_start(step, max_steps, cfg.warmup_steps)
+    return schedules.warmup_stable_decay(step, max_steps, cfg.warmup_steps, decay_fraction=1.0)
 
 
 def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
@@ -433,12 +466,12 @@ def main(cfg: Config) -> None:
     run = Run(cfg, accelerator, Path(cfg.init) if cfg.init_optimizer else None)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     data = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
+    data["language"] = "" if cfg.one_sentence_per_line else cfg.language  # by whose rules the text was split
     run.record(Path(__file__), {**data, **facts})
     model.train()
     for step, batches in run.updates(loader, facts["flops_per_pair"]):
         own_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)  # other processes' are nearly as many
-        # Warm up, then fall linearly to 0 at schedule_steps: released code of Devlin et al. 2019, optimization.py.
-        factor = schedules.warmup_stable_decay(step, cfg.schedule_steps or cfg.max_steps, cfg.warmup_steps, 1.0)
+        factor = learning_rate_factor(cfg, step)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)

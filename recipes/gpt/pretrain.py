@@ -22,7 +22,8 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.fields import Amount, Count, Natural, Positive, Share, ShareAboveZero
+from shared.command_line import Several
+from shared.fields import Amount, Count, Natural, RateOfNewWeights, RateOfNewWeightsByMuon, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -37,9 +38,8 @@ class Config(fields.Corpus, fields.RunControl):
     save_every: Natural = 250
 
     # Data
-    data: str = "sample"
-    """sample, a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas."""
-    data_weights: str = ""  # Share of the rows from each of several data, such as 0.7,0.3. "" = equal shares.
+    data: Several = "prose"
+    data_weights: Several = ""  # Share of the rows from each of several data, such as 0.7,0.3. "" = equal shares.
     streaming: bool = False  # Read the data as it arrives instead of tokenising it once; see the README.
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a byte-level BPE trained on the data.
     vocab_size: Annotated[int, fields.at_least(257)] = 4096
@@ -66,14 +66,19 @@ class Config(fields.Corpus, fields.RunControl):
     max_grad_norm: Amount = 1.0
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all."""
-    learning_rate: Positive = 0.02  # Peak rate of AdamW.
-    muon_learning_rate: Positive = 0.016  # Peak rate of Muon.
+    learning_rate: RateOfNewWeights = 0.02  # Peak rate of AdamW.
+    muon_learning_rate: RateOfNewWeightsByMuon = 0.016  # Peak rate of Muon.
     weight_decay: Amount = 0.0
     """Decoupled weight decay of matrices (adamw: of embeddings too, as Radford et al. do). 0 = none."""
     schedule: Literal["wsd", "cosine"] = "wsd"
-    """wsd = warm up, hold, fall linearly to 0 over decay_fraction; cosine = warm up, fall to a tenth."""
+    """wsd = warm up, hold, fall linearly over decay_fraction; cosine = warm up, fall as half a cosine."""
     warmup_steps: Natural = 20  # Updates over which the rate rises. 0 = none.
-    decay_fraction: ShareAboveZero = 1.0  # Share of the updates over which wsd falls. 1 = from the start.
+    decay_fraction: ShareAboveZero = 1.0  # Share of the updates over which wsd falls. 1 = from the end of the warm-up.
+    final_fraction: Share = 0.0  # Share of the peak rate at which the fall ends; 0.1 in Brown et al. 2020. 0 = no rate.
+
+    # Evaluation
+    eval_windows: bool = False
+    """Also report eval/window_loss, over windows of seq_length tokens in which documents see each other (llm.c)."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -93,7 +98,8 @@ from shared.data.updates import Updates, load_updates
 from shared.models.export import export_model
 from shared.models.pretrained import load_causal_lm
 from shared.optim import schedules
-from shared.optim.optimizers import MuonWithAdamW, clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.optim.muon import MuonWithAdamW
+from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
@@ -102,15 +108,16 @@ from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import gather_objects, node_main_first, rank_of
 from shared.runtime.launch import usable_cores
 from shared.text import streaming, tokenization
-from shared.text.documents import open_corpora, open_held_out
+from shared.text.documents import open_corpora, open_held_out, short_names
 from shared.text.generation import continue_prompt
-from shared.text.packing import PackedRows, pack_corpus
+from shared.text.packing import PackedRows, Windows, in_batches, pack_corpus, windows
 from shared.text.vocabulary import num_ids, special_ids
 
 PROMPTS = ("The President of the United States", "It was a truth", "In the year")
 USAGE = """from transformers import pipeline
 
-print(pipeline("text-generation", "path/of/this/folder")("The President of the United States"))"""
+generate = pipeline("text-generation", "path/of/this/folder")
+print(generate("The", max_new_tokens={}))"""
 NEXT = "generate: python recipes/gpt/generate.py --model {}"
 
 
@@ -137,8 +144,8 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 # Data
 
 
-def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[PackedRows]]:
-    """The tokenizer, what to train on (packed rows, or streams), and packed rows to evaluate on."""
+def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], dict[str, PackedRows]]:
+    """The tokenizer, what to train on (packed rows, or streams), and packed rows of each source to evaluate on."""
     columns = {"config": cfg.data_config, "text_column": cfg.text_column}
     open_training = streaming.open_streams if cfg.streaming else open_corpora
     texts = open_training(cfg.data, split=cfg.data_split, **columns)
@@ -156,7 +163,10 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], list[Packe
             train, evals = map(list, zip(*pairs, strict=True))
         if eval_texts and not cfg.dry_run:
             evals = [pack_corpus(source, eval_fraction=1.0, **options)[1] for source in eval_texts]
-    return tokenizer, train, evals
+    has_windows = not cfg.eval_windows or cfg.dry_run or any(len(windows(rows)) for rows in evals)
+    cli.expect(has_windows, "eval_windows", cfg.eval_windows, "held-out text of more than seq_length tokens")
+    names = short_names([source.name for source in eval_texts or texts])
+    return tokenizer, train, dict(zip(names, evals, strict=True)) if evals else {}  # a dry run has none
 
 
 def open_updates(
@@ -245,20 +255,37 @@ def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Any, model: Any, sources: list[PackedRows], batch_size: int) -> dict[str, float]:
-    """Loss a token in nats, perplexity, and bits a byte of text, over every document of `sources` once."""
+def nats_of(accelerator: Any, model: Any, rows: PackedRows | Windows, batch_size: int) -> tuple[float, float]:
+    """Negative log-likelihood in nats over every row once, and the number of its targets."""
     model.eval()
-    nll, num_targets = 0.0, 0
-    for rows in sources:
-        for batch in rows.batches(batch_size, accelerator.process_index, accelerator.num_processes):
-            batch = to_device(batch, accelerator.device)
-            nll += causal_lm_loss_sum(forward(model, batch), batch["labels"]).item()
-            num_targets += int((batch["labels"] != IGNORED).sum())
+    found = np.zeros(2)
+    for batch in in_batches(rows, batch_size, accelerator.process_index, accelerator.num_processes):
+        batch = to_device(batch, accelerator.device)
+        nll = causal_lm_loss_sum(forward(model, batch), batch["labels"])
+        found += [nll.item(), int((batch["labels"] != IGNORED).sum())]
     model.train()
-    nll, num_targets = np.sum(gather_objects(accelerator, (nll, num_targets)), axis=0)
-    bits_per_byte = nll / math.log(2) / sum(rows.cache.num_bytes for rows in sources)
-    loss = float(nll / num_targets)
-    return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss)), "eval/bits_per_byte": float(bits_per_byte)}
+    return tuple(np.sum(gather_objects(accelerator, found), axis=0).tolist())
+
+
+def evaluate(
+    accelerator: Any, model: Any, sources: dict[str, PackedRows], batch_size: int, by_windows: bool
+) -> dict[str, float]:
+    """Loss a token in nats, perplexity, and bits a byte of text, over every document once; bits of each source too.
+
+    With `by_windows` also the loss over windows of the stream, see `packing.Windows`.
+    """
+    nats, numbers = zip(*(nats_of(accelerator, model, rows, batch_size) for rows in sources.values()), strict=True)
+    sizes = [rows.cache.num_bytes for rows in sources.values()]
+    loss = sum(nats) / sum(numbers)
+    results = {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))}
+    results["eval/bits_per_byte"] = sum(nats) / math.log(2) / sum(sizes)
+    if len(sources) > 1:
+        bits = (nat / math.log(2) / size for nat, size in zip(nats, sizes, strict=True))
+        results |= {f"eval/{name}/bits_per_byte": of_source for name, of_source in zip(sources, bits, strict=True)}
+    if by_windows:
+        pairs = [nats_of(accelerator, model, windows(rows), batch_size) for rows in sources.values()]
+        results["eval/window_loss"] = sum(nats for nats, _ in pairs) / sum(number for _, number in pairs)
+    return results
 
 
 def sample(cfg: Config, accelerator: Any, model: Any, tokenizer: Any) -> str:
@@ -287,17 +314,25 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
         ]
         kept = [group for group in groups if group["params"]]
         return torch.optim.AdamW(kept, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
-    of_muon = {"use_muon": True, "stored_transposed": model.config.model_type == "gpt2"}  # the library's are (in, out)
-    matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, **of_muon}
-    rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
-    return MuonWithAdamW([matrices, rest])
+    # Query, key and value are matrices of their own (Jordan et al. 2024); GPT-2 has them in one, stored as (in, out).
+    is_gpt2 = model.config.model_type == "gpt2"
+    joined = {id(weight) for name, weight in model.named_parameters() if is_gpt2 and name.endswith("c_attn.weight")}
+    of_muon = {"lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
+    of_muon["stored_transposed"] = is_gpt2
+    groups = [
+        {**of_muon, "params": [weight for weight in hidden if id(weight) not in joined]},
+        {**of_muon, "params": [weight for weight in hidden if id(weight) in joined], "num_parts": 3},
+        {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False},
+    ]
+    return MuonWithAdamW([group for group in groups if group["params"]])
 
 
 def learning_rate_factor(cfg: Config, step: int) -> float:
     """Share of the peak rate at `step`."""
+    run = (step, cfg.max_steps, cfg.warmup_steps)
     if cfg.schedule == "wsd":
-        return schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
-    return schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.1)  # Brown et al. 2020, B
+        return schedules.warmup_stable_decay(*run, cfg.decay_fraction, cfg.final_fraction)
+    return schedules.warmup_cosine(*run, cfg.final_fraction)
 
 
 def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
@@ -354,7 +389,7 @@ def main(cfg: Config) -> None:
             metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
         with run.pause():
             if due.evaluate:
-                metrics |= evaluate(accelerator, model, held_out, micro_batch_size)
+                metrics |= evaluate(accelerator, model, held_out, micro_batch_size, cfg.eval_windows)
                 run.write_samples(sample(cfg, accelerator, model, tokenizer))
             run.write(metrics)
             if due.save:
@@ -367,7 +402,8 @@ def main(cfg: Config) -> None:
     results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
     shown = {"samples": sample(cfg, accelerator, model, tokenizer), "figures": {}}
     next_command = NEXT.format(shlex.quote(str(run.folder)))
-    run.finish("text-generation", USAGE, results=results, **shown, next_command=next_command)
+    room = max(1, cfg.seq_length - len(tokenizer("The")["input_ids"]))  # GPT-2 has no positions beyond a row's
+    run.finish("text-generation", USAGE.format(min(256, room)), results=results, **shown, next_command=next_command)
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dict[str, Any]:

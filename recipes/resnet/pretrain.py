@@ -21,7 +21,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.fields import Amount, Count, Natural, Positive, Share, ShareAboveZero
+from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -43,14 +43,17 @@ class Config(fields.Images, fields.RunControl):
     """Read images as they arrive, in one data worker, instead of storing the data set; see the README."""
     label_column: str = ""
     """Column of the classes. "" = the only one with a list of classes, or the one called label or cls."""
+    classes: str = ""  # Numbers of the classes to learn, with commas. "" = all.
     image_size: Count = 20  # Side of the crops at the start, in pixels.
     final_image_size: Count = 28  # Side of the crops from grow_until on.
     grow_from: Share = 0.0  # Share of the updates after which the crops begin to grow, linearly.
     grow_until: ShareAboveZero = 0.8  # Share of the updates after which the crops have their final size.
     size_multiple: Count = 4  # The side of the crops is rounded to a multiple of this.
     min_crop_area: ShareAboveZero = 0.8  # Least share of an image's area that a random crop takes.
-    enlarge: Count = 2
-    """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
+    mirrored: bool = True  # Mirror half of the crops; not where left and right differ, as in text, signs and scans.
+    enlarge: Natural = 0
+    """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not. 0 = 2 for the
+    sample, whose images are small, else 1."""
 
     # Model
     layer_type: Literal["basic", "bottleneck"] = "basic"
@@ -58,6 +61,8 @@ class Config(fields.Images, fields.RunControl):
     depths: str = "1,1,1"  # Blocks of each stage; the later stages halve the sides.
     hidden_sizes: str = "32,64,128"  # Channels after each stage.
     embedding_size: Count = 32  # Channels after the stem.
+    zero_init_residual: bool = True
+    """Let blocks of a new model begin as their shortcuts (Goyal et al. 2017, section 5.1)."""
     init: str = "scratch"
     """scratch, or a run folder or Hub id to start from: its weights; with other classes its head is new."""
 
@@ -69,11 +74,13 @@ class Config(fields.Images, fields.RunControl):
     per_device_batch_size: Natural = 0
     """Images of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
     max_steps: Count = 3000
-    learning_rate: Positive = 0.5  # Peak rate.
-    momentum: Share = 0.9  # Nesterov momentum. 0 = none.
+    learning_rate: RateOfNewWeights = 0.5  # Peak rate.
+    momentum: Share = 0.9  # Of SGD. 0 = none.
+    nesterov: bool = True  # Take Nesterov's momentum instead of the plain one.
     weight_decay: Amount = 5e-4  # L2 penalty of convolutions and the head, not of norms and biases. 0 = none.
     max_grad_norm: Amount = 0.0
-    warmup_steps: Natural = 100  # Updates over which the rate rises linearly; then it falls to 0 as a cosine.
+    warmup_steps: Natural = 100  # Updates over which the rate rises linearly; then it falls to 0.
+    schedule: Literal["cosine", "linear"] = "cosine"  # How it falls.
     ema_decay: Share = 0.998
     """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""
 
@@ -119,6 +126,7 @@ def check_config(cfg: Config) -> None:
     fields.check_run_control(cfg)
     # The library's ResNet has no such choice, and the field must not be passed over in silence.
     cli.expect(not cfg.gradient_checkpointing, "gradient_checkpointing", True, "False for this model")
+    cli.expect(not (cfg.streaming and cfg.classes), "classes", cfg.classes, "no choice of classes with streaming")
     grows = cfg.final_image_size >= cfg.image_size
     cli.expect(grows, "final_image_size", cfg.final_image_size, "at least image_size")
     cli.expect(cfg.grow_from < cfg.grow_until, "grow_from", cfg.grow_from, "a share in [0, grow_until)")
@@ -133,7 +141,10 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, labelled.LabelledImag
     """The images to train on, maybe a stream of them, and those to evaluate on."""
     open_splits = streaming.open_splits if cfg.streaming else labelled.open_splits
     with node_main_first(accelerator):
-        return open_splits(cfg, cfg.label_column, largest=max(cfg.final_image_size, cfg.eval_image_size))
+        train, held_out = open_splits(cfg, cfg.label_column, largest=max(cfg.final_image_size, cfg.eval_image_size))
+    if cfg.classes:
+        train, held_out = (labelled.of_classes(some, "classes", cfg.classes) for some in (train, held_out))
+    return train, held_out
 
 
 def image_size_at(cfg: Config, step: int) -> int:
@@ -150,11 +161,12 @@ def open_updates(
     """Updates from `step` on: each this process's micro-batches, the names of bad images, and its stream's state."""
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     sizes = [image_size_at(cfg, number) for number in range(cfg.max_steps)]
-    cut = {"sizes": sizes, "min_area": cfg.min_crop_area, "micro_batch_size": micro_batch_size}
+    cut = {"sizes": sizes, "min_area": cfg.min_crop_area, "mirrored": cfg.mirrored}
+    cut |= {"micro_batch_size": micro_batch_size, "order": order}
     if cfg.streaming:
-        stream = StreamedGrowingCrops(cfg.data, train, **cut, order=order, step=step, states=streams)
+        stream = StreamedGrowingCrops(cfg.data, train, **cut, step=step, states=streams)
         return load_updates(stream, None, min(cfg.num_workers, 1), accelerator.device)
-    crops = GrowingCrops(cfg.data, train, **cut, order=order)
+    crops = GrowingCrops(cfg.data, train, **cut)
     return load_updates(crops, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
@@ -169,9 +181,8 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> resnet.ResNetForIm
         sizes = {"embedding_size": cfg.embedding_size, **resnet.stage_sizes(cfg.depths, cfg.hidden_sizes)}
         config = transformers.ResNetConfig(layer_type=cfg.layer_type, **sizes, **label_numbers(class_names))
         model = resnet.ResNetForImageClassification(config)
-        for stage in model.resnet.encoder.stages:
+        for stage in model.resnet.encoder.stages if cfg.zero_init_residual else ():
             for block in stage.layers:
-                # A block begins as its shortcut alone: Goyal et al. 2017, section 5.1.
                 torch.nn.init.zeros_(block.layer[-1].normalization.weight)
     else:
         model = load_classifier(resnet.ResNetForImageClassification, cfg.init, class_names)
@@ -180,6 +191,11 @@ def build_model(cfg: Config, class_names: tuple[str, ...]) -> resnet.ResNetForIm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Objective
+
+
+def enlargement(cfg: Config) -> int:
+    """Times by which crops are enlarged for the model."""
+    return cfg.enlarge or (2 if cfg.data == "sample" else 1)
 
 
 def forward(model: Any, pixels: Tensor, enlarge: int) -> Tensor:
@@ -215,9 +231,18 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> t
 
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum; no decay of norms and biases (He et al. 2019, section 3.1)."""
+    """SGD with momentum; no decay of norms and biases (He et al. 2019, section 3.1)."""
     groups = decay_of_matrices(model, cfg.weight_decay)
-    return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum, nesterov=cfg.momentum > 0)
+    return torch.optim.SGD(
+        groups, lr=cfg.learning_rate, momentum=cfg.momentum, nesterov=cfg.nesterov and cfg.momentum > 0
+    )
+
+
+def learning_rate_factor(cfg: Config, step: int) -> float:
+    """Share of the peak rate at `step`."""
+    if cfg.schedule == "linear":
+        return schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, decay_fraction=1.0)
+    return schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps)
 
 
 def train_update(
@@ -230,9 +255,10 @@ def train_update(
     statistics.begin_update()
     for batch in batches:
         with accelerator.accumulate(model):
-            logits = forward(model, batch["pixel_values"], cfg.enlarge)
+            logits = forward(model, batch["pixel_values"], enlargement(cfg))
             loss = loss_sum(logits, batch["labels"], cfg.label_smoothing)
             accelerator.backward(loss * scale)
+        statistics.add_micro_batch()
         losses.append(loss.detach())
     grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
     statistics.end_update(accelerator, grad_norm)
@@ -253,7 +279,8 @@ def main(cfg: Config) -> None:
     if accelerator.distributed_type.value not in SHARDED_ENGINES:  # which cut weights into flat parts
         model = model.to(memory_format=torch.channels_last)
     if cfg.compile:
-        model.compile()
+        num_sides = len({image_size_at(cfg, step) for step in range(cfg.max_steps)})
+        model.compile(dynamic=False, recompile_limit=2 * num_sides + 6)  # a last micro-batch may be smaller; evaluation
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
     statistics = RunningStatistics(model)
 
@@ -261,14 +288,14 @@ def main(cfg: Config) -> None:
     average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step, run.state.get("streams", []))
-    side, fraction = cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction
+    side, fraction = enlargement(cfg) * cfg.eval_image_size, cfg.eval_crop_fraction
     crops = CenterCrops(held_out, side, fraction, micro_batch_size)
     processor = resnet.build_processor(side, fraction)
     data = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     run.record(Path(__file__), {**data, **facts})
     model.train()
     for step, (batches, undecoded, stream) in run.updates(updates, facts["flops_per_image"]):
-        factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.0)
+        factor = learning_rate_factor(cfg, step)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches)
@@ -310,7 +337,7 @@ def main(cfg: Config) -> None:
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
-    side = cfg.enlarge * cfg.final_image_size
+    side = enlargement(cfg) * cfg.final_image_size
     return summary.describe_classifier(accelerator, model, side, train.num_images, cfg.global_batch_size)
 
 
@@ -320,7 +347,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
     seconds = None
     (batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
     last = to_device(batch, accelerator.device)
-    inputs = {"pixel_values": resnet.normalize(last["pixel_values"], cfg.enlarge)}
+    inputs = {"pixel_values": resnet.normalize(last["pixel_values"], enlargement(cfg))}
     with dry_run.without_memory():
         model = build_model(cfg, train.class_names)
         facts = describe(cfg, accelerator, model, train)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.fields import Amount, Count, Natural, Positive, Share, ShareAboveZero
+from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -50,13 +50,15 @@ class Config(fields.Images, fields.RunControl):
     """Column of the classes. "" = the only one with a list of classes, or the one called label or cls."""
     image_size: Count = 28  # Side of the random crops, in pixels.
     min_crop_area: ShareAboveZero = 0.8  # Least share of an image's area that a random crop takes.
+    mirrored: bool = True  # Mirror half of the crops; not where left and right differ, as in text, signs and scans.
     repeats: Count = 1
     """Crops of the same image, one after the other (repeated augmentation); an epoch is as much longer. 1 = one."""
     rand_augment_operations: Natural = 2  # Operations of RandAugment for each crop. 0 = none.
     rand_augment_magnitude: Magnitude = 2.0  # Their mean strength.
     rand_augment_spread: Amount = 0.5  # Standard deviation of their strength.
-    enlarge: Count = 2
-    """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not."""
+    enlarge: Natural = 0
+    """Times by which crops are enlarged for the model, whose stem leaves a quarter of each side. 1 = not. 0 = 2 for the
+    sample, whose images are small, else 1."""
 
     # Model
     layer_type: Literal["basic", "bottleneck"] = "basic"
@@ -83,7 +85,7 @@ class Config(fields.Images, fields.RunControl):
     per_device_batch_size: Natural = 0
     """Images of one micro-batch on one process, which batch normalisation sees. 0 = the process's whole share."""
     max_steps: Count = 1500
-    learning_rate: Positive = 0.01  # Peak rate of LAMB.
+    learning_rate: RateOfNewWeights = 0.01  # Peak rate of LAMB.
     weight_decay: Amount = 0.02
     """Decay of convolutions and the head, a part of LAMB's update, not of norms and biases. 0 = none."""
     max_grad_norm: Amount = 1.0
@@ -121,6 +123,7 @@ from shared.models.batch_statistics import RunningStatistics
 from shared.models.export import export_model
 from shared.models.pretrained import label_numbers, load_classifier
 from shared.optim import schedules
+from shared.optim.lamb import Lamb
 from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.run import summary
@@ -137,9 +140,11 @@ def check_config(cfg: Config) -> None:
 
 
 def check_engine(accelerator: Any) -> None:
-    """Raise `UsageError` for an engine that cuts matrices."""
-    if (engine := accelerator.distributed_type.value) in SHARDED_ENGINES:
-        raise cli.UsageError(f"accelerate_configs: {engine}: expected DDP, for LAMB needs the norms of whole matrices")
+    """Raise `UsageError` for an engine that flattens matrices."""
+    if (engine := accelerator.distributed_type.value) == "DEEPSPEED":
+        raise cli.UsageError(
+            f"accelerate_configs: {engine}: expected DDP or FSDP2, for LAMB needs the norms of matrices"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,11 +165,11 @@ def open_updates(
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     augmentation = (cfg.rand_augment_operations, cfg.rand_augment_magnitude, cfg.rand_augment_spread)
     cut = {"size": cfg.image_size, "min_area": cfg.min_crop_area, "repeats": cfg.repeats, "augmentation": augmentation}
-    cut["micro_batch_size"] = micro_batch_size
+    cut |= {"micro_batch_size": micro_batch_size, "mirrored": cfg.mirrored, "order": order}
     if cfg.streaming:
-        stream = StreamedRepeatedCrops(cfg.data, train, **cut, order=order, states=streams)
+        stream = StreamedRepeatedCrops(cfg.data, train, **cut, states=streams)
         return load_updates(stream, None, min(cfg.num_workers, 1), accelerator.device)
-    crops = RepeatedCrops(cfg.data, train, **cut, order=order)
+    crops = RepeatedCrops(cfg.data, train, **cut)
     return load_updates(crops, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
@@ -213,6 +218,11 @@ def skip_blocks(model: resnet.ResNetForImageClassification, share: float) -> Non
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Objective
+
+
+def enlargement(cfg: Config) -> int:
+    """Times by which crops are enlarged for the model."""
+    return cfg.enlarge or (2 if cfg.data == "sample" else 1)
 
 
 def forward(model: Any, pixels: Tensor, enlarge: int) -> Tensor:
@@ -287,7 +297,7 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> t
         kept = batch["labels"] != IGNORED
         targets = one_hot(batch["labels"][kept], logits.shape[1]).to(torch.float32)
         bce += loss_sum(logits[kept], targets, smoothing=0.0).item()
-        found.append(classification.answers_of(logits.float().sigmoid(), batch))
+        found.append(classification.answers_of(logits.float().softmax(-1), batch))  # as the pipeline says it
     model.train()
     return classification.gather_answers(accelerator, found, bce, crops.num_images)
 
@@ -298,16 +308,13 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> t
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     """LAMB; norms and biases have no decay and no trust ratio, as in timm's, which the paper used."""
-    from pytorch_optimizer import Lamb  # two seconds
-
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0, "adam": True},
+        {"params": vectors, "weight_decay": 0.0, "trust_ratio": False},
     ]
-    # You et al. 2020, algorithm 2: the decay is part of the update whose length the trust ratio sets.
-    return Lamb(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False)
+    return Lamb(groups, cfg.learning_rate, betas=(0.9, 0.999), eps=1e-6)
 
 
 def train_update(
@@ -329,10 +336,11 @@ def train_update(
         draw = np.random.Generator(np.random.Philox(key=derive_seed(cfg.seed, "mix", step, place)))
         pixels, share = mix(batch["pixel_values"], cfg.mixup_alpha, cfg.cutmix_alpha, draw)
         with accelerator.accumulate(model):
-            logits = forward(model, pixels, cfg.enlarge)
+            logits = forward(model, pixels, enlargement(cfg))
             targets = mixed_targets(batch["labels"], share, logits.shape[1], cfg.target_threshold)
             loss = loss_sum(logits, targets, cfg.label_smoothing)
             accelerator.backward(loss * scale)
+        statistics.add_micro_batch()
         losses.append(loss.detach())
     grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
     statistics.end_update(accelerator, grad_norm)
@@ -351,23 +359,24 @@ def main(cfg: Config) -> None:
     model = build_model(cfg, train.class_names)
     facts = describe(cfg, accelerator, model, train)
     accelerator.print(summary.table(facts))
-    model = model.to(memory_format=torch.channels_last)
+    if accelerator.distributed_type.value not in SHARDED_ENGINES:  # which cut weights into flat parts
+        model = model.to(memory_format=torch.channels_last)
     if cfg.compile:
-        model.compile()
+        model.compile(dynamic=False)
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
     statistics = RunningStatistics(model)
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step, run.state.get("streams", []))
-    side, fraction = cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction
+    side, fraction = enlargement(cfg) * cfg.eval_image_size, cfg.eval_crop_fraction
     crops = CenterCrops(held_out, side, fraction, micro_batch_size)
     processor = resnet.build_processor(side, fraction)
     data = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     run.record(Path(__file__), {**data, **facts})
     model.train()
     for step, (batches, undecoded, stream) in run.updates(updates, facts["flops_per_image"]):
-        factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.0)
+        factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps)
         set_learning_rates(optimizer, factor)
         batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches, step)
@@ -401,7 +410,7 @@ def main(cfg: Config) -> None:
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str, Any]:
     """The numbers that follow from the configuration, for the table at the start and run.json."""
-    side = cfg.enlarge * cfg.image_size
+    side = enlargement(cfg) * cfg.image_size
     return summary.describe_classifier(accelerator, model, side, train.num_images, cfg.global_batch_size)
 
 
@@ -411,7 +420,7 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
     seconds = None
     (batch, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, cfg.max_steps - 1, []))
     last = to_device(batch, accelerator.device)
-    inputs = {"pixel_values": resnet.normalize(last["pixel_values"], cfg.enlarge)}
+    inputs = {"pixel_values": resnet.normalize(last["pixel_values"], enlargement(cfg))}
     with dry_run.without_memory():
         model = build_model(cfg, train.class_names)
         facts = describe(cfg, accelerator, model, train)

@@ -8,6 +8,7 @@ The autoencoder's reconstructions of the true images show what its diffusion mod
     python recipes/text_to_image/evaluate.py --data_split test_unseen_concept --max_images 300
     python recipes/text_to_image/evaluate.py --model outputs/sd1 --data me/captioned --image_size 256 \
         --features inception --max_images 10000
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/evaluate.py
 """
 
 import sys
@@ -55,7 +56,7 @@ class Config:
     """Split whose images can also be taken for those of the captions. "" = train of the sample, else none."""
     features: str = ""
     """Whose features images are compared in: a run folder of recipes/resnet or Hub id of a ResNet classifier, or
-    inception. "" = a classifier of the embedded emoji that lies in assets."""
+    inception. "" = of the sample alone: a classifier of the embedded emoji that lies in assets."""
 
     # Run
     config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
@@ -92,9 +93,13 @@ from shared.metrics import figures
 from shared.metrics.image_features import caption_match, frechet_distance, load_features
 from shared.run import folder as run_folder
 from shared.run import summary
+from shared.runtime.collectives import gather_objects
+from shared.runtime.launch import start_accelerator
 
 SHIPPED = Path(__file__).parent / "assets" / "emoji_resnet"
 SAMPLE_SPLIT = "test_unseen_combination"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}  # by the launcher's mixed precision
+TIMEOUT_MINUTES = 30  # that a process waits for the others' shares
 NUM_SHOWN = 16  # pairs of images in the grid
 
 logger = logging.getLogger(__name__)
@@ -104,6 +109,10 @@ def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what can be told wrong before anything is loaded."""
     cli.check_limits(cfg)
     check_guidance(cfg.model, cfg.guidance_scale)
+    fits = bool(cfg.features) or cfg.data == "sample"
+    cli.expect(
+        fits, "features", cfg.features, "inception, or a classifier of such images, where data is not the sample"
+    )
     is_clear = bool(cfg.output_dir) or Path(cfg.model).is_dir()
     cli.expect(is_clear, "output_dir", cfg.output_dir, f"a folder, for the model {cfg.model!r} is none")
     run_folder.check_writable(Path(cfg.output_dir or cfg.model))
@@ -144,13 +153,18 @@ def open_data(cfg: Config, split: str, most: int | None) -> tuple[list[str], lis
 # Images
 
 
-def make(cfg: Config, pipeline: Any, captions: list[str], positions: list[int]) -> Tensor:
-    """An image of each caption, uint8 (N, 3, S, S); it does not depend on which others are measured."""
+def make(
+    cfg: Config, accelerator: Any, pipeline: Any, captions: list[str], positions: list[int], mine: slice
+) -> Tensor:
+    """An image of each caption, uint8 (N, 3, S, S), of which this process makes those that are `mine`.
+
+    An image does not depend on which others are measured.
+    """
     made = []
     for image in make_images(
         pipeline,
-        captions,
-        [derive_seed(cfg.seed, position) for position in positions],
+        captions[mine],
+        [derive_seed(cfg.seed, position) for position in positions[mine]],
         num_steps=cfg.num_steps,
         guidance_scale=cfg.guidance_scale,
         negative_prompt="",
@@ -160,7 +174,8 @@ def make(cfg: Config, pipeline: Any, captions: list[str], positions: list[int]) 
         fits = image.shape[:2] == (cfg.image_size, cfg.image_size)
         cli.expect(fits, "image_size", cfg.image_size, f"the sides of the model's images, {sides}")
         made.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
-    return torch.stack(made)
+    shares = gather_objects(accelerator, made)
+    return torch.stack([shares[index % len(shares)][index // len(shares)] for index in range(len(captions))])
 
 
 @torch.no_grad()
@@ -168,9 +183,9 @@ def reconstruct(vae: Any, true: Tensor, batch_size: int) -> Tensor:
     """What the autoencoder makes of images, from the mean of their latents; both uint8 (N, 3, S, S)."""
     made = []
     for batch in true.split(batch_size):
-        encoded = vae.encode(batch.to(vae.device, torch.float32) / 127.5 - 1)
+        encoded = vae.encode((batch.to(vae.device, torch.float32) / 127.5 - 1).to(vae.dtype))
         latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent  # of AutoencoderDC
-        pixels = vae.decode(latents).sample
+        pixels = vae.decode(latents).sample.float()
         made.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(made)
 
@@ -181,14 +196,15 @@ def reconstruct(vae: Any, true: Tensor, batch_size: int) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    network: Any, true: Tensor, others: Tensor, made: Tensor, batch_size: int
+    network: Any, true: Tensor, others: Tensor, made: Tensor, batch_size: int, mine: slice
 ) -> tuple[dict[str, float], dict[str, float]]:
     """How near images come to the true ones of the same captions, all uint8 (N, 3, S, S), and images at random.
 
-    `others` are true images of other captions, such as of the same thing in other styles.
+    `others` are true images of other captions, such as of the same thing in other styles; `mine` is this process's
+    share of the images whose distance is measured. Every process calls this.
     """
     device = next(network.parameters()).device
-    distance = frechet_distance(network, true.split(batch_size), made.split(batch_size))
+    distance = frechet_distance(network, true[mine].split(batch_size), made[mine].split(batch_size))
     of_true, of_made = (
         torch.cat([network(batch.to(device)).cpu() for batch in images.split(batch_size)])
         for images in (torch.cat([true, others]), made)
@@ -225,22 +241,29 @@ def main(cfg: Config) -> None:
     others_split = cfg.others_split or ("train" if cfg.data == "sample" else "")
     cli.expect(others_split != split, "others_split", others_split, f"another split than data_split, {split}")
     others = open_data(cfg, others_split, None)[2] if others_split else true[:0]
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    pipeline = load_pipeline(cfg.model, "model").to(device)
+    accelerator = start_accelerator(TIMEOUT_MINUTES, report_to="", logging_dir="", deterministic=False)
+    pipeline = load_pipeline(cfg.model, "model", DTYPES[accelerator.mixed_precision]).to(accelerator.device)
     has_latents = getattr(pipeline, "vae", None) is not None
     cli.expect(has_latents, "model", cfg.model, "a latent diffusion pipeline, which has an autoencoder")
     check_steps(pipeline, cfg.num_steps)
     with without_bars():
-        network = load_features(cfg.features or str(SHIPPED), "features").to(device)
-    if num_cut := sum(bool(lost_text(pipeline, caption)) for caption in captions):
+        network = load_features(cfg.features or str(SHIPPED), "features").to(accelerator.device)
+    num_cut = sum(bool(lost_text(pipeline, caption)) for caption in captions)
+    if num_cut and accelerator.is_main_process:
         logger.warning("%d of %d captions are longer than the text encoder takes and cut", num_cut, len(captions))
 
-    made = make(cfg, pipeline, captions, positions)
-    metrics, chance = measure(network, true, others, made, cfg.batch_size)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    expected = f"an image at least for each of {accelerator.num_processes} processes, got {len(true)}"
+    cli.expect(len(true) >= accelerator.num_processes, "max_images", cfg.max_images, expected)
+    made = make(cfg, accelerator, pipeline, captions, positions, mine)
+    metrics, chance = measure(network, true, others, made, cfg.batch_size, mine)
     reconstructed = reconstruct(pipeline.vae, true, cfg.batch_size)
-    reached, _ = measure(network, true, others, reconstructed, cfg.batch_size)
+    reached, _ = measure(network, true, others, reconstructed, cfg.batch_size, mine)
+    if not accelerator.is_main_process:
+        return
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("config", "output_dir")}
     settings |= {"data_split": split, "others_split": others_split, "scheduler": type(pipeline.scheduler).__name__}
+    settings["precision"] = accelerator.mixed_precision
     numbers = {"num_images": len(true), "num_others": len(others)}
     results = {"metrics": metrics, "reconstructions": reached, "chance": chance, **numbers}
     folder = Path(cfg.output_dir or cfg.model)
@@ -250,7 +273,7 @@ def main(cfg: Config) -> None:
         table(metrics, reached, chance),
         f"{len(true)} images, {len(others)} others: {folder}/evaluation.json, figures/evaluation.png",
     )
-    print(*lines, sep="\n")  # noqa: T201 (there is no accelerator here)
+    accelerator.print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Make images from prompts with a run of pretrain.py, or with any text-to-image pipeline's folder or Hub id.
+r"""Make images from prompts with a run of pretrain.py, or with any text-to-image pipeline's folder or Hub id.
 
 python recipes/text_to_image/generate.py --prompt "3D Fluent emoji, red apple"
 python recipes/text_to_image/generate.py --prompts_file prompts.txt --images_per_prompt 1 --num_steps 50
 python recipes/text_to_image/generate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance_scale 7.5
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/generate.py \
+    --prompts_file prompts.txt
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
@@ -49,6 +52,7 @@ import json
 import logging
 import re
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -63,7 +67,10 @@ from shared.diffusion.generation import (
 )
 from shared.metrics.figures import image_grid
 from shared.run.folder import check_writable
+from shared.runtime.launch import start_accelerator
 
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}  # by the launcher's mixed precision
+TIMEOUT_MINUTES = 30  # that a process waits for the others' shares
 NUM_SHOWN = 64  # images of the grid, at most
 SETTINGS = ("num_steps", "guidance_scale", "negative_prompt", "scheduler")  # noted for each image
 
@@ -100,39 +107,50 @@ def file_name(index: int, prompt: str) -> str:
 
 
 def main(cfg: Config) -> None:
-    """Load the model, make the images and write each as soon as it is there."""
+    """Load the model, make this process's share of the images and write each as soon as it is there."""
     check_config(cfg)
     prompts, folder = read_prompts(cfg), Path(cfg.output_dir)
-    pipeline = load_pipeline(cfg.model, "model")
+    accelerator = start_accelerator(TIMEOUT_MINUTES, report_to="", logging_dir="", deterministic=False)
+    pipeline = load_pipeline(cfg.model, "model", DTYPES[accelerator.mixed_precision])
     if cfg.scheduler:
         set_scheduler(pipeline, cfg.scheduler)
     check_steps(pipeline, cfg.num_steps)
-    for prompt in prompts:
+    for prompt in prompts if accelerator.is_main_process else ():
         if lost := lost_text(pipeline, prompt):
             logger.warning("prompt %r is longer than the text encoder takes and cut: without %r", prompt, lost)
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     prompts = [prompt for prompt in prompts for _ in range(cfg.images_per_prompt)]
+    names = [file_name(index, prompt) for index, prompt in enumerate(prompts)]
     seeds = [derive_seed(cfg.seed, index) for index in range(len(prompts))]
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
     images = make_images(
-        pipeline.to(device),
-        prompts,
-        seeds,
+        pipeline.to(accelerator.device),
+        prompts[mine],
+        seeds[mine],
         num_steps=cfg.num_steps,
         guidance_scale=cfg.guidance_scale,
         negative_prompt=cfg.negative_prompt,
         batch_size=cfg.batch_size,
     )
-    shown, settings = [], {name: getattr(cfg, name) for name in SETTINGS}
-    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as stream:
-        for index, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-            name = file_name(index, prompt)
-            Image.fromarray(image).save(folder / name)
-            stream.write(json.dumps({"file": name, "prompt": prompt, "seed": seed, **settings}) + "\n")
-            shown += [image] if index < NUM_SHOWN else []
+    for name, image in zip(names[mine], images, strict=True):
+        Image.fromarray(image).save(folder / name)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        settings = {name: getattr(cfg, name) for name in SETTINGS} | {"precision": accelerator.mixed_precision}
+        write_overview(settings, prompts, seeds, names, folder)
+    accelerator.print(f"{len(prompts)} images, and together in grid.png: {folder}/")
+
+
+def write_overview(
+    settings: dict[str, Any], prompts: list[str], seeds: list[int], names: list[str], folder: Path
+) -> None:
+    """Write prompts.jsonl, of every image what it was made from, and grid.png, with the first ones."""
+    records = zip(names, prompts, seeds, strict=True)
+    lines = [json.dumps({"file": name, "prompt": prompt, "seed": seed, **settings}) for name, prompt, seed in records]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shown = [np.asarray(Image.open(folder / name)) for name in names[:NUM_SHOWN]]
     titles = [prompt if len(prompt) <= 36 else f"{prompt[:35]}..." for prompt in prompts]
     image_grid(shown, titles, folder / "grid.png")
-    print(f"{len(prompts)} images, and together in grid.png: {folder}/")  # noqa: T201 (there is no accelerator here)
 
 
 if __name__ == "__main__":

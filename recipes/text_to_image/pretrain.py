@@ -21,7 +21,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.fields import Amount, Count, FromOne, Natural, Positive, Share, ShareToOne
+from shared.fields import Amount, Count, FromOne, Natural, RateOfNewWeights, Share, ShareToOne
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -55,7 +55,8 @@ class Config(fields.LatentData, fields.RunControl):
     layers_per_block: Count = 1  # Residual blocks of each stage on the way down, one more on the way up.
     num_heads: Count = 4  # Heads of each attention.
     norm_num_groups: Count = 16  # Groups of each normalisation; all block_out_channels are multiples of it.
-    init: str = "scratch"  # scratch, or a run folder or Hub id of a pipeline of these sizes to start from.
+    init: str = "scratch"
+    """scratch, or a run folder or Hub id of a pipeline of these sizes and this prediction_type to start from."""
 
     # Objective
     prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
@@ -69,7 +70,7 @@ class Config(fields.LatentData, fields.RunControl):
     global_batch_size: Count = 16
     max_steps: Count = 2000
     max_grad_norm: Amount = 1.0
-    learning_rate: Positive = 1e-3  # Peak rate.
+    learning_rate: RateOfNewWeights = 1e-3  # Peak rate.
     weight_decay: Amount = 0.01
     """Decoupled decay of matrices and convolutions, not of embeddings, those of timesteps among them, norms and biases.
     0 = none."""
@@ -104,8 +105,8 @@ from shared.diffusion.latent_encoding import load_autoencoder, open_latents
 from shared.diffusion.latent_updates import FixedSamples, open_updates
 from shared.metrics.figures import image_grid
 from shared.models.averaged_weights import AveragedWeights
-from shared.models.export import export_pipeline, whole_weights
-from shared.models.pretrained import check_sizes, load_diffusion_model
+from shared.models.export import export_pipeline, new_like, whole_weights
+from shared.models.pretrained import check_sizes, load_diffusion_model, load_scheduler
 from shared.optim import schedules
 from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
@@ -118,7 +119,13 @@ from shared.runtime.collectives import SHARDED_ENGINES
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 CACHED = Path("outputs/latents")
 # Stable Diffusion 1.x's (CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml).
-NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+TRAINED_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+TRAINED_NOISE |= {"num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False}
+NOISE = {**TRAINED_NOISE, "steps_offset": 1}
+# For samplers made from the saved scheduler: DDIM's defaults clip latents to [-1, 1], as if they were pixels.
+UNCLIPPED = {"clip_sample": False, "set_alpha_to_one": False}
+# A UNet that has one of these wants more than latents, timesteps and text.
+TEXT_ALONE = dict.fromkeys(("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"))
 NUM_BANDS = 4  # of timesteps, which evaluation tells apart
 NUM_SHOWN = 8
 NEXT = "generate: python recipes/text_to_image/generate.py --model {}"
@@ -218,7 +225,11 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
         unet = diffusers.UNet2DConditionModel(**sizes, sample_size=latent_shape[-1])
     else:
         unet = load_diffusion_model(diffusers.UNet2DConditionModel, cfg.init, "init", subfolder="unet")
-        check_sizes(cfg.init, "a unet", unet.config, sizes)
+        if not isinstance(unet.config.attention_head_dim, int):  # Stable Diffusion 2 has others in each stage
+            del sizes["attention_head_dim"]
+        check_sizes(cfg.init, "a unet", unet.config, {**sizes, **TEXT_ALONE})
+        noise = load_scheduler(diffusers.DDPMScheduler, cfg.init).config
+        check_sizes(cfg.init, "a scheduler", noise, {**TRAINED_NOISE, "prediction_type": cfg.prediction_type})
         unet.register_to_config(sample_size=latent_shape[-1])  # of the images that the pipeline makes by default
     model = Denoiser(unet, text_encoder)
     if cfg.gradient_checkpointing:
@@ -228,7 +239,9 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
 
 def build_scheduler(cfg: Config) -> diffusers.DPMSolverMultistepScheduler:
     """The noise schedule, in the form in which images are made with it and it is saved."""
-    return diffusers.DPMSolverMultistepScheduler(**NOISE, prediction_type=cfg.prediction_type)
+    return diffusers.DPMSolverMultistepScheduler.from_config(
+        {**NOISE, **UNCLIPPED, "prediction_type": cfg.prediction_type}
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,8 +358,9 @@ def export(cfg: Config, accelerator: Any, model: Any, frozen: Any, vae: Any, tok
     """Write all parts as a StableDiffusionPipeline. Every process calls this."""
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
-        shape = (vae.config.latent_channels, *(accelerator.unwrap_model(model).unet.config.sample_size,) * 2)
-        bare = build_model(replace(cfg, init="scratch"), tokenizer, frozen, shape)
+        trained = accelerator.unwrap_model(model)
+        unet = new_like(diffusers.UNet2DConditionModel, trained.unet)
+        bare = Denoiser(unet, captions.new_text_encoder(trained.text_encoder) if frozen is None else None)
         bare.load_state_dict(weights)
         pipeline = diffusers.StableDiffusionPipeline(
             vae=vae,

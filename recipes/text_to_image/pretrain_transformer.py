@@ -22,7 +22,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.fields import Amount, Count, FromOne, Natural, Positive, Share, ShareToOne
+from shared.fields import Amount, Count, FromOne, Natural, Positive, RateOfNewWeights, Share, ShareToOne
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -72,7 +72,7 @@ class Config(fields.LatentData, fields.RunControl):
     global_batch_size: Count = 16
     max_steps: Count = 2500
     max_grad_norm: Amount = 1.0
-    learning_rate: Positive = 2e-3  # Peak rate.
+    learning_rate: RateOfNewWeights = 2e-3  # Peak rate.
     weight_decay: Amount = 0.01  # Decoupled decay of matrices, not of embeddings, norms and biases. 0 = none.
     warmup_steps: Natural = 100  # Updates over which the rate rises linearly.
     decay_fraction: ShareToOne = 0.5
@@ -108,7 +108,7 @@ from shared.diffusion.latent_encoding import load_autoencoder, open_latents
 from shared.diffusion.latent_updates import FixedSamples
 from shared.metrics.figures import image_grid
 from shared.models.averaged_weights import AveragedWeights
-from shared.models.export import export_pipeline, whole_weights
+from shared.models.export import export_pipeline, new_like, whole_weights
 from shared.models.pretrained import check_sizes, load_diffusion_model
 from shared.optim import schedules
 from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learning_rates, state_bytes_per_parameter
@@ -378,7 +378,10 @@ def export(
     """Write all parts as a PRXPipeline for images of `side` pixels. Every process calls this."""
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
-        bare = build_model(replace(cfg, init="scratch"), tokenizer, frozen, vae.config.latent_channels)
+        trained = accelerator.unwrap_model(model)
+        transformer = new_like(diffusers.PRXTransformer2DModel, trained.transformer)
+        text_encoder = captions.new_text_encoder(trained.text_encoder) if frozen is None else None
+        bare = Denoiser(transformer, text_encoder, trained.routed)
         bare.load_state_dict(weights)
         vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and cannot add None
         pipeline = diffusers.PRXPipeline(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.fields import Amount, Count, Natural, Positive, Share
+from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -38,6 +38,7 @@ class Config(fields.Images, fields.RunControl):
 
     # Data
     image_size: Count = 64  # Side of the images in pixels, cut as the largest square at a random place.
+    mirrored: bool = True  # Mirror half of the squares; not where they show text, which nobody writes mirrored.
 
     # Model
     block_out_channels: str = "16,32,64"
@@ -60,7 +61,7 @@ class Config(fields.Images, fields.RunControl):
     global_batch_size: Count = 8  # Images of one update, over all processes and micro-batches.
     max_steps: Count = 2500
     max_grad_norm: Amount = 1.0
-    learning_rate: Positive = 2e-3  # Peak rate.
+    learning_rate: RateOfNewWeights = 2e-3  # Peak rate.
     weight_decay: Amount = 0.0  # Decoupled decay of convolutions, not of norms and biases. 0 = none.
     warmup_steps: Natural = 100  # Updates over which the rate rises linearly; then it falls to 0 as a cosine.
     ema_decay: Share = 0.995
@@ -95,7 +96,7 @@ from shared.images.pixel_range import from_minus_one, to_uint8
 from shared.images.square_updates import SquareUpdates
 from shared.metrics.figures import image_grid
 from shared.models.averaged_weights import AveragedWeights
-from shared.models.export import export_module, whole_weights
+from shared.models.export import export_module, new_like, whole_weights
 from shared.models.pretrained import check_sizes, load_diffusion_model, load_pretrained
 from shared.models.resnet import MEAN, STD
 from shared.optim import schedules
@@ -154,7 +155,7 @@ def open_updates(
     """Updates from `step` on: each this process's micro-batches, and the names of bad images."""
     order = {"seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     form = {"size": cfg.image_size, "noise_shape": latent_shape(cfg), "micro_batch_size": micro_batch_size}
-    updates = SquareUpdates(train, cfg.data, **form, order=order)
+    updates = SquareUpdates(train, cfg.data, **form, order=order, mirrored=cfg.mirrored)
     return load_updates(updates, range(step, cfg.max_steps), cfg.num_workers, accelerator.device)
 
 
@@ -194,7 +195,8 @@ def build_model(cfg: Config) -> AutoencoderKL:
         model = AutoencoderKL(**sizes, sample_size=cfg.image_size)
     else:
         model = load_diffusion_model(AutoencoderKL, cfg.init, "init")
-        check_sizes(cfg.init, "an autoencoder", model.config, sizes)
+        centred = {"use_quant_conv": True, "use_post_quant_conv": True}  # into which `export` takes the latents' mean
+        check_sizes(cfg.init, "an autoencoder", model.config, sizes | centred)
         model.register_to_config(sample_size=cfg.image_size)
     if cfg.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -352,12 +354,13 @@ def export(accelerator: Any, cfg: Config, model: Any, mean: Tensor, deviation: f
     """
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
-        bare = build_model(replace(cfg, init="scratch"))
+        bare = new_like(AutoencoderKL, accelerator.unwrap_model(model))
         bare.load_state_dict(weights)
         with torch.no_grad():
             bare.post_quant_conv.bias += bare.post_quant_conv.weight[:, :, 0, 0] @ mean
             bare.quant_conv.bias[: cfg.latent_channels] -= mean
-        bare.register_to_config(scaling_factor=1 / deviation)
+        # Of a model to start from these are out of date now.
+        bare.register_to_config(scaling_factor=1 / deviation, shift_factor=None, latents_mean=None, latents_std=None)
         export_module(bare, run_dir)
     accelerator.wait_for_everyone()
 
@@ -388,7 +391,7 @@ def main(cfg: Config) -> None:
     run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
     for step, (batches, undecoded) in run.updates(updates, facts["flops_per_image"]):
-        factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps, final_fraction=0.0)
+        factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
         batches = [to_device(batch, accelerator.device) for batch in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, judge, optimizer, batches)

@@ -1,8 +1,10 @@
-"""Small subsets of labelled samples: balanced, nested, and a function of the seed."""
+"""Subsets of labelled samples, balanced and a function of a seed: few for training, and those held out of it."""
 
 import numpy as np
 
 from shared.data.randomness import derive_seed, shuffled_indices
+
+_HELD_OUT_SEED = 0  # so that runs of any seed are evaluated on the same samples
 
 
 def few_of_each(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
@@ -22,3 +24,21 @@ def few_of_each(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
         order = shuffled_indices(np.arange(len(members)), len(members), derive_seed(seed, "few labels", label))
         chosen.append(members[order[:number]])
     return np.sort(np.concatenate(chosen))
+
+
+def held_out_of_each(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Which samples are held out, bool (N,): this share of each class, the same at every call and for every seed.
+
+    Training and evaluation get at least one of each class of two samples or more; of a class of one, training does.
+
+    Args:
+        labels: int64 (N,), the class of each sample.
+        fraction: of each class.
+    """
+    is_held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels).tolist():
+        members = np.flatnonzero(labels == label)
+        number = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        seed = derive_seed(_HELD_OUT_SEED, "held out", label)
+        is_held_out[members[shuffled_indices(np.arange(number), len(members), seed)]] = True
+    return is_held_out

@@ -85,6 +85,13 @@ def build_text_encoder(init: str, tokenizer: Any, sizes: dict[str, Any]) -> Any:
     return encoder.train().requires_grad_(True)
 
 
+def new_text_encoder(trained: Any) -> Any:
+    """A `transformers.CLIPTextModel` of the configuration of `trained`, which may be sharded; its weights are new."""
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(trained.config)
+
+
 def load_or_train_tokenizer(init: str, captions: Iterable[str], vocab_size: int, caption_length: int) -> Any:
     """The tokenizer of a text encoder that trains along: that of `init`, or one trained on the captions.
 

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.command_line import expect
+from shared.command_line import expect, is_speaking_process
 from shared.data.randomness import derive_seed, normal_numbers
 from shared.images.pixel_range import to_uint8
 from shared.models.pretrained import load_diffusion_model
@@ -29,14 +29,15 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def load_pipeline(name: str, field: str) -> Any:
-    """A text-to-image pipeline, of any architecture that the library has, in float32 from safetensors.
+def load_pipeline(name: str, field: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A text-to-image pipeline, of any architecture that the library has, from safetensors.
 
     Nothing that comes with it is run. It shows no progress bars of its own.
 
     Args:
         name: a run folder, any folder of `save_pretrained`, or a Hub id.
         field: the configuration field that `name` comes from, for the message.
+        dtype: of its weights and of what it computes.
 
     Raises:
         UsageError: it is not there, or makes no images from text.
@@ -44,7 +45,7 @@ def load_pipeline(name: str, field: str) -> Any:
     with _only_errors():  # else the import says of each image processor that torchvision is not there
         from diffusers import AutoPipelineForText2Image
     with without_bars():
-        pipeline = load_diffusion_model(AutoPipelineForText2Image, name, field, trust_remote_code=False)
+        pipeline = load_diffusion_model(AutoPipelineForText2Image, name, field, dtype=dtype, trust_remote_code=False)
     pipeline.set_progress_bar_config(disable=True)
     if type(pipeline).__name__ == "PRXPipeline":
         pipeline.transformer.register_forward_pre_hook(_one_timestep, with_kwargs=True)
@@ -83,7 +84,8 @@ def make_images(
     options: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale}
     if "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
         options["use_resolution_binning"] = False  # which knows the sizes of published models alone
-    with tqdm(total=len(prompts), desc="images", unit="image", disable=None) as bar:
+    is_quiet = not is_speaking_process() or None  # None: where there is no terminal
+    with tqdm(total=len(prompts), desc="images", unit="image", disable=is_quiet) as bar:
         for first in range(0, len(prompts), batch_size):
             batch = list(prompts[first : first + batch_size])
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]

@@ -28,8 +28,8 @@ class Croppable(Protocol):
 CROP_DRAWS = 23  # uniform numbers that a random crop takes: two for each of ten sizes, two for its place, one to mirror
 
 
-def random_crop(image: Croppable, size: int, min_area: float, draws: Sequence[float]) -> np.ndarray:
-    """A random part of the image, mirrored half of the time (Szegedy et al. 2015, section 6).
+def random_crop(image: Croppable, size: int, min_area: float, draws: Sequence[float], mirrored: bool) -> np.ndarray:
+    """A random part of the image (Szegedy et al. 2015, section 6).
 
     Where ten draws do not fit into the image, it is the largest square in the middle.
 
@@ -38,6 +38,7 @@ def random_crop(image: Croppable, size: int, min_area: float, draws: Sequence[fl
         size: side of the result in pixels.
         min_area: the crop has this share of the image's area to all of it, and an aspect ratio of 3/4 to 4/3.
         draws: `CROP_DRAWS` numbers, uniform in [0, 1).
+        mirrored: whether half of the crops are mirror images.
 
     Returns:
         uint8 (size, size, 3).
@@ -58,19 +59,20 @@ def random_crop(image: Croppable, size: int, min_area: float, draws: Sequence[fl
         crop_width = crop_height = min(width, height)
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
     pixels = image.crop((left, top, left + crop_width, top + crop_height), size)
-    return pixels[:, ::-1] if mirror < 0.5 else pixels
+    return pixels[:, ::-1] if mirrored and mirror < 0.5 else pixels
 
 
 SQUARE_DRAWS = 2  # uniform numbers that a random square takes: one for its place, one to mirror
 
 
-def random_square(image: Croppable, size: int, draws: Sequence[float]) -> np.ndarray:
-    """The largest square at a random place of the image, mirrored half of the time.
+def random_square(image: Croppable, size: int, draws: Sequence[float], mirrored: bool) -> np.ndarray:
+    """The largest square at a random place of the image.
 
     Args:
         image: to cut from.
         size: side of the result in pixels.
         draws: `SQUARE_DRAWS` numbers, uniform in [0, 1).
+        mirrored: whether half of the squares are mirror images.
 
     Returns:
         uint8 (size, size, 3).
@@ -82,7 +84,7 @@ def random_square(image: Croppable, size: int, draws: Sequence[float]) -> np.nda
     side = min(image.width, image.height)
     left, top = int(where * (image.width - side + 1)), int(where * (image.height - side + 1))
     pixels = image.crop((left, top, left + side, top + side), size)
-    return pixels[:, ::-1] if mirror < 0.5 else pixels
+    return pixels[:, ::-1] if mirrored and mirror < 0.5 else pixels
 
 
 class CenterCrops(Dataset):
@@ -101,6 +103,7 @@ class CenterCrops(Dataset):
     def __init__(self, held_out: LabelledImages, size: int, crop_fraction: float, batch_size: int) -> None:
         self._held_out, self._size, self._crop_fraction = held_out, size, crop_fraction
         self._batch_size, self.num_images = batch_size, len(held_out)
+        self._no_label = np.full(held_out.labels.shape[1:], IGNORED)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -122,7 +125,7 @@ class CenterCrops(Dataset):
 
     def _blank(self, index: int) -> dict[str, Any]:
         grey = np.full((self._size, self._size, 3), 128, dtype=np.uint8)
-        return {"pixel_values": grey, "labels": np.array(IGNORED), "indices": np.array(index)}
+        return {"pixel_values": grey, "labels": self._no_label, "indices": np.array(index)}
 
 
 class Squares(Dataset):

@@ -38,13 +38,14 @@ class EncodedImage:
     Attributes:
         width: in pixels, after EXIF rotation.
         height: in pixels, after EXIF rotation.
+        has_16_bits: whether it is grey with 16 bits a pixel.
 
     Raises:
         BadImage: the header cannot be read, or names more than `MAX_PIXELS`.
     """
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self._data, self.has_16_bits = data, False
         self._pixels: torch.Tensor | None = None
         self._image: Any = None  # Pillow's, of what simplejpeg cannot decode: other formats, EXIF rotation, CMYK
         with _decoding_errors():
@@ -60,6 +61,7 @@ class EncodedImage:
             is_turned = self._image.getexif().get(_ORIENTATION, 1) != 1
             turned = ImageOps.exif_transpose(self._image) if is_turned else self._image
             self._image, (self.width, self.height) = turned, turned.size
+            self.has_16_bits = turned.mode.startswith("I")
 
     def keep_pixels(self) -> None:
         """Decode the image now and keep its pixels instead of its file.
@@ -95,7 +97,7 @@ class EncodedImage:
         return resized.numpy()[0].transpose(1, 2, 0)
 
     def center_crop(self, size: int, crop_fraction: float) -> np.ndarray:
-        """The middle, as transformers' `ConvNextImageProcessor`, which ResNets use, cuts it.
+        """The middle, as image processors of transformers cut it that resize the shorter side and crop.
 
         Args:
             size: side of the result in pixels.
@@ -150,7 +152,7 @@ class EncodedImage:
                     return simplejpeg.decode_jpeg(self._data, "RGB", fastdct=is_fast, fastupsample=is_fast)
                 least = {"min_height": self.height // factor, "min_width": self.width // factor}
                 return simplejpeg.decode_jpeg(self._data, "RGB", fastdct=True, fastupsample=True, **least)
-            if self._image.mode.startswith("I"):  # 16 bits
+            if self.has_16_bits:
                 grey = (np.asarray(self._image, dtype=np.float64) / 257).round().astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             return np.array(self._image.convert("RGB"))

@@ -86,12 +86,17 @@ def open_files(data: str, config: str, split: str, image_column: str) -> ImageFi
     return ImageFiles(kept, image, np.arange(len(kept), dtype=np.int64))
 
 
-def open_split(data: str, config: str, split: str, image_column: str, *, streaming: bool) -> tuple[Any, str]:
-    """A split as `datasets` has it, with all columns, and the name of the one that holds images; see `open_files`."""
+def open_split(
+    data: str, config: str, split: str, image_column: str, *, streaming: bool, field: str = "data_split"
+) -> tuple[Any, str]:
+    """A split as `datasets` has it, with all columns, and the name of the one that holds images; see `open_files`.
+
+    `field` names the split in messages.
+    """
     import datasets
 
     splits = list_splits(data, config)
-    expect(split in splits, "data_split", split, f"one of {', '.join(splits)}, the splits of {data!r}")
+    expect(split in splits, field, split, f"one of {', '.join(splits)}, the splits of {data!r}")
     with _load_errors(data):
         dataset = datasets.load_dataset(**_builder(data, config), split=split, streaming=streaming)
     return dataset, _pick_image(dataset, image_column)
@@ -113,9 +118,9 @@ def list_splits(data: str, config: str) -> list[str]:
         return datasets.get_dataset_split_names(source.pop("path"), source.pop("name", None), **source)
 
 
-def validation_split(data: str, config: str) -> str:
-    """The split to evaluate on; "" if the data set has none."""
-    splits = list_splits(data, config)
+def validation_split(data: str, config: str, test_split: str = "") -> str:
+    """The split to evaluate on, another one than `test_split`; "" if the data set has none."""
+    splits = [split for split in list_splits(data, config) if split != test_split]
     exact = [split for split in VALIDATION_SPLITS if split in splits]
     alike = [split for prefix in VALIDATION_SPLITS for split in splits if split.startswith(prefix)]
     return next(iter(exact + alike), "")
@@ -150,6 +155,18 @@ def check_sides(data: str, images: ImageFiles, least: int) -> None:
     median = int(np.median([min(sides) for sides in _some_sides(data, images)]))
     expected = f"images of at least {least} pixels, the size of the crops; the median of the shorter sides is {median}"
     expect(median >= least, "data", data, expected)
+
+
+def check_eight_bits(data: str, images: ImageFiles) -> None:
+    """Refuse 16 bits a pixel, as far as some images tell: the library's pipelines clip all but the darkest to white.
+
+    Raises:
+        UsageError: it names such an image.
+    """
+    for index in spread(len(images), _SAMPLED_IMAGES):
+        with contextlib.suppress(BadImage):
+            is_deep = EncodedImage(images.read(index)).has_16_bits
+            expect(not is_deep, "data", data, f"grey images of 8 bits a pixel, {images.name(index)} has 16")
 
 
 def check_buckets(data: str, images: ImageFiles, buckets: Sequence[tuple[int, int]]) -> None:

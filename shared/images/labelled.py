@@ -1,6 +1,7 @@
 """Images and their classes: class folders, Parquet, WebDataset tars, or a Hub data set, read by index.
 
-The class of an image is the name of its folder, a `ClassLabel` or text column, or the number in a tar's .cls.
+The class of an image is the name of its folder, a `ClassLabel` or text column, or the number in a tar's .cls. A column
+of lists gives an image several labels, or none.
 """
 
 import functools
@@ -12,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from shared.command_line import UsageError, expect
-from shared.data.randomness import derive_seed, shuffled_indices
-from shared.data.subsets import few_of_each
+from shared.command_line import UsageError, expect, whole_numbers
+from shared.data.subsets import few_of_each, held_out_of_each
 from shared.fields import Images
 from shared.images.files import (
-    HELD_OUT_SEED,
     ImageFiles,
+    check_eight_bits,
     check_sides,
     open_split,
     validation_split,
@@ -34,7 +34,7 @@ class LabelledImages:
 
     Args:
         files: the images.
-        labels: int64 (N,), the class of each.
+        labels: int64 (N,), the class of each; or int64 (N, C), 1 for each of several labels that it has, else 0.
         class_names: by class.
     """
 
@@ -44,6 +44,16 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def has_several(self) -> bool:
+        """Whether an image can have several labels."""
+        return self.labels.ndim == 2
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Images of each class, int64 (C,)."""
+        return self.labels.sum(0) if self.has_several else np.bincount(self.labels, minlength=len(self.class_names))
 
     @property
     def num_images(self) -> int:
@@ -80,6 +90,7 @@ def open_splits(images: Images, label_column: str, largest: int) -> tuple[Labell
     source = source_of(images.data)
     columns = {"image_column": images.image_column, "label_column": label_column}
     train = open_images(source, config=images.data_config, split=images.data_split, **columns)
+    expect(not train.has_several, "label_column", label_column, "a column with one class an image, not lists of them")
     check_every_class(source, train)
     eval_split = images.eval_split or validation_split(source, images.data_config)
     if eval_split:
@@ -91,7 +102,9 @@ def open_splits(images: Images, label_column: str, largest: int) -> tuple[Labell
     return train, held_out
 
 
-def open_images(data: str, *, config: str, split: str, image_column: str, label_column: str) -> LabelledImages:
+def open_images(
+    data: str, *, config: str, split: str, image_column: str, label_column: str, field: str = "data_split"
+) -> LabelledImages:
     """Find and check labelled images without decoding them.
 
     Args:
@@ -100,18 +113,20 @@ def open_images(data: str, *, config: str, split: str, image_column: str, label_
         split: likewise.
         image_column: likewise.
         label_column: column of the classes; "" = the only `ClassLabel`, or the one called label or cls.
+        field: that names the split, for the message.
 
     Raises:
-        UsageError: nothing is there, the split or a column is not there, a label is no class, or there are
-            fewer than two classes.
+        UsageError: nothing is there, the split or a column is not there, a label is no class, there are fewer than
+            two classes, or images have 16 bits a pixel.
     """
-    dataset, image = open_split(data, config, split, image_column, streaming=False)
+    dataset, image = open_split(data, config, split, image_column, streaming=False, field=field)
     labels, class_names = _classes(dataset, pick_label(dataset, label_column, image))
     rows = np.arange(len(labels), dtype=np.int64)
     files = ImageFiles(without_decoding(dataset.select_columns([image]), image), image, rows)
     images = LabelledImages(files, labels, class_names)
     _check_labels(data, images)
     check_classes(data, class_names)
+    check_eight_bits(data, files)
     return images
 
 
@@ -121,14 +136,12 @@ def hold_out(images: LabelledImages, fraction: float) -> tuple[LabelledImages, L
     Raises:
         UsageError: a class is too small to be in both.
     """
-    is_held_out = np.zeros(len(images), dtype=bool)
-    for label, name in enumerate(images.class_names):
-        of_class = np.flatnonzero(images.labels == label)
-        number = round(len(of_class) * fraction)
-        expected = f"to leave images of each of the {len(images.class_names)} classes in both splits, not of {name}"
-        expect(0 < number < len(of_class), "eval_fraction", fraction, expected)
-        seed = derive_seed(HELD_OUT_SEED, "held out", label)
-        is_held_out[of_class[shuffled_indices(np.arange(number), len(of_class), seed)]] = True
+    # With several labels, of all images together.
+    is_held_out = held_out_of_each(np.zeros(len(images), np.int64) if images.has_several else images.labels, fraction)
+    lacking = [name for name, count in zip(images.class_names, images.counts, strict=True) if count < 2]
+    few = ", ".join(lacking[:5])
+    expected = f"two images of each of the {len(images.class_names)} classes, one for each side, not fewer of {few}"
+    expect(not lacking or images.has_several, "eval_fraction", fraction, expected)
     return images.subset(np.flatnonzero(~is_held_out)), images.subset(np.flatnonzero(is_held_out))
 
 
@@ -139,11 +152,38 @@ def few_of_each_class(images: LabelledImages, number: int, seed: int) -> Labelle
         images: to choose from.
         number: of each class.
         seed: of the choice.
+
+    Raises:
+        UsageError: an image can have several labels.
     """
+    expect(not images.has_several, "labels_per_class", number, "0 for images with several labels")
     return images.subset(few_of_each(images.labels, number, seed))
 
 
-def number_alike(images: LabelledImages, class_names: Sequence[str], split: str) -> LabelledImages:
+def of_classes(images: LabelledImages, field: str, text: str) -> LabelledImages:
+    """The images of some classes alone, which are numbered anew in the order in which they are named.
+
+    Args:
+        images: to choose from.
+        field: name for the message.
+        text: numbers of the classes, with commas.
+
+    Raises:
+        UsageError: it names something else, a class twice or only one, or an image can have several labels.
+    """
+    expect(not images.has_several, field, text, '"" for images with several labels')
+    numbers, names = whole_numbers(field, text, least=0), images.class_names
+    is_right = len(set(numbers)) == len(numbers) > 1 and max(numbers) < len(names)
+    expect(is_right, field, text, f"different classes, at least two, of those from 0 to {len(names) - 1}")
+    new = np.full(len(names), -1)
+    new[numbers] = np.arange(len(numbers))
+    chosen = images.subset(np.flatnonzero(new[images.labels] >= 0))
+    return LabelledImages(chosen.files, new[chosen.labels], tuple(names[number] for number in numbers))
+
+
+def number_alike(
+    images: LabelledImages, class_names: Sequence[str], split: str, field: str = "eval_split"
+) -> LabelledImages:
     """Images to evaluate on with the classes of training, of which they may lack some.
 
     Where classes are texts, a split knows only those that it has.
@@ -152,6 +192,7 @@ def number_alike(images: LabelledImages, class_names: Sequence[str], split: str)
         images: to evaluate on.
         class_names: of training.
         split: that the images come from, for the message.
+        field: that names it, likewise.
 
     Raises:
         UsageError: a class is none of training's.
@@ -159,9 +200,13 @@ def number_alike(images: LabelledImages, class_names: Sequence[str], split: str)
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [name for name in images.class_names if name not in numbers]
     expected = f"the {len(numbers)} classes of training or some of them, not {', '.join(unknown[:5])}"
-    expect(not unknown, "eval_split", split, expected)
+    expect(not unknown, field, split, expected)
     renumbered = np.array([numbers[name] for name in images.class_names], dtype=np.int64)
-    return LabelledImages(images.files, renumbered[images.labels], tuple(class_names))
+    if not images.has_several:
+        return LabelledImages(images.files, renumbered[images.labels], tuple(class_names))
+    labels = np.zeros((len(images), len(class_names)), dtype=np.int64)
+    labels[:, renumbered] = images.labels
+    return LabelledImages(images.files, labels, tuple(class_names))
 
 
 def check_classes(data: str, class_names: Sequence[str]) -> None:
@@ -181,9 +226,7 @@ def check_every_class(data: str, images: LabelledImages) -> None:
     Raises:
         UsageError: it names such classes.
     """
-    names = images.class_names
-    counts = np.bincount(images.labels, minlength=len(names))
-    empty = [names[label] for label in np.flatnonzero(counts == 0)]
+    empty = [images.class_names[label] for label in np.flatnonzero(images.counts == 0)]
     if empty:
         raise UsageError(f"data: {data!r}: expected images of each class, got none of {', '.join(empty[:5])}")
 
@@ -193,31 +236,55 @@ def pick_label(dataset: Any, asked: str, image: str) -> str:
     import datasets
 
     others = {name: feature for name, feature in dataset.features.items() if name != image}
-    labels = [name for name, feature in others.items() if isinstance(feature, datasets.ClassLabel)]
+    # Of lists, what they list.
+    classes = {name: getattr(feature, "feature", feature) for name, feature in others.items()}
+    labels = [name for name, feature in classes.items() if isinstance(feature, datasets.ClassLabel)]
     usual = [name for name in ("label", "cls") if name in others]
     column = asked or next(iter(labels if len(labels) == 1 else usual), "")
     there = ", ".join(others) or "no column but the images"
     expect(column in others, "label_column", asked, f"the column of the classes, there are: {there}")
+    is_flat = not isinstance(classes[column], dict)
+    expect(is_flat, "label_column", column, "a column of classes or of lists of them, not of structures")
     return column
 
 
 def _classes(dataset: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Class of each image, and the names; those of a column without a list of classes are its values, sorted."""
-    feature, values = dataset.features[column], dataset.with_format(None)[column]
+    feature, values = dataset.features[column], list(dataset.with_format(None)[column])
+    if (listed := getattr(feature, "feature", None)) is not None:
+        return _several_classes(values, getattr(listed, "names", None), column)
     names = getattr(feature, "names", None)
-    values = list(values)
     if names is None:
-        found = sorted(set(values), key=lambda value: (str(type(value)), value))
+        found = sorted(set(values) - {None}, key=lambda value: (str(type(value)), value))
         known = {value: number for number, value in enumerate(found)}
-        return np.array([known[value] for value in values], dtype=np.int64), tuple(map(str, found))
+        return np.array([known.get(value, -1) for value in values], dtype=np.int64), tuple(map(str, found))
     return np.array([-1 if value is None else value for value in values], dtype=np.int64), tuple(names)
+
+
+def _several_classes(
+    values: list[list[Any] | None], names: list[str] | None, column: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Which classes each image has, (N, C) of 0 and 1, and the names, as in `_classes`."""
+    for row, listed in enumerate(values):
+        is_right = None not in (listed or []) and len(set(listed or [])) == len(listed or [])
+        expected = f"lists of the classes that an image has, each once, row {row} has {listed}"
+        expect(is_right, "label_column", column, expected)
+    found = sorted({value for row in values for value in row or []}, key=lambda value: (str(type(value)), value))
+    known = {number: number for number in range(len(names))} if names else {value: n for n, value in enumerate(found)}
+    for row, value in ((row, value) for row, listed in enumerate(values) for value in listed or []):
+        expect(value in known, "label_column", column, f"labels from 0 to {len(known) - 1}, row {row} has {value!r}")
+    labels = np.zeros((len(values), len(known)), dtype=np.int64)
+    for row, listed in enumerate(values):
+        labels[row, [known[value] for value in listed or []]] = 1
+    return labels, tuple(names or map(str, found))
 
 
 def _check_labels(data: str, images: LabelledImages) -> None:
     names, labels = images.class_names, images.labels
+    if images.has_several:
+        return  # checked one by one
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
-        where = f"label {labels[wrong[0]]} of {images.files.name(int(wrong[0]))}"
-        raise UsageError(
-            f"data: {data!r}: expected labels from 0 to {len(names) - 1}, got {where}, {len(wrong)} in all"
-        )
+        label, image = labels[wrong[0]], images.files.name(int(wrong[0]))
+        got = f"{f'label {label}' if label != -1 else 'none'} of {image}, {len(wrong)} such images"
+        raise UsageError(f"data: {data!r}: expected a label from 0 to {len(names) - 1} of each image, got {got}")

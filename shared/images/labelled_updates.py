@@ -34,8 +34,10 @@ class GrowingCrops(Dataset):
         train: images to train on.
         sizes: side of the crops of each update, in pixels.
         min_area: see `random_crop`.
+        mirrored: likewise.
         micro_batch_size: images of a micro-batch.
         order: seed, global_batch_size, rank and num_processes.
+        groups: positions of images that are drawn from equally often, such as those of each class; none = all in one.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class GrowingCrops(Dataset):
         train: LabelledImages,
         sizes: Sequence[int],
         min_area: float,
+        mirrored: bool,
         micro_batch_size: int,
         order: dict[str, int],
+        groups: Sequence[np.ndarray] = (),
     ) -> None:
-        self._number, self._sizes = len(train), sizes
-        self._images = _Replaceable(data, train, min_area, order["seed"])
+        self._groups, self._sizes = groups or [np.arange(len(train))], sizes
+        self._images = _Replaceable(data, train, min_area, mirrored, order["seed"])
         self._micro_batch_size, self._order = micro_batch_size, order
 
     def __getitem__(self, step: int) -> tuple[list[Row], list[str], None]:
@@ -57,7 +61,9 @@ class GrowingCrops(Dataset):
         Raises:
             UsageError: no image that stands in for another one can be decoded.
         """
-        _, epochs, indices = np.transpose(samples_of_update(step, [self._number], [1.0], **self._order))
+        sizes, shares = list(map(len, self._groups)), [1.0] * len(self._groups)
+        sources, epochs, places = np.transpose(samples_of_update(step, sizes, shares, **self._order))
+        indices = np.array([self._groups[source][place] for source, place in zip(sources, places, strict=True)])
         draws = _crop_draws(self._order["seed"], epochs, indices)
         drawn = zip(epochs.tolist(), indices.tolist(), draws, strict=True)
         bad: list[str] = []
@@ -75,6 +81,7 @@ class RepeatedCrops(Dataset):
         train: images to train on.
         size: side of the crops in pixels.
         min_area: see `random_crop`.
+        mirrored: likewise.
         repeats: crops of an image.
         augmentation: operations, magnitude and spread of `rand_augment`.
         micro_batch_size: images of a micro-batch.
@@ -87,13 +94,14 @@ class RepeatedCrops(Dataset):
         train: LabelledImages,
         size: int,
         min_area: float,
+        mirrored: bool,
         repeats: int,
         augmentation: tuple[int, float, float],
         micro_batch_size: int,
         order: dict[str, int],
     ) -> None:
         self._number, self._size, self._repeats, self._augmentation = len(train), size, repeats, augmentation
-        self._images = _Replaceable(data, train, min_area, order["seed"])
+        self._images = _Replaceable(data, train, min_area, mirrored, order["seed"])
         self._micro_batch_size, self._order = micro_batch_size, order
 
     def __getitem__(self, step: int) -> tuple[list[Row], list[str], None]:
@@ -122,6 +130,7 @@ class StreamedGrowingCrops(IterableDataset):
         train: images to train on.
         sizes: side of the crops of each update, in pixels.
         min_area: see `random_crop`.
+        mirrored: likewise.
         micro_batch_size: images of a micro-batch.
         order: seed, global_batch_size, rank and num_processes.
         step: first update.
@@ -134,6 +143,7 @@ class StreamedGrowingCrops(IterableDataset):
         train: ImageStream,
         sizes: Sequence[int],
         min_area: float,
+        mirrored: bool,
         micro_batch_size: int,
         order: dict[str, int],
         step: int,
@@ -142,7 +152,7 @@ class StreamedGrowingCrops(IterableDataset):
         self._data, self._train, self._sizes, self._min_area = data, train, sizes[step:], min_area
         self._micro_batch_size, self._share = micro_batch_size, order["global_batch_size"] // order["num_processes"]
         self._seed, self._rank = order["seed"], order["rank"]
-        self._state = resumed_state(states, order["rank"], order["num_processes"])
+        self._state, self._mirrored = resumed_state(states, order["rank"], order["num_processes"]), mirrored
 
     def __iter__(self) -> Iterator[tuple[list[Row], list[str], StreamState]]:
         """The micro-batches of each update, the names of images that could not be decoded, the state after it.
@@ -158,7 +168,7 @@ class StreamedGrowingCrops(IterableDataset):
                 image, state = next(arriving)
                 [draws] = _crop_draws(self._seed, np.array([state["epoch"]]), np.array([image.key]))
                 try:
-                    pixels = random_crop(EncodedImage(image.data), size, self._min_area, draws)
+                    pixels = random_crop(EncodedImage(image.data), size, self._min_area, draws, self._mirrored)
                 except BadImage:
                     bad.append(image.name)
                     _check_not_endless(bad, self._share, self._data)
@@ -177,6 +187,7 @@ class StreamedRepeatedCrops(IterableDataset):
         train: images to train on.
         size: side of the crops in pixels.
         min_area: see `random_crop`.
+        mirrored: likewise.
         repeats: crops of an image.
         augmentation: operations, magnitude and spread of `rand_augment`.
         micro_batch_size: images of a micro-batch.
@@ -190,6 +201,7 @@ class StreamedRepeatedCrops(IterableDataset):
         train: ImageStream,
         size: int,
         min_area: float,
+        mirrored: bool,
         repeats: int,
         augmentation: tuple[int, float, float],
         micro_batch_size: int,
@@ -200,7 +212,7 @@ class StreamedRepeatedCrops(IterableDataset):
         self._repeats, self._augmentation = repeats, augmentation
         self._micro_batch_size, self._share = micro_batch_size, order["global_batch_size"] // order["num_processes"]
         self._seed, self._rank = order["seed"], order["rank"]
-        self._state = resumed_state(states, order["rank"], order["num_processes"])
+        self._state, self._mirrored = resumed_state(states, order["rank"], order["num_processes"]), mirrored
 
     def __iter__(self) -> Iterator[tuple[list[Row], list[str], StreamState]]:
         """The micro-batches of each update, the names of images that could not be decoded, the state after it.
@@ -226,22 +238,24 @@ class StreamedRepeatedCrops(IterableDataset):
     def _crops(self, data: bytes, epoch: int, key: int) -> Iterator[np.ndarray]:
         for copy in range(self._repeats):
             [draws] = _crop_draws(self._seed, np.array([epoch]), np.array([key]), np.array([copy]))
-            pixels = random_crop(EncodedImage(data), self._size, self._min_area, draws)
+            pixels = random_crop(EncodedImage(data), self._size, self._min_area, draws, self._mirrored)
             yield _augment(pixels, self._augmentation, self._seed, epoch, key, copy)
 
 
 class _Replaceable:
     """Crops of images that are read by index, of others where one cannot be decoded."""
 
-    def __init__(self, data: str, train: LabelledImages, min_area: float, seed: int) -> None:
-        self._data, self._train, self._min_area, self._seed = data, train, min_area, seed
+    def __init__(self, data: str, train: LabelledImages, min_area: float, mirrored: bool, seed: int) -> None:
+        self._data, self._train, self._seed = data, train, seed
+        self._min_area, self._mirrored = min_area, mirrored
         self._cache = ImageCache(train.files)
 
     def crop(self, epoch: int, index: int, draws: list[float], size: int, bad: list[str]) -> Row:
         """A crop of the image, or of the first replacement that can be decoded; what cannot goes to `bad`."""
         for candidate in candidates(index, len(self._train), self._seed, epoch):
             try:
-                pixels = random_crop(self._cache.open(candidate), size, self._min_area, draws)
+                image = self._cache.open(candidate)
+                pixels = random_crop(image, size, self._min_area, draws, self._mirrored)
             except BadImage:
                 bad.append(self._train.files.name(candidate))
                 continue

@@ -25,6 +25,7 @@ class SquareUpdates(Dataset):
         noise_shape: of each image's standard normal numbers.
         micro_batch_size: images of a micro-batch.
         order: seed, global_batch_size, rank and num_processes.
+        mirrored: see `random_square`.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class SquareUpdates(Dataset):
         noise_shape: tuple[int, ...],
         micro_batch_size: int,
         order: dict[str, int],
+        mirrored: bool,
     ) -> None:
         self._train, self._data, self._size, self._noise_shape = train, data, size, noise_shape
+        self._mirrored = mirrored
         self._micro_batch_size, self._order, self._seed = micro_batch_size, order, order["seed"]
 
     def __getitem__(self, step: int) -> tuple[list[dict[str, np.ndarray]], list[str]]:
@@ -65,7 +68,8 @@ class SquareUpdates(Dataset):
         """A square of the image, or of the first replacement that can be decoded; what cannot goes to `bad`."""
         for candidate in candidates(index, len(self._train), self._seed, epoch):
             try:
-                return random_square(EncodedImage(self._train.read(candidate)), self._size, draws)
+                image = EncodedImage(self._train.read(candidate))
+                return random_square(image, self._size, draws, self._mirrored)
             except BadImage:
                 bad.append(self._train.name(candidate))
         raise UsageError(f"data: {self._data!r}: expected images that can be decoded")

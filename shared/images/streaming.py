@@ -15,10 +15,18 @@ from shared.command_line import UsageError
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.data.shards import StreamState, deal_records
 from shared.fields import Images
-from shared.images.files import ImageFiles, check_sides, open_split, validation_split, without_decoding
+from shared.images.files import (
+    ImageFiles,
+    check_eight_bits,
+    check_sides,
+    open_split,
+    validation_split,
+    without_decoding,
+)
 from shared.images.labelled import LabelledImages, check_classes, number_alike, pick_label, source_of
 
 HELD_OUT_FROM = 10_000  # images of a stream of which a share is held out; its later ones are not looked at for it
+_LOOKED_AT = 16  # images of a stream to train on that are looked at before it is
 WINDOW = 1024  # images that are shuffled at a time: about 110 MB of ImageNet's files in each process that reads
 
 
@@ -123,8 +131,9 @@ class _Shard:
             image, label = record[self._image_column], record[self._label_column]
             name = image["path"] or "unnamed"
             if label is None or not 0 <= label < len(self._class_names):
-                expected = f"expected labels from 0 to {len(self._class_names) - 1}"
-                raise UsageError(f"data: {expected}, got {label} of {name}")
+                got = f"label {label}" if label not in (None, -1) else "none"
+                expected = f"expected a label from 0 to {len(self._class_names) - 1} of each image"
+                raise UsageError(f"data: {expected}, got {got} of {name}")
             data = image["bytes"] if image["bytes"] is not None else _read(image["path"])
             digest = hashlib.blake2b(data, digest_size=8).digest()
             key = int.from_bytes(digest, "little") >> 1
@@ -151,7 +160,8 @@ def open_splits(images: Images, label_column: str, largest: int) -> tuple[ImageS
         largest: side in pixels of the largest crop that will be cut from them.
 
     Raises:
-        UsageError: see `open_image_stream`, `store`, `labelled.number_alike` and `files.check_sides`.
+        UsageError: see `open_image_stream`, `store`, `labelled.number_alike`, `files.check_sides` and
+            `files.check_eight_bits`.
     """
     source = source_of(images.data)
     columns = {"image_column": images.image_column, "label_column": label_column}
@@ -165,6 +175,8 @@ def open_splits(images: Images, label_column: str, largest: int) -> tuple[ImageS
         held_out = store(train.between(0, fraction), round(fraction * HELD_OUT_FROM))
         train = train.between(fraction, 1)
     check_sides(source, held_out.files, largest)
+    for files in (held_out.files, store(train, _LOOKED_AT).files):
+        check_eight_bits(source, files)
     return train, held_out
 
 

@@ -21,7 +21,9 @@ from shared.runtime.collectives import equal_share, gather_objects
 USAGE = """from transformers import pipeline
 
 print(pipeline("image-classification", "path/of/this/folder")("image.jpg"))"""
-FIGURES = {"Confusion matrix": "confusion_matrix.png", "The surest mistakes": "surest_mistakes.png"}
+_MISTAKES = {"The surest mistakes": "surest_mistakes.png"}
+_MATRIX = {"Confusion matrix": "confusion_matrix.png"}
+_MATRIX_CLASSES = 1000  # more could not be told apart in it, and its size grows with their square
 _NUM_SHOWN = 16
 _TOP = 5
 
@@ -118,26 +120,32 @@ def surest_mistakes(answers: Answers, number: int) -> np.ndarray:
 
 
 def draw_answers(answers: Answers, class_names: Sequence[str], crops: CenterCrops, folder: Path) -> dict[str, str]:
-    """Draw the confusion matrix and the surest mistakes.
+    """Draw the confusion matrix, of at most 1,000 classes, and the surest mistakes.
 
     Args:
         answers: to every image.
         class_names: of the data set.
         crops: where the images are read.
-        folder: gets the two files.
+        folder: gets the files.
 
     Returns:
-        Of each image its heading and its file's name, for the card.
+        See `drawn_figures`.
     """
-    counts = count_confusions(answers.labels, answers.guesses[:, 0], len(class_names))
-    figures.confusion_matrix(counts, class_names, folder / "confusion_matrix.png")
+    if len(class_names) <= _MATRIX_CLASSES:
+        counts = count_confusions(answers.labels, answers.guesses[:, 0], len(class_names))
+        figures.confusion_matrix(counts, class_names, folder / "confusion_matrix.png")
     titles, shown = [], []
     for place in surest_mistakes(answers, _NUM_SHOWN).tolist():
         guess, label = class_names[answers.guesses[place, 0]], class_names[answers.labels[place]]
         titles.append(f"{guess} ({answers.probabilities[place]:.0%})\nis {label}")
         shown.append(crops.read(int(answers.indices[place]))["pixel_values"])
     figures.image_grid(shown, titles, folder / "surest_mistakes.png")
-    return FIGURES
+    return drawn_figures(len(class_names))
+
+
+def drawn_figures(num_classes: int) -> dict[str, str]:
+    """Of each image that `draw_answers` draws its heading and its file's name."""
+    return (_MATRIX if num_classes <= _MATRIX_CLASSES else {}) | _MISTAKES
 
 
 def make_card(
@@ -164,10 +172,12 @@ def draw_batch(batch: dict[str, Tensor], class_names: Sequence[str]) -> Path:
     """Draw the first images of a batch, each under its class, into a PNG in a new folder for temporary files.
 
     Args:
-        batch: pixel_values uint8 (B, S, S, 3) and labels int64 (B,).
+        batch: pixel_values uint8 (B, S, S, 3) and labels int64 (B,), or (B, C) of 0 and 1.
         class_names: of the data set.
     """
     path = Path(tempfile.mkdtemp(prefix="dry_run_")) / "images.png"
-    names = [class_names[label] for label in batch["labels"][:_NUM_SHOWN].tolist()]
+    labels = batch["labels"][:_NUM_SHOWN]
+    chosen = labels[:, None].tolist() if labels.ndim == 1 else [row.nonzero()[:, 0].tolist() for row in labels]
+    names = [", ".join(class_names[label] for label in of_image) for of_image in chosen]
     figures.image_grid(list(batch["pixel_values"][:_NUM_SHOWN].numpy()), names, path)
     return path

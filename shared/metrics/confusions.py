@@ -13,11 +13,14 @@ def count_confusions(labels: np.ndarray, guesses: np.ndarray, num_classes: int) 
 
 
 def describe_confusions(labels: np.ndarray, guesses: np.ndarray, class_names: Sequence[str]) -> str:
-    """The pairs of classes that are confused most often, a line each, from int64 (N,) of both."""
-    counts = count_confusions(labels, guesses, len(class_names))
-    totals = counts.sum(1)
-    np.fill_diagonal(counts, 0)
-    most = np.argsort(-counts, axis=None, kind="stable")[:_NUM_DESCRIBED].tolist()
-    pairs = [divmod(place, len(class_names)) for place in most if counts.flat[place]]
-    lines = [f"{class_names[a]} taken for {class_names[b]}: {counts[a, b]} of {totals[a]}" for a, b in pairs]
+    """The pairs of classes that are confused most often, a line each, from int64 (N,) of both.
+
+    Memory grows with N, not with the square of the classes.
+    """
+    totals = np.bincount(labels, minlength=len(class_names))
+    is_wrong = labels != guesses
+    pairs, counts = np.unique(np.stack([labels[is_wrong], guesses[is_wrong]], axis=1), axis=0, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:_NUM_DESCRIBED].tolist()
+    found = [(*pairs[place].tolist(), counts[place]) for place in most]
+    lines = [f"{class_names[a]} taken for {class_names[b]}: {number} of {totals[a]}" for a, b, number in found]
     return "\n".join(lines) or "no mistake"

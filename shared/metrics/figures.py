@@ -72,6 +72,41 @@ def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], path: Path) 
     _save(figure, path)
 
 
+def label_curves(
+    labels: Sequence[float],
+    curves: dict[str, np.ndarray],
+    majority: float,
+    gaps: Sequence[tuple[float, float, float]],
+    path: Path,
+) -> None:
+    """Draw scores over labels of each class, with the spread of their seeds, into a PNG.
+
+    Args:
+        labels: of each class, rising.
+        curves: of each arm (len(labels), S) scores of S seeds; the first two are drawn in full, the others dashed.
+        majority: score of the most frequent class.
+        gaps: of each horizontal distance to draw the labels at its beginning and end, and the score.
+        path: file to write; its folder is made.
+    """
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    for place, (name, scores) in enumerate(curves.items()):
+        means = scores.mean(1)
+        [line] = axes.plot(labels, means, marker="o", markersize=3, label=name, linestyle="-" if place < 2 else "--")
+        if place < 2:
+            axes.fill_between(labels, scores.min(1), scores.max(1), alpha=0.2, color=line.get_color(), linewidth=0)
+    for begin, end, score in gaps:
+        style = {"arrowstyle": "<->", "color": "black", "linewidth": 0.8}
+        axes.annotate("", xy=(begin, score), xytext=(end, score), arrowprops=style)
+    axes.axhline(majority, color="grey", linestyle=":", label="most frequent class")
+    axes.set(xscale="log", xlabel="labels of each class", ylabel="accuracy")
+    axes.set_xticks(labels, [f"{number:.0f}" for number in labels])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Any:
     """An empty figure of so many inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -73,7 +73,8 @@ def load_features(name: str, field: str) -> nn.Module:
     is_resnet = isinstance(model, transformers.ResNetForImageClassification)
     expect(is_resnet, field, name, f"a ResNet classifier, or inception, got {type(model).__name__}")
     processor = load_pretrained(transformers.AutoImageProcessor, name, field)
-    side = processor.size.shortest_edge or processor.size.height
+    cut = processor.crop_size if getattr(processor, "do_center_crop", None) else None
+    side = cut.height if cut else processor.size.shortest_edge or processor.size.height
     return ClassifierFeatures(model, side, processor.image_mean, processor.image_std)
 
 

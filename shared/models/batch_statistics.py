@@ -17,15 +17,19 @@ MOMENTUM = 0.1  # share of the newest update: torch's default, and that of He et
 class RunningStatistics:
     """Moving averages of all batch normalisation layers of a model, over updates.
 
+    Nothing here makes the host wait for the device, or torch.compile break its graph.
+
     Args:
-        model: before or after `accelerator.prepare`; its layers are changed to average within an update.
+        model: before or after `accelerator.prepare`; its layers are changed to keep the statistics of the newest batch.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
         for layer in self._layers:
-            layer.momentum = None  # torch's way to say: the mean over all batches since the last reset
+            layer.momentum = 1.0
         self._before: list[torch.Tensor] = []
+        self._sums: list[torch.Tensor] = []
+        self._micro_batches = 0
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var)]
@@ -33,19 +37,20 @@ class RunningStatistics:
     def begin_update(self) -> None:
         """Call this before the first forward pass of an update."""
         self._before = [buffer.clone() for buffer in self._buffers()]
-        for layer in self._layers:
-            layer.num_batches_tracked.zero_()
+        self._sums = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in self._before]
+        self._micro_batches = 0
+
+    def add_micro_batch(self) -> None:
+        """Call this after each forward pass."""
+        for total, buffer in zip(self._sums, self._buffers(), strict=True):
+            total.add_(buffer)
+        self._micro_batches += 1
 
     def end_update(self, accelerator: Any, grad_norm: float) -> None:
         """Call this after the last one, on every process. An update without a finite gradient changes nothing."""
         if not self._layers:
             return
-        if not math.isfinite(grad_norm):
-            for buffer, before in zip(self._buffers(), self._before, strict=True):
-                buffer.copy_(before)
-            return
-        buffers = self._buffers()
-        of_update = accelerator.reduce(torch.cat([buffer.double() for buffer in buffers]), "mean")
-        sizes = [buffer.numel() for buffer in buffers]
-        for buffer, before, new in zip(buffers, self._before, of_update.split(sizes), strict=True):
-            buffer.copy_(before.double().lerp(new, MOMENTUM))
+        of_update = accelerator.reduce(torch.cat(self._sums) / self._micro_batches, "mean")
+        means = of_update.split([total.numel() for total in self._sums])
+        for buffer, before, mean in zip(self._buffers(), self._before, means, strict=True):
+            buffer.copy_(before.double().lerp(mean, MOMENTUM) if math.isfinite(grad_norm) else before)

@@ -51,6 +51,18 @@ def whole_weights(accelerator: Any, model: Any) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}  # torch.compile's
 
 
+def new_like(model_class: Any, trained: Any) -> Any:
+    """A model of diffusers with new weights and the configuration of `trained`, which may be sharded.
+
+    Args:
+        model_class: of diffusers; an engine may have made another one of `type(trained)`.
+        trained: not prepared, or unwrapped.
+    """
+    # With the list of defaults from_config forgets what was registered later; the name can be a path of this machine.
+    left_out = ("_use_default_values", "_name_or_path")
+    return model_class.from_config({name: value for name, value in trained.config.items() if name not in left_out})
+
+
 def export_module(module: Any, run_dir: Path) -> None:
     """Write a model of diffusers, not prepared, into the run folder in the same way. The main process calls this."""
     aside = run_dir / ".export"

@@ -5,9 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from shared.command_line import UsageError, expect
 from shared.text.vocabulary import num_ids
+
+_PROBED_TOKENS = 8  # of each of two documents
 
 
 def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> Any:
@@ -28,31 +31,88 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
         )
 
 
-def load_encoder(auto_class: Any, name: str, **options: Any) -> Any:
-    """Load a model whose head, and whose pooler in front of it, may be new, as `load_pretrained` does.
+def load_encoder(model_class: Any, name: str, **options: Any) -> Any:
+    """Load a model with a new head, also where it has one of as many classes, as `load_pretrained` does.
+
+    Layers between encoder and classes that were pre-trained are kept.
 
     Raises:
         UsageError: it is not there, or lacks weights of the encoder.
     """
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else a table of the heads that come and go
-    try:
-        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, loading = load_pretrained(auto_class, name, "init", **options)
-    finally:
-        logging.set_verbosity(verbosity)
-    needed = [key for key in loading["missing_keys"] if key.startswith(model.base_model_prefix) and "pooler" not in key]
+    model, loading = _load_quietly(model_class, name, ignore_mismatched_sizes=True, **options)
+    is_inside = model.base_model_prefix
+    needed = [key for key in loading["missing_keys"] if key.startswith(is_inside) and "pooler" not in key]
     missing = f"the weights of an encoder, of which {len(needed)} are not there, such as {sorted(needed)[:1]}"
     expect(not needed, "init", name, missing)
+    new = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    head = [key for key in model.state_dict() if not key.startswith(is_inside)]
+    if not new.intersection(head):  # it was fine-tuned already
+        values = type(model)(model.config).state_dict()
+        model.load_state_dict({key: values[key] for key in head}, strict=False)
     return model
 
 
+def load_with_head(model_class: Any, name: str, class_names: Sequence[str], **options: Any) -> Any:
+    """Load a model that was fine-tuned already, head and all, as `load_pretrained` does.
+
+    Args:
+        model_class: such as `transformers.AutoModelForSequenceClassification`.
+        name: see `load_pretrained`.
+        class_names: of the data; () where labels are numbers.
+        options: passed on to `from_pretrained`.
+
+    Raises:
+        UsageError: it is not there, or has no head of these classes.
+    """
+    from transformers import AutoConfig
+
+    with load_errors("init", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    known = [config.id2label[label] for label in range(config.num_labels)]
+    is_unnamed = known == [f"LABEL_{label}" for label in range(len(class_names) or 1)]
+    has = f"a head of {len(known)} classes ({', '.join(known[:5])})"
+    wants = (
+        f"those of the data, {len(class_names)} classes ({', '.join(class_names[:5])})" if class_names else "numbers"
+    )
+    expect(
+        is_unnamed or known == list(class_names), "keep_head", True, f"init to have a head for {wants}; it has {has}"
+    )
+    model, loading = _load_quietly(model_class, name, ignore_mismatched_sizes=True, **options)
+    missing = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    expect(not missing, "keep_head", True, f"init to have all weights, {name!r} lacks {sorted(missing)[:3]}")
+    return model
+
+
+def _load_quietly(model_class: Any, name: str, **options: Any) -> Any:
+    """The model, and what was found of it, without the library's table of heads that come and go."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return load_pretrained(model_class, name, "init", output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_diffusion_model(model_class: Any, name: str, field: str, **options: Any) -> Any:
-    """The same for a model of diffusers, such as `diffusers.AutoencoderKL`."""
+    """The same for a model of diffusers, such as `diffusers.AutoencoderKL`; `options` may have another dtype."""
     with load_errors(field, name):
-        return model_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **options)
+        return model_class.from_pretrained(name, use_safetensors=True, **{"dtype": torch.float32, **options})
+
+
+def load_scheduler(scheduler_class: Any, name: str) -> Any:
+    """The noise that the pipeline `init` was trained with, whichever sampler it makes images with.
+
+    Args:
+        scheduler_class: such as `diffusers.DDPMScheduler`.
+        name: a run folder or a Hub id.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    with load_errors("init", name):
+        return scheduler_class.from_pretrained(name, subfolder="scheduler")
 
 
 @contextlib.contextmanager
@@ -75,15 +135,45 @@ def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -
         attention: transformers' name of the attention kernel.
 
     Raises:
-        UsageError: it is not there, or the tokenizer or the rows do not fit it.
+        UsageError: it is not there, or the tokenizer or the rows do not fit it, or a token sees more than the ones
+            before it in its document.
     """
     from transformers import AutoModelForCausalLM
 
     model = load_pretrained(AutoModelForCausalLM, name, "init", attn_implementation=attention)
-    longest = model.config.max_position_embeddings
+    longest = getattr(model.config, "max_position_embeddings", seq_length)
     _check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
     expect(seq_length <= longest, "seq_length", seq_length, f"at most {longest}, the longest row of init")
+    if not isinstance(model.get_input_embeddings().weight, FakeTensor):  # a dry run's, which has no values
+        _check_what_tokens_see(model, name)
     return model
+
+
+@torch.no_grad()
+def _check_what_tokens_see(model: Any, name: str) -> None:
+    """Refuse a model in which documents of a packed row, or later tokens, change what an earlier token predicts.
+
+    Positions that begin anew part documents in most models of transformers; in those with recurrent or convolutional
+    layers, or with positions of their own, they do not.
+    """
+    length = min(_PROBED_TOKENS, getattr(model.config, "max_position_embeddings", _PROBED_TOKENS))
+    positions = torch.arange(length).repeat(2)[None]
+    ids = torch.arange(2 * length)[None]
+    others = [ids.index_fill(1, changed, 0) for changed in (torch.arange(length), torch.tensor([2 * length - 1]))]
+    attention = model.config._attn_implementation
+    with load_errors("init", name):  # one that takes no positions, or has no sdpa, or needs other inputs
+        model.set_attn_implementation("sdpa")  # flex_attention has no kernel for CPUs
+        logits, other_first, other_last = (
+            model(input_ids=row, position_ids=positions, use_cache=False).logits for row in (ids, *others)
+        )
+    model.set_attn_implementation(attention)
+    leaks = {
+        "documents of one row see each other in it": (other_first - logits)[:, length:],
+        "tokens see those behind them in it": (other_last - logits)[:, :-1],
+    }
+    for leak, differences in leaks.items():
+        is_apart = differences.abs().max() <= 1e-5 * logits.abs().max()
+        expect(bool(is_apart), "init", name, f"another architecture than {model.config.model_type}: {leak}")
 
 
 def label_numbers(class_names: Sequence[str]) -> dict[str, Any]:

@@ -50,25 +50,31 @@ def activate_in_place(model: ResNetForImageClassification) -> ResNetForImageClas
     return model
 
 
-def normalize(pixels: Tensor, enlarge: int) -> Tensor:
+def normalize(
+    pixels: Tensor, enlarge: int, image_mean: Sequence[float] = MEAN, image_std: Sequence[float] = STD
+) -> Tensor:
     """What the model takes.
 
     Args:
         pixels: (B, S, S, 3), from 0 to 255.
         enlarge: times by which the images are enlarged, bilinearly; 1 = not.
+        image_mean: of the channels, from 0 to 1.
+        image_std: likewise.
 
     Returns:
         float32 (B, 3, E * S, E * S), channels-last in memory.
     """
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (image_mean, image_std))
     scaled = torch.addcmul(-mean / std, pixels.permute(0, 3, 1, 2).to(torch.float32), 1 / (255 * std))
     return interpolate(scaled, scale_factor=enlarge, mode="bilinear") if enlarge > 1 else scaled
 
 
 def build_processor(
     size: int, crop_fraction: float, image_mean: Sequence[float] = MEAN, image_std: Sequence[float] = STD
-) -> transformers.ConvNextImageProcessorPil:
+) -> transformers.BitImageProcessorPil:
     """What `AutoImageProcessor` loads: the middle crop of `images.crops.CenterCrops`, normalised.
+
+    Not the library's own for ResNet, `ConvNextImageProcessor`: from 384 pixels on it warps whole images to squares.
 
     Args:
         size: side of the crop in pixels.
@@ -76,9 +82,9 @@ def build_processor(
         image_mean: of the channels, from 0 to 1.
         image_std: likewise.
     """
-    return transformers.ConvNextImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_pct=crop_fraction,
+    return transformers.BitImageProcessorPil(
+        size={"shortest_edge": int(size / crop_fraction)},
+        crop_size={"height": size, "width": size},
         resample=2,  # bilinear
         image_mean=list(image_mean),
         image_std=list(image_std),

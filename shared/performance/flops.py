@@ -81,29 +81,39 @@ def _attention_by_sdpa(model: Any) -> Iterator[None]:
         model.set_attn_implementation(given)
 
 
-def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
+def peak_flops(device: torch.device | str, dtype: torch.dtype, of_convolutions: bool = False) -> float:
     """Peak dense FLOP/s of one device for matrix products in `dtype`.
 
-    For known NVIDIA cards it is the data sheet's number; for float32 that of TF32 where PyTorch is set to use it. For
+    For known NVIDIA cards it is the data sheet's number; for float32 that of TF32 where PyTorch is set to use it, which
+    it is by default for convolutions. For
     anything else (CPUs, MPS, other cards, slices of a card) it is measured by square matrix products for about 0.3
     seconds, on a CPU with the present number of threads. Utilisation is then relative to what PyTorch's own matrix
     product reaches here, not to what the hardware could do.
     """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return _data_sheet_peak(name, dtype) or _measured_peak(device, dtype)
+    return _data_sheet_peak(name, dtype, of_convolutions) or _measured_peak(device, dtype)
 
 
 def peak(accelerator: Any) -> float:
-    """Peak FLOP/s of one process's device in the precision of the run, see `peak_flops`."""
-    return peak_flops(accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
+    """Peak FLOP/s of one process's device in the precision of the run, see `peak_flops`.
+
+    Before a model is prepared it is that of matrix products; later that of convolutions, if they have most weights.
+    """
+    modules = [module for model in accelerator._models for module in model.modules()]
+    of_convolutions = sum(module.weight.numel() for module in modules if isinstance(module, nn.Conv2d))
+    total = sum(parameter.numel() for model in accelerator._models for parameter in model.parameters())
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return peak_flops(accelerator.device, dtype, 2 * of_convolutions > total)
 
 
-def _data_sheet_peak(name: str, dtype: torch.dtype) -> float:
+def _data_sheet_peak(name: str, dtype: torch.dtype, of_convolutions: bool = False) -> float:
     """Peak FLOP/s of the card that torch calls `name`, or 0.0."""
     for pattern, bfloat16, float16, tf32, float32 in _DATA_SHEETS:
         if re.fullmatch(pattern, name):
-            uses_tf32 = tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+            backends: Any = torch.backends
+            setting = backends.cudnn.conv if of_convolutions else backends.cuda.matmul
+            uses_tf32 = tf32 and setting.fp32_precision == "tf32"
             peaks = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: tf32 if uses_tf32 else float32}
             return peaks.get(dtype, 0) * 1e12
     return 0.0

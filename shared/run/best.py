@@ -15,6 +15,7 @@ class Best:
         step: of the best evaluation; 0 = there was none.
         metrics: of that evaluation.
         samples: what was shown of it.
+        waited: evaluations since then.
     """
 
     def __init__(self, metric: str, state: dict[str, Any]) -> None:
@@ -23,15 +24,22 @@ class Best:
         self.step: int = best.get("step", 0)
         self.metrics: dict[str, float] = best.get("metrics", {})
         self.samples: str = best.get("samples", "")
+        self.waited: int = best.get("waited", 0)
 
     def is_better(self, step: int, metrics: dict[str, float], samples: str) -> bool:
         """Whether an evaluation beats all before it, which is then noted; of equal ones the first counts."""
         value = metrics[self._metric]
+        self.waited += 1
         if not math.isfinite(value) or value <= self.metrics.get(self._metric, -math.inf):
             return False
-        self.step, self.metrics, self.samples = step, dict(metrics), samples
+        self.step, self.metrics, self.samples, self.waited = step, dict(metrics), samples, 0
         return True
+
+    def has_waited(self, patience: int) -> bool:
+        """Whether so many evaluations in a row, 0 = any number, were no better than the best."""
+        return 0 < patience <= self.waited
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"best": {"step": self.step, "metrics": self.metrics, "samples": self.samples}}
+        parts = {"step": self.step, "metrics": self.metrics, "samples": self.samples, "waited": self.waited}
+        return {"best": parts}

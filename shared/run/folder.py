@@ -22,19 +22,30 @@ from shared.command_line import UsageError, redact
 # Fields that change where and how often a run reports, not what it computes.
 FREE_FIELDS = (
     *("config", "output_dir", "resume", "log_every", "eval_every", "save_every", "keep_checkpoints", "num_workers"),
-    *("max_bad_updates", "profile", "dry_run", "push_to_hub", "hub_private", "push_every", "report_to"),
-    *("timeout_minutes", "cache_dir", "per_device_batch_size", "gradient_checkpointing", "max_bad_fraction"),
+    *(
+        "max_bad_updates",
+        "profile",
+        "dry_run",
+        "push_to_hub",
+        "hub_private",
+        "hub_license",
+        "push_every",
+        "eval_windows",
+    ),
+    *("report_to", "timeout_minutes", "cache_dir", "per_device_batch_size", "gradient_checkpointing"),
+    *("max_bad_fraction", "seeds"),
 )
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "diffusers", "deepspeed", "numpy")
 
 
-def check_run_folder(folder: Path, resume: str, fields: dict[str, Any]) -> None:
+def check_run_folder(folder: Path, resume: str, fields: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
     """Refuse a folder that this command must not write to; writes nothing itself.
 
     Args:
         folder: the run folder, which need not exist.
         resume: auto, never, or a checkpoint folder.
         fields: the resolved configuration.
+        defaults: of its fields, which a run had that is older than a field; None = there are none.
 
     Raises:
         UsageError: it cannot be written, holds something else, holds a run and `resume` is never, or holds a run of
@@ -53,6 +64,7 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any]) -> None:
     if resume == "never":
         raise UsageError(f"{name}: expected an empty folder with resume never, it holds a run")
     recorded = _read_mapping(recorded_file, yaml.safe_load)
+    recorded = {**(defaults or {}), **recorded}
     different = [key for key, value in fields.items() if key not in FREE_FIELDS and recorded.get(key) != value]
     if different:
         changes = ", ".join(f"{key} {recorded.get(key)!r} -> {fields[key]!r}" for key in different)
@@ -84,13 +96,13 @@ def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[s
         recorded = _read_mapping(record_file, json.loads).get("data_fingerprint")
         if recorded != facts["data_fingerprint"]:
             raise UsageError(f"output_dir: {str(folder)!r}: it holds a run on other data, or the data has changed")
-    _write(folder / "config.yaml", config_yaml)
-    _write(folder / "recipe.py", recipe.read_text(encoding="utf-8"))
+    write_text(folder / "config.yaml", config_yaml)
+    write_text(folder / "recipe.py", recipe.read_text(encoding="utf-8"))
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git_commit": _git_commit(recipe.parent),
-        "hardware": hardware(),
+        "hardware": hardware(facts.get("processes", 0), facts.get("device", "")),
         "python": platform.python_version(),
         "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
         **facts,
@@ -110,15 +122,18 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     text, home = json.dumps(content, indent=2), json.dumps(str(Path.home()))[1:-1]
     if home != "/":
         text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
-    _write(file, redact(text) + "\n")
+    write_text(file, redact(text) + "\n")
 
 
-def hardware() -> str:
-    """One phrase for the machine: its accelerators, or its processor and the number of cores."""
+def hardware(processes: int = 0, device: str = "") -> str:
+    """One phrase for the machine: its accelerators, one for each process (0 = all), or its processor and its cores.
+
+    Where `device` is cpu, accelerators were not used.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if torch.cuda.is_available() and device != "cpu":
+        return f"{processes or torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     processor = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.is_file():
@@ -137,7 +152,7 @@ def _read_mapping(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     return content
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     aside = file.with_name(f".{file.name}")
     aside.write_text(text, encoding="utf-8")

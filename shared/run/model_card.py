@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from shared.data.hub_ids import is_hub_id
+
 
 def write_model_card(
     run_dir: Path,
@@ -34,6 +36,10 @@ def write_model_card(
         pipeline_tag=pipeline_tag,
         model_name=title,
         tags=["pretraining"],
+        datasets=_hub_ids(str(record["data"])) or None,
+        base_model=next(iter(_hub_ids(str(record["init"]))), None),
+        language=record.get("language") or None,
+        license=record.get("license") or None,
         eval_results=[
             EvalResult(
                 task_type=pipeline_tag,
@@ -62,6 +68,8 @@ Pre-trained from {_code(record["init"])} on {_code(record["data"])} with {_code(
 {usage}
 ```
 
+It is read by {_library(run_dir)} {record["versions"].get(_library(run_dir), "")}, which wrote it, and by later ones.
+
 ## Results
 
 Measured on data that was held out of training, each sample counted once.
@@ -86,6 +94,12 @@ table above was made.
 """
     ModelCard(text)  # refuses metadata that the Hub would refuse
     (run_dir / "README.md").write_text(text, encoding="utf-8")
+
+
+def _hub_ids(names: str) -> list[str]:
+    """Those of some comma-separated names that are Hub ids, owner and all, and not files or folders here."""
+    ids = [name.split(":")[0].strip() for name in names.split(",")]
+    return [name for name in ids if "/" in name and is_hub_id(name) and not Path(name).exists()]
 
 
 def _library(run_dir: Path) -> str:

@@ -64,14 +64,14 @@ def write_report(
         run_dir: the run folder; run.json and the exported model are there already.
         pipeline_tag: the Hub's task name, such as text-generation.
         usage: Python that loads the model.
-        results: steps, training_seconds and training_flops, added to run.json.
+        results: steps, training_seconds and training_flops, added to run.json; so is the evaluation.
         samples: what the model made, as plain text.
         figures: heading -> file name in figures/, of images beside the loss curve.
         evaluation: of the exported weights, metric key to value; None = the last one of the log.
     """
-    record = update_run_record(run_dir, results)
-    loss_curve(log.read(), run_dir / "figures" / "loss.png")
     evaluation = log.last_evaluation() if evaluation is None else evaluation
+    record = update_run_record(run_dir, {**results, "evaluation": evaluation})
+    loss_curve(log.read(), run_dir / "figures" / "loss.png")
     write_model_card(run_dir, run_dir.name, pipeline_tag, usage, record, evaluation, samples, figures)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in evaluation.items())
     log.say(f"\n{samples}\n\n{shown}\nmodel, card, loss curve and metrics: {run_dir}/")

@@ -23,8 +23,9 @@ Every process makes every call. What is `due` is the same on all of them, so a b
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,6 +35,7 @@ from shared.performance.flops import peak
 from shared.performance.profiling import trace_updates
 from shared.performance.throughput import Throughput
 from shared.run import checkpoints, hub
+from shared.run import predictions as predictions_file
 from shared.run.folder import check_run_folder, write_run_record
 from shared.run.log import RunLog
 from shared.run.report import finish_run
@@ -74,7 +76,8 @@ def start(control: RunControl) -> tuple[Any, int]:
     Raises:
         UsageError: see `check_run_folder`, `launch` and `hub.check_login`.
     """
-    check_run_folder(Path(control.output_dir), control.resume, asdict(control))
+    defaults = {field.name: field.default for field in dataclass_fields(control)}
+    check_run_folder(Path(control.output_dir), control.resume, asdict(control), defaults)
     launch.follow_launcher()
     accelerator = launch.start_accelerator(
         control.timeout_minutes, control.report_to, control.output_dir, control.deterministic
@@ -98,6 +101,7 @@ class Run:
         folder: of the run.
         step: updates done so far.
         state: what `save` was given, of the run that goes on; empty at the beginning.
+        is_over: set it after an evaluation to make that update the last one.
 
     Raises:
         NoUsableCheckpoint, UsageError: see `checkpoints.resume_run`.
@@ -108,6 +112,7 @@ class Run:
         self.step, self.state = checkpoints.resume_run(accelerator, self.folder, control.resume, previous_phase)
         self._skipped = SkippedUpdates(self.state, control.max_bad_updates)
         self._seconds: float = self.state.get("training_seconds", 0.0)  # at the newest checkpoint
+        self.is_over = False
         self._written = self._saved = self.step  # the newest steps of the metrics and of the checkpoints
 
     def record(self, recipe: Path, facts: dict[str, Any]) -> None:
@@ -124,7 +129,7 @@ class Run:
         with collectives.raise_together(accelerator):
             if accelerator.is_main_process:
                 hub_id = hub.check_push(control.push_to_hub, private=control.hub_private)
-                write_run_record(self.folder, to_yaml(control), recipe, facts)
+                write_run_record(self.folder, to_yaml(control), recipe, {**facts, "license": control.hub_license})
         self._log = RunLog(accelerator, self.folder, self.step, control.max_steps)
         self._pusher = hub.HubPusher(hub_id, control.hub_private)
 
@@ -145,17 +150,18 @@ class Run:
         self._throughput = Throughput(flops_per_sample, peak(accelerator) * accelerator.num_processes)
         self._seconds_before = self._seconds
         self._stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
-        while self.step < control.max_steps:
+        while self.step < control.max_steps and not self.is_over:
             number = self.step
             with self._throughput.waiting_for_data():
                 update = next(loader)
             yield number, update
             assert self.step == self._written == number + 1, "each update is to be counted and written, once"
-            assert self._saved == self.step or not self._due.save, "a checkpoint was due and is not there"
+            is_saved = self._saved == self.step or not (self._due.save or self.is_over)
+            assert is_saved, "a checkpoint was due and is not there"
             if profiler:
                 profiler.step()
             self._skipped.check(self.step)
-            if self._is_stopping and self.step < control.max_steps:
+            if self._is_stopping and self.step < control.max_steps and not self.is_over:
                 raise RunStopped(
                     f"saved at step {self.step} of {control.max_steps}; the same command goes on from there"
                 )
@@ -203,6 +209,11 @@ class Run:
         """Keep what the model made after this update in samples/."""
         self._log.write_samples(self.step, text)
 
+    def write_predictions(self, labels: Sequence[Any], predictions: Sequence[Any]) -> None:
+        """See `predictions.write_predictions`; the main process writes."""
+        if self._accelerator.is_main_process:
+            predictions_file.write_predictions(self.folder, labels, predictions)
+
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint.
 
@@ -232,7 +243,7 @@ class Run:
         evaluation: dict[str, float] | None = None,
         next_command: str = "",
     ) -> None:
-        """Report on the run, whose model is exported, push it, and end the processes.
+        """Report on the run, whose model is exported, and push it.
 
         Args:
             pipeline_tag: the Hub's task name, such as text-generation.
@@ -258,7 +269,9 @@ class Run:
         )
         if next_command:
             self._log.say(next_command)
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        self._stop.restore()
 
     def _training_seconds(self) -> float:
         return self._seconds_before + self._throughput.training_seconds

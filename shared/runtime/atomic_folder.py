@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 if sys.platform != "win32":
     import fcntl
@@ -42,10 +43,13 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process of this node after the other run the block, so that what one built the others only find."""
+def one_at_a_time(folder: Path) -> Iterator[IO[str]]:
+    """Let one process of this node after the other run the block, so that what one built the others only find.
+
+    Gives the file that is locked; a program that inherits it holds the lock as well.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         if sys.platform != "win32":  # there several may build the same, which does no harm
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock

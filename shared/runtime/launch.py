@@ -46,15 +46,16 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
             "accelerate config: mixed_precision: 'bf16': expected a GPU, none was found; for bf16 on a CPU set "
             "ACCELERATE_USE_CPU=true, else use accelerate_configs/cpu.yaml"
         )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size, local_processes = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if on_cpu:
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, usable_cores() // local_processes))
         _keep_freed_memory()
         if uses_deepspeed:
             os.environ["DS_ACCELERATOR"] = "cpu"
         elif world_size > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        _check_gpus(local_processes, precision)
     trackers = [name.strip() for name in report_to.split(",") if name.strip()]
     available = [tracker.value for tracker in get_available_trackers()]
     for name in trackers:
@@ -152,6 +153,18 @@ def follow_launcher() -> None:
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _check_gpus(local_processes: int, precision: str) -> None:
+    """Refuse more processes than GPUs, which would share some, and bfloat16 where it is emulated, which is slow."""
+    number = torch.accelerator.device_count()
+    is_given = number == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # each process may see a GPU of its own
+    field, expected = "accelerate config: num_processes", f"at most the {number} GPUs of a node, see --num_processes"
+    expect(local_processes <= number or is_given, field, local_processes, expected)
+    if precision == "bf16" and torch.cuda.is_available():
+        multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
+        expected = f"no, since {torch.cuda.get_device_name()} has no bfloat16 and would emulate it"
+        expect(multiplies, "accelerate config: mixed_precision", precision, expected)
 
 
 def _keep_freed_memory() -> None:

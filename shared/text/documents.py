@@ -14,11 +14,12 @@ import itertools
 import json
 import lzma
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, expect
 from shared.data.hub_ids import is_hub_id
 from shared.fields import Corpus
 
@@ -28,9 +29,21 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 UNSEPARATED_CHARACTERS = 1 << 16
 _SEPARATOR_WITHIN = 1 << 24  # characters of a .txt in which a separator must come, or it counts as one without
 _READ_FOR_FINGERPRINT = 1 << 26  # bytes of a file up to which its content is read for the fingerprint
+_CORPUS_OPTION = re.compile(r":([a-z_]+)=")
 _SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
-_SAMPLE = Path(__file__).parents[1] / "samples" / "prose"
-SAMPLES = {"sample": _SAMPLE / "train.parquet", "sample_eval": _SAMPLE / "eval.parquet"}
+_SAMPLES = Path(__file__).parents[1] / "samples"
+_SOURCES = {"prose": ("messages", "novels"), "novels": ("novels",), "dictionary": ("dictionary",)}
+SAMPLES = {
+    f"{name}{ending}": {
+        source: tuple(_SAMPLES / folder / f"{split}.parquet" for folder in _SOURCES[source]) for source in sources
+    }
+    for name, sources in {
+        "sample": ("prose", "dictionary"),
+        "prose": ("prose",),
+        "books": ("novels", "dictionary"),
+    }.items()
+    for ending, split in (("", "train"), ("_eval", "eval"))
+}
 
 
 class Texts(Protocol):
@@ -110,7 +123,7 @@ def open_texts(data: str, *, config: str, split: str, text_column: str) -> Local
     """Find and check a corpus without reading all of it.
 
     Args:
-        data: "sample", "sample_eval", a file, a folder, or a Hub id.
+        data: one of `SAMPLES`, a file, a folder, or a Hub id.
         config: configuration of a Hub data set; "" = its only one.
         split: split of a Hub data set.
         text_column: column of the text; "" = the only column that holds text, or the one called text.
@@ -118,11 +131,10 @@ def open_texts(data: str, *, config: str, split: str, text_column: str) -> Local
     Raises:
         UsageError: nothing is there, nothing is in it, or the column is not there.
     """
-    path = local_path(data)
-    if path is None:
+    files = local_files(data)
+    if not files:
         texts: LocalTexts | HubTexts = _open_hub_texts(data, config=config, split=split, text_column=text_column)
     else:
-        files = tuple(list_files(path))
         # The first file that holds a record tells the columns; a .txt file has none.
         columns = next(filter(None, map(_columns_of, files)), None)
         texts = LocalTexts(data, files, pick_text_column(data, columns, text_column) if columns else "")
@@ -132,28 +144,69 @@ def open_texts(data: str, *, config: str, split: str, text_column: str) -> Local
 
 
 def open_corpora(data: str, *, config: str, split: str, text_column: str) -> list[LocalTexts | HubTexts]:
-    """`open_texts` for each of several comma-separated names."""
-    names = [name.strip() for name in data.split(",")]
-    return [open_texts(name, config=config, split=split, text_column=text_column) for name in names]
+    """`open_texts` for each of several comma-separated corpora, see `list_corpora`."""
+    return [open_texts(**corpus) for corpus in list_corpora(data, config=config, split=split, text_column=text_column)]
+
+
+def list_corpora(data: str, *, config: str, split: str, text_column: str) -> list[dict[str, str]]:
+    """The arguments of `open_texts` for each of several comma-separated corpora.
+
+    Args:
+        data: names; one may be followed by what it has of its own, `wikimedia/wikipedia:config=20231101.en,my_books`.
+        config: of those that say nothing else.
+        split: likewise.
+        text_column: likewise.
+
+    Raises:
+        UsageError: a name is followed by something else.
+    """
+    corpora = []
+    for entry in data.split(","):
+        name, *options = _CORPUS_OPTION.split(entry.strip())
+        own = dict(zip(options[::2], options[1::2], strict=True))
+        shared = {"config": config, "split": split, "text_column": text_column}
+        expect(own.keys() <= shared.keys(), "data", entry.strip(), "NAME, or NAME:KEY=VALUE with " + ", ".join(shared))
+        corpora.append({"data": name, **shared, **own})
+    return corpora
 
 
 def open_held_out(corpus: Corpus) -> tuple[list[LocalTexts | HubTexts], float]:
     """The corpora to evaluate on, and the share of the training documents to hold out, 0 where there are such corpora.
 
+    The sources of the embedded text are corpora of their own.
+
     Raises:
         UsageError: see `open_texts`.
     """
-    name = corpus.eval_data or ("sample_eval" if corpus.data == "sample" else "")
-    if not name:
-        return [], corpus.eval_fraction
     columns = {"config": corpus.data_config, "text_column": corpus.text_column}
-    return open_corpora(name, split=corpus.eval_split, **columns), 0.0
+    if corpus.eval_data:
+        return open_corpora(corpus.eval_data, split=corpus.eval_split, **columns), 0.0
+    if corpus.data in SAMPLES:
+        sources = SAMPLES[f"{corpus.data}_eval"]
+        return [LocalTexts(name, files, corpus.text_column or "text") for name, files in sources.items()], 0.0
+    return [], corpus.eval_fraction
 
 
-def local_path(data: str) -> Path | None:
-    """The file or folder that `data` names; None if there is none, then it may be a Hub id."""
-    path = SAMPLES.get(data) or Path(os.path.expanduser(data))
-    return path if data and os.path.exists(path) else None
+def short_names(names: Sequence[str]) -> list[str]:
+    """What metrics call each of several corpora: the last part of its name without suffixes, numbered where equal."""
+    short: list[str] = []
+    for name in names:
+        part = Path(name).name.split(".")[0] or name
+        numbered = (f"{part}_{number}" for number in itertools.count(2))
+        short.append(next(candidate for candidate in itertools.chain([part], numbered) if candidate not in short))
+    return short
+
+
+def local_files(data: str) -> tuple[Path, ...]:
+    """The readable files of a sample, file or folder; none if there is no such thing, then it may be a Hub id.
+
+    Raises:
+        UsageError: see `list_files`.
+    """
+    if data in SAMPLES:
+        return tuple(itertools.chain.from_iterable(SAMPLES[data].values()))
+    path = Path(os.path.expanduser(data))
+    return tuple(list_files(path)) if data and os.path.exists(path) else ()
 
 
 def list_files(path: Path) -> list[Path]:

@@ -14,14 +14,12 @@ import numpy as np
 
 from shared.command_line import UsageError, expect
 from shared.data.batches import IGNORED
-from shared.data.randomness import derive_seed, shuffled_indices
-from shared.data.subsets import few_of_each
+from shared.data.subsets import few_of_each, held_out_of_each
 from shared.text.documents import hub_errors
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".xz", ".zst")
-_HELD_OUT_SEED = 0  # so that runs of any seed are evaluated on the same samples
 
 Problem = Literal["classes", "numbers", "tags"]
 
@@ -54,6 +52,13 @@ class LabelledTexts:
             digest.update(repr((text, pair, label)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
 
+    def named(self, labels: Sequence[np.ndarray]) -> list[Any]:
+        """Labels or answers of texts, each (N,), as people read them: a class's name, a number, or names of tags."""
+        if self.problem == "numbers":
+            return [float(number) for [number] in labels]
+        names = [[self.class_names[label] for label in of_text.tolist()] for of_text in labels]
+        return names if self.problem == "tags" else [name for [name] in names]
+
     def subset(self, chosen: np.ndarray) -> "LabelledTexts":
         """Those at the given positions."""
         places = chosen.tolist()
@@ -62,18 +67,25 @@ class LabelledTexts:
         return dataclasses.replace(self, texts=[self.texts[place] for place in places], pairs=pairs, labels=labels)
 
 
-def validation_split(data: str, config: str) -> str:
-    """Name of the first split whose name begins with validation, val, dev or test; "" = there is none.
+def validation_split(data: str, config: str, test_split: str = "") -> str:
+    """Name of the first split but `test_split` whose name begins with validation, val, dev or test; "" = none.
 
     Raises:
         UsageError: the data set cannot be read.
     """
-    names = list(_load(data, config))
+    names = [name for name in _load(data, config) if name != test_split]
     return next((name for kind in ("validation", "val", "dev", "test") for name in names if name.startswith(kind)), "")
 
 
 def open_labelled(
-    data: str, *, config: str, split: str, columns: Sequence[str], label_column: str, class_names: Sequence[str] | None
+    data: str,
+    *,
+    config: str,
+    split: str,
+    columns: Sequence[str],
+    label_column: str,
+    class_names: Sequence[str] | None,
+    field: str = "data_split",
 ) -> LabelledTexts:
     """Read one split.
 
@@ -85,12 +97,13 @@ def open_labelled(
         label_column: of the labels.
         class_names: those of the training data, whose numbers these labels are to have; None = this is the training
             data.
+        field: that names the split, for the message.
 
     Raises:
         UsageError: something is not there, or not what it must be; it names column, row and what was expected.
     """
     splits = _load(data, config)
-    expect(split in splits, "split", split, f"one of the splits of {data!r}: {', '.join(splits)}")
+    expect(split in splits, field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
     table = splits[split]
     for field, column in (
         *zip(("text_column", "text_pair_column"), columns, strict=False),
@@ -121,11 +134,7 @@ def hold_out(samples: LabelledTexts, fraction: float) -> tuple[LabelledTexts, La
         UsageError: too few are left for one of both.
     """
     groups = samples.labels if samples.problem == "classes" else np.zeros(len(samples), dtype=np.int64)
-    is_held_out = np.zeros(len(samples), dtype=bool)
-    for group in np.unique(groups).tolist():
-        members = np.flatnonzero(groups == group)
-        order = shuffled_indices(np.arange(len(members)), len(members), derive_seed(_HELD_OUT_SEED, "held out", group))
-        is_held_out[members[order[: round(fraction * len(members))]]] = True
+    is_held_out = held_out_of_each(groups, fraction)
     expect(0 < is_held_out.sum() < len(samples), "eval_fraction", fraction, "a share that leaves samples on both sides")
     return samples.subset(np.flatnonzero(~is_held_out)), samples.subset(np.flatnonzero(is_held_out))
 

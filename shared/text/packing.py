@@ -162,17 +162,49 @@ class PackedRows:
         stretches = [self.cache.tokens[start : start + length + 1] for start, length in pieces]
         return fill_row(stretches, self.seq_length, self.pad_token_id)
 
-    def batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's share of the rows, in batches of (B, T), with a bar on a terminal.
 
-        All processes get as many batches: where no row is left for one, it has one of padding.
-        """
-        starts = range(0, len(self), batch_size * num_processes)
-        is_quiet = rank > 0 or None  # None: where there is no terminal
-        for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
-            mine = range(first + rank * batch_size, len(self))[:batch_size]
-            rows = [self.read(row) for row in mine] or [fill_row([], self.seq_length, self.pad_token_id)]
-            yield micro_batches(rows, batch_size)[0]
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Rows of `seq_length` tokens, one behind the other over a whole corpus: documents see each other across borders.
+
+    This is how llm.c and others evaluate; here as there one end token lies between two documents. What is left behind
+    the last whole row is left out.
+    """
+
+    tokens: np.ndarray  # (tokens of the cache,), memory-mapped
+    left_out: np.ndarray  # int64 (documents - 1,): before which token of the stream one of the cache is left out
+    seq_length: int
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return max(0, len(self.tokens) - len(self.left_out) - 1) // self.seq_length
+
+    def read(self, row: int) -> dict[str, np.ndarray]:
+        """See `PackedRows.read`."""
+        places = np.arange(row * self.seq_length, (row + 1) * self.seq_length + 1)
+        places += np.searchsorted(self.left_out, places, side="right")
+        return fill_row([self.tokens[places]], self.seq_length, self.pad_token_id)
+
+
+def windows(rows: PackedRows) -> Windows:
+    """The documents of `rows` as windows."""
+    begins = rows.cache.ends[:-1]  # of all documents but the first; a begin token there follows an end token
+    return Windows(rows.cache.tokens, begins - np.arange(len(begins)), rows.seq_length, rows.pad_token_id)
+
+
+def in_batches(
+    rows: PackedRows | Windows, batch_size: int, rank: int, processes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """A process's share of the rows, in batches of (B, T), with a bar on a terminal.
+
+    All processes get as many batches: where no row is left for one, it has one of padding.
+    """
+    starts = range(0, len(rows), batch_size * processes)
+    is_quiet = rank > 0 or None  # None: where there is no terminal
+    for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
+        mine = range(first + rank * batch_size, len(rows))[:batch_size]
+        found = [rows.read(row) for row in mine] or [fill_row([], rows.seq_length, rows.pad_token_id)]
+        yield micro_batches(found, batch_size)[0]
 
 
 def fill_row(stretches: list[np.ndarray], seq_length: int, pad_token_id: int) -> dict[str, np.ndarray]:

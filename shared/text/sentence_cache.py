@@ -9,11 +9,13 @@ The order of sentences, paragraphs and documents is kept. The key covers the dat
 folder is complete or absent, as in `token_cache`.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,6 +112,39 @@ def split_corpus(
     train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
     _report_oddities(folder)
     return train, held_out
+
+
+def join_caches(caches: Sequence[SentenceCache], cache_dir: Path) -> SentenceCache:
+    """Several corpora as one, document after document in their order; what they hold is copied, once.
+
+    Args:
+        caches: of the same tokenizer.
+        cache_dir: this node's folder for tokenised data.
+    """
+    if len(caches) == 1:
+        return caches[0]
+    key = cache_key(FORMAT_VERSION, "joined", *(f"{cache.fingerprint} {cache.folder.name}" for cache in caches))
+    folder = cache_dir / "sentences" / key
+    if not folder.exists():
+        with written_aside(folder) as aside:
+            _write_joined(aside, caches)
+    return open_sentence_cache(folder, SPLITS[0])
+
+
+def _write_joined(folder: Path, caches: Sequence[SentenceCache]) -> None:
+    split = folder / SPLITS[0]
+    split.mkdir()
+    tokens = sentences = 0
+    with contextlib.ExitStack() as stack:
+        names = ("tokens", "sentences", "documents")
+        files = {name: stack.enter_context((split / f"{name}.bin").open("wb")) for name in names}
+        for cache in caches:
+            with (cache.folder / "tokens.bin").open("rb") as source:
+                shutil.copyfileobj(source, files["tokens"])
+            files["sentences"].write((cache.sentence_ends + tokens).tobytes())
+            files["documents"].write((cache.document_ends + sentences).tobytes())
+            tokens, sentences = tokens + len(cache.tokens), sentences + len(cache.sentence_ends)
+    (folder / "summary.json").write_text(json.dumps({"dtype": caches[0].tokens.dtype.name}))
 
 
 def open_sentence_cache(folder: Path, split: str) -> SentenceCache:

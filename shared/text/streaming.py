@@ -19,7 +19,16 @@ from shared.data.randomness import derive_seed, shuffled_indices
 from shared.data.sample_order import mixture_sources, positions_of_update
 from shared.data.shards import StreamState, deal_records, resumed_state
 from shared.text import tokenization
-from shared.text.documents import LocalTexts, Texts, hub_errors, local_path, open_texts, pick_text_column, text_columns
+from shared.text.documents import (
+    LocalTexts,
+    Texts,
+    hub_errors,
+    list_corpora,
+    local_files,
+    open_texts,
+    pick_text_column,
+    text_columns,
+)
 from shared.text.packing import MAX_WASTE, BestFitPacker, cut, fill_row
 from shared.text.token_cache import content_share
 from shared.text.vocabulary import special_ids
@@ -36,7 +45,7 @@ def open_shards(data: str, *, config: str, split: str, text_column: str) -> Sequ
     Raises:
         UsageError: nothing is there, or the column is not.
     """
-    if local_path(data) is not None:
+    if local_files(data):
         texts = open_texts(data, config=config, split=split, text_column=text_column)
         assert isinstance(texts, LocalTexts)
         return [LocalTexts(data, (file,), texts.text_column) for file in texts.files]
@@ -164,7 +173,7 @@ class HeldOut:
     """The held-out documents of a stream's beginning, for evaluation."""
 
     def __init__(self, stream: TextStream, fraction: float) -> None:
-        self._stream, self._fraction = stream, fraction
+        self._stream, self._fraction, self.name = stream, fraction, stream.name
         self.fingerprint = f"held out {fraction} of {stream.fingerprint}"
 
     def __iter__(self) -> Iterator[str]:
@@ -181,9 +190,9 @@ class HeldOut:
 
 
 def open_streams(data: str, *, config: str, split: str, text_column: str) -> list[TextStream]:
-    """A stream for each of several comma-separated names; see `open_shards`."""
-    names = [name.strip() for name in data.split(",")]
-    return [TextStream(name, open_shards(name, config=config, split=split, text_column=text_column)) for name in names]
+    """A stream for each of several comma-separated corpora; see `list_corpora` and `open_shards`."""
+    corpora = list_corpora(data, config=config, split=split, text_column=text_column)
+    return [TextStream(corpus["data"], open_shards(**corpus)) for corpus in corpora]
 
 
 class StreamedUpdates(torch.utils.data.IterableDataset):

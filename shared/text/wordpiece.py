@@ -1,14 +1,16 @@
 """WordPiece with the special tokens of Devlin et al. 2019: train one, or load one."""
 
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, expect
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.documents import Beginning, Texts
@@ -18,14 +20,25 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"  # begins a token that continues a word
 
 
-def train_wordpiece(documents: Iterable[str], vocab_size: int, seq_length: int, lowercase: bool) -> Any:
+def train_wordpiece(
+    documents: Iterable[str],
+    vocab_size: int,
+    seq_length: int,
+    lowercase: bool,
+    limit_alphabet: int = 1000,
+    min_frequency: int = 2,
+) -> Any:
     """Train a WordPiece vocabulary (Schuster and Nakajima 2012; merges as in BPE, which `tokenizers` counts on).
 
+    The same text gives the same ids: special tokens, then the others in alphabetical order.
+
     Args:
-        documents: the text to count on.
+        documents: the text to count on; they are gone through two or three times.
         vocab_size: entries in all; fewer come out where the corpus has too few merges.
         seq_length: longest row of the model, noted as `model_max_length`.
         lowercase: whether text loses case and accents, as in BERT's uncased models.
+        limit_alphabet: characters that are kept, the most frequent ones; the others are unknown.
+        min_frequency: how often a pair of tokens must occur to become one.
 
     Returns:
         A `transformers.BertTokenizer`.
@@ -34,43 +47,88 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int, seq_length: int, 
         UsageError: the characters of the text alone need a larger vocabulary.
     """
     from tokenizers import trainers
+    from tqdm import tqdm
     from transformers import BertTokenizer
 
+    def read(purpose: str) -> Iterator[str]:
+        for text in tqdm(documents, desc=purpose, unit="doc", delay=2):
+            yield tokenization.to_bytes(text).decode("utf-8", "replace")
+
+    # Left to itself the trainer numbers the characters that continue words, and takes of equally frequent characters,
+    # in the order of a hash table, another one each time; which of two equally frequent pairs becomes a token depends
+    # on these numbers. So it is told which characters there are.
     backend = BertTokenizer(do_lower_case=lowercase).backend_tokenizer
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
-    backend.train_from_iterator((tokenization.to_bytes(text).decode("utf-8", "replace") for text in documents), trainer)
-    vocabulary = backend.get_vocab()
-    if len(vocabulary) > vocab_size:
-        raise UsageError(f"vocab_size: {vocab_size}: expected at least {len(vocabulary)}, the characters of the text")
+    trainer = trainers.WordPieceTrainer(vocab_size=0, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
+    backend.train_from_iterator(read("finding characters"), trainer)
+    alphabet = sorted(backend.get_vocab().keys() - set(SPECIAL_TOKENS))
+    if len({token.removeprefix(CONTINUATION) for token in alphabet}) > limit_alphabet:
+        counts = Counter[str]()
+        for text in read("counting characters"):
+            counts.update(backend.normalizer.normalize_str(text))
+        alphabet = _most_frequent(alphabet, counts, limit_alphabet)
+    limits: dict[str, Any] = {"vocab_size": vocab_size, "min_frequency": min_frequency, "limit_alphabet": 0}
+    trainer = trainers.WordPieceTrainer(**limits, special_tokens=[*SPECIAL_TOKENS, *alphabet], show_progress=False)
+    backend = BertTokenizer(do_lower_case=lowercase).backend_tokenizer
+    backend.train_from_iterator(read("training a tokenizer"), trainer)
+    tokens = backend.get_vocab()
+    needed = f"at least {len(tokens)}, the characters of the text, or a smaller limit_alphabet"
+    expect(len(tokens) <= vocab_size, "vocab_size", vocab_size, needed)
+    ordered = [*SPECIAL_TOKENS, *sorted(tokens.keys() - set(SPECIAL_TOKENS))]
+    vocabulary = {token: number for number, token in enumerate(ordered)}
     return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase, model_max_length=seq_length)
 
 
+def _most_frequent(alphabet: list[str], counts: Counter[str], limit: int) -> list[str]:
+    """The tokens of the `limit` most frequent characters; of equally frequent ones the first in the alphabet."""
+    characters = {token.removeprefix(CONTINUATION) for token in alphabet}
+    kept = set(sorted(characters, key=lambda character: (-counts[character], character))[:limit])
+    return [token for token in alphabet if token.removeprefix(CONTINUATION) in kept]
+
+
 def load_or_train(
-    name: str, source: Texts, *, vocab_size: int, seq_length: int, lowercase: bool, cache_dir: Path
+    name: str,
+    sources: Sequence[Texts],
+    *,
+    vocab_size: int,
+    seq_length: int,
+    lowercase: bool,
+    limit_alphabet: int = 1000,
+    min_frequency: int = 2,
+    cache_dir: Path,
 ) -> Any:
-    """Load the tokenizer `name`, or for "" one that is trained on the beginning of `source` and kept in the cache.
+    """Load the tokenizer `name`, or for "" one that is trained on the beginnings of `sources` and kept in the cache.
 
     Args:
         name: a folder or Hub id; see `load_wordpiece`.
-        source: a corpus; `tokenization.TRAINING_CHARACTERS` of it are read.
+        sources: corpora; the same number of characters is read of each, `TRAINING_CHARACTERS` in all.
         vocab_size: see `train_wordpiece`.
         seq_length: see `train_wordpiece`.
         lowercase: see `train_wordpiece`.
+        limit_alphabet: see `train_wordpiece`.
+        min_frequency: see `train_wordpiece`.
         cache_dir: this node's cache folder.
     """
-    from tqdm import tqdm
-
     if name:
         return load_wordpiece(name)
-    key = repr(("wordpiece", source.fingerprint, vocab_size, seq_length, lowercase))
+    sizes = (vocab_size, seq_length, lowercase, limit_alphabet, min_frequency)
+    key = repr(("wordpiece, sorted", [source.fingerprint for source in sources], *sizes))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
-        beginning = Beginning(source, tokenization.TRAINING_CHARACTERS)
-        documents = tqdm(beginning, desc="training a tokenizer", unit="doc", delay=2)
-        tokenizer = train_wordpiece(documents, vocab_size, seq_length, lowercase)
+        beginnings = [Beginning(source, tokenization.TRAINING_CHARACTERS // len(sources)) for source in sources]
+        tokenizer = train_wordpiece(_Chained(beginnings), *sizes)
         with written_aside(folder) as aside:
             tokenizer.save_pretrained(aside)
     return load_wordpiece(str(folder))
+
+
+@dataclass(frozen=True)
+class _Chained:
+    """Several corpora, one behind the other, as often as they are asked for."""
+
+    parts: Sequence[Texts]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self.parts)
 
 
 def load_wordpiece(name: str) -> Any:

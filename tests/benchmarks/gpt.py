@@ -189,7 +189,7 @@ def run_trainer(
     if evaluate:
         recipe, cfg = load_recipe(RECIPE, [])
         _, _, sources = recipe.open_data(cfg, trainer.accelerator)
-        metrics = recipe.evaluate(trainer.accelerator, trainer.model, sources, rows_per_update)
+        metrics = recipe.evaluate(trainer.accelerator, trainer.model, sources, rows_per_update, by_windows=False)
         result["bits_per_byte"] = metrics["eval/bits_per_byte"]
     return result
 

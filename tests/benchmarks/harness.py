@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARKERS = ("<!-- benchmark -->", "<!-- /benchmark -->")
 WARM_UPDATES = 5  # not counted in rates
 GPU_WARM_UPDATES = 10
-EMBEDDED_PROSE = {"data": "sample", "data_config": "", "text_column": "", "tokenizer": ""}  # needs no network
+EMBEDDED_PROSE = {"data": "prose", "data_config": "", "text_column": "", "tokenizer": ""}  # needs no network
 OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 Row = tuple[str, str, str]  # what, measured, goal
 
@@ -71,6 +71,30 @@ def load_recipe(path: Path, flags: list[str]) -> tuple[Any, Any]:
 
 class EnoughUpdates(Exception):
     """Leaves a recipe's loop."""
+
+
+def update_times(recipe: Any, cfg: Any, updates: int) -> list[float]:
+    """When each update of the recipe's own `main()` ended; it is left after so many, and runs to its end with 0.
+
+    Raises:
+        SystemExit: it ended before.
+    """
+    times: list[float] = []
+    train_update = recipe.train_update
+
+    def counted(*args: Any) -> Any:
+        result = train_update(*args)
+        times.append(time.perf_counter())
+        if len(times) == updates:
+            raise EnoughUpdates
+        return result
+
+    recipe.train_update = counted
+    with contextlib.suppress(EnoughUpdates):
+        recipe.main(cfg)
+    if len(times) < updates:
+        raise SystemExit(f"the recipe ended before {updates} updates")
+    return times
 
 
 def speed(times: list[float]) -> dict[str, float]:
@@ -148,6 +172,7 @@ def measure_parts(
         folder: for runs and the raw numbers.
     """
     commit, program = commit_of_the_tree(), Path(sys.argv[0]).name
+    program += f" --family {options.family}" if hasattr(options, "family") else ""
     say(f"{facts['hardware']}, commit {commit}, {facts['parameters']} parameters")
     raw: dict[str, Any] = {"commit": commit, "facts": facts}
     lines = {}

@@ -71,7 +71,7 @@ def tokenise_and_pack(corpus: Path) -> None:
     from shared.text.tokenization import load_tokenizer, train_byte_level_bpe
 
     cache_dir = corpus.parent / "cache"
-    sample = open_texts("sample_eval", config="", split="", text_column="text")
+    sample = open_texts("prose_eval", config="", split="", text_column="text")
     train_byte_level_bpe(sample, VOCAB_SIZE, SEQ_LENGTH).save_pretrained(cache_dir / "tokenizer")
     tokenizer = load_tokenizer(str(cache_dir / "tokenizer"))
     say("ready")
@@ -90,7 +90,7 @@ def split_and_pair(corpus: Path) -> None:
     from shared.text.wordpiece import load_wordpiece, train_wordpiece
 
     cache_dir = corpus.parent / "cache"
-    sample = open_texts("sample_eval", config="", split="", text_column="text")
+    sample = open_texts("prose_eval", config="", split="", text_column="text")
     train_wordpiece(sample, VOCAB_SIZE, SEQ_LENGTH, lowercase=True).save_pretrained(cache_dir / "tokenizer")
     tokenizer = load_wordpiece(str(cache_dir / "tokenizer"))
     say("ready")
@@ -109,7 +109,7 @@ def write_corpus(path: Path, megabytes: int) -> None:
     """Pages of log-normal length, about 3,000 characters, of words of the prose and of words that come once."""
     from shared.text.documents import open_texts
 
-    words = " ".join(open_texts("sample_eval", config="", split="", text_column="text")).split(" ")
+    words = " ".join(open_texts("prose_eval", config="", split="", text_column="text")).split(" ")
     draw = random.Random(0)
     size = 0
     with path.open("w") as file:

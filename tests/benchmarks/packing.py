@@ -25,7 +25,7 @@ SPREADS = (0.1, 0.3, 0.5, 0.8, 1.3)
 
 def main() -> None:
     """Measure and print, one line a figure."""
-    texts = open_texts("sample", config="", split="", text_column="text")
+    texts = open_texts("prose", config="", split="", text_column="text")
     for seq_length, count in STREAMED_ROWS.items():
         with tempfile.TemporaryDirectory() as folder:
             options = {"seq_length": seq_length, "cache_dir": Path(folder)}

@@ -34,7 +34,6 @@ from typing import Any
 from harness import (
     ROOT,
     WARM_UPDATES,
-    EnoughUpdates,
     Row,
     answer_child,
     execute,
@@ -45,6 +44,7 @@ from harness import (
     read_options,
     say,
     speed,
+    update_times,
 )
 from jpegs import JPEG_SIZE, make_jpeg
 
@@ -89,7 +89,7 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
 
     accelerator = accelerate.Accelerator(cpu=True)
     train, held_out = recipe.open_data(cfg, accelerator)
-    shown = (cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction)
+    shown = (recipe.enlargement(cfg) * cfg.eval_image_size, cfg.eval_crop_fraction)
     processor = recipe.resnet.build_processor(*shown)
 
     def process(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -140,22 +140,7 @@ def run_trainer(flags: list[str], learning_rate: float, max_steps: int, workers:
 def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     """Run the recipe's own `main()` for some updates; its speed."""
     recipe, cfg = load_recipe(RECIPE, flags)
-    times: list[float] = []
-    train_update = recipe.train_update
-
-    def counted(*args: Any) -> Any:
-        result = train_update(*args)
-        times.append(time.perf_counter())
-        if len(times) == updates:
-            raise EnoughUpdates
-        return result
-
-    recipe.train_update = counted
-    try:
-        recipe.main(cfg)
-    except EnoughUpdates:
-        return {**speed(times), "peak_bytes": peak_bytes()}
-    raise SystemExit(f"the recipe ended before {updates} updates")
+    return {**speed(update_times(recipe, cfg, updates)), "peak_bytes": peak_bytes()}
 
 
 def read_jpegs(seconds: float) -> dict[str, float]:
@@ -172,7 +157,7 @@ def read_jpegs(seconds: float) -> dict[str, float]:
     data = [make_jpeg(seed) for seed in range(NUM_JPEGS)]
 
     def ours(index: int, draws: Any) -> None:
-        random_crop(EncodedImage(data[index]), CROP, cfg.min_crop_area, draws)
+        random_crop(EncodedImage(data[index]), CROP, cfg.min_crop_area, draws, True)
 
     class Pillow:
         """An image whose `crop` decodes all of it."""
@@ -185,7 +170,7 @@ def read_jpegs(seconds: float) -> dict[str, float]:
             return np.asarray(self._image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box))
 
     def theirs(index: int, draws: Any) -> None:
-        random_crop(Pillow(data[index]), CROP, cfg.min_crop_area, draws)
+        random_crop(Pillow(data[index]), CROP, cfg.min_crop_area, draws, True)
 
     rates: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(6):

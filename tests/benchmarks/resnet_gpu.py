@@ -45,7 +45,7 @@ def images_in_memory(size: int, batch_size: int, updates: int) -> float:
     torch.backends.cudnn.benchmark = True  # as the recipe does
     accelerator = Accelerator(mixed_precision="bf16")
     model = recipe.build_model(cfg, tuple(map(str, range(1000)))).to(memory_format=torch.channels_last)
-    model.compile()
+    model.compile(dynamic=False)
     model, optimizer = accelerator.prepare(model, recipe.build_optimizer(cfg, model))
     statistics_of_norms = recipe.RunningStatistics(model)
     pixels = torch.randint(256, (batch_size, size, size, 3), dtype=torch.uint8, device=accelerator.device)

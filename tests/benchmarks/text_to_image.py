@@ -41,7 +41,6 @@ from typing import Any
 from harness import (
     ROOT,
     WARM_UPDATES,
-    EnoughUpdates,
     Row,
     answer_child,
     execute,
@@ -52,6 +51,7 @@ from harness import (
     read_options,
     say,
     speed,
+    update_times,
 )
 
 RECIPE = ROOT / "recipes" / "text_to_image" / "pretrain.py"
@@ -260,22 +260,7 @@ def plain_loader(tokenizer: Any, caption_dropout: float, batch_size: int, worker
 def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     """Run the recipe's own `main()` for some updates; its speed."""
     recipe, cfg = load_recipe(RECIPE, flags)
-    times: list[float] = []
-    train_update = recipe.train_update
-
-    def counted(*args: Any) -> Any:
-        result = train_update(*args)
-        times.append(time.perf_counter())
-        if len(times) == updates:
-            raise EnoughUpdates
-        return result
-
-    recipe.train_update = counted
-    try:
-        recipe.main(cfg)
-    except EnoughUpdates:
-        return {**speed(times), "peak_bytes": peak_bytes()}
-    raise SystemExit(f"the recipe ended before {updates} updates")
+    return {**speed(update_times(recipe, cfg, updates)), "peak_bytes": peak_bytes()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

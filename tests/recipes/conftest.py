@@ -1,6 +1,7 @@
-"""What the tests of text to image share: an autoencoder, captioned images, and their latents."""
+"""What tests share: tiny pre-trained runs and labelled data; of text to image an autoencoder, images and latents."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -8,9 +9,62 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import pipelines
+from tests.recipes import test_bert_pretrain, test_resnet_pretrain
 from tests.recipes.runs import run
+
+
+@pytest.fixture(scope="session")
+def encoder(bert: ModuleType, sentences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of pre-training."""
+    run_dir = tmp_path_factory.mktemp("encoder") / "run"
+    run(
+        bert,
+        bert.Config(
+            **{**test_bert_pretrain.TINY, "max_steps": 60, "data": str(sentences_file), "output_dir": str(run_dir)}
+        ),
+    )
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences whose class is told by one of their words, and all kinds of labels beside it."""
+    folder, draw = tmp_path_factory.mktemp("labelled"), random.Random(0)
+    subjects = {"animal": ["cat", "dog"], "plant": ["tree", "house"]}
+    for split, number in (("train", 124), ("test", 41)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for _ in range(number):
+                kind = draw.choice(list(subjects))
+                words = draw.choices(["the", "a", "big", "red", "sees", "small"], k=draw.randint(2, 14))
+                words.insert(draw.randrange(len(words)), draw.choice(subjects[kind]))
+                row = {"text": " ".join(words), "other": " ".join(reversed(words)), "words": words, "label": kind}
+                row["tags"] = ["B-LIVING" if word in ("cat", "dog", "tree") else "O" for word in words]
+                row["score"] = (1.5 if kind == "animal" else -0.5) + len(words) / 20
+                file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(resnet: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of pre-training, on two classes of noise."""
+    folder, draw = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("rough", "smooth"):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for index in range(8):
+                pixels = draw.integers(0, 255, (16, 16, 3)) if name == "rough" else np.full((16, 16, 3), 20 * index)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{index}.png")
+    fields = {
+        **test_resnet_pretrain.TINY,
+        "max_steps": 6,
+        "data": str(folder / "data"),
+        "output_dir": str(folder / "run"),
+    }
+    run(resnet, resnet.Config(**fields))
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """Runs of a recipe in this process or under an engine, and what they leave."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.hub_server import TOKEN, start_hub
@@ -57,6 +60,15 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def run_card(run_dir: Path, folder: Path) -> None:
+    """Run the code of a run's card as written, from a folder that has an image."""
+    [code] = re.findall(r"^```python\n(.*?)^```", (run_dir / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert "path/of/this/folder" in code
+    Image.new("RGB", (40, 30)).save(folder / "image.jpg")
+    with contextlib.chdir(folder):
+        exec(code.replace("path/of/this/folder", str(run_dir)), {})
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -20,14 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from shared import command_line as cli
 from shared.metrics.probe import linear_probe, nearest_neighbours
+from shared.run.predictions import read_predictions
+from shared.text.documents import open_texts
 from shared.text.labelled import SAMPLES
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
 from tests.launching import assert_no_traceback
-from tests.recipes.runs import Runs, assert_same, metric, metrics_of, push_and_load, results_of, run, weights
-from tests.recipes.test_bert_pretrain import TINY as SIZES
+from tests.recipes.runs import Runs, assert_same, metric, metrics_of, push_and_load, results_of, run, run_card, weights
 
-SUBJECTS = {"animal": ["cat", "dog"], "plant": ["tree", "house"]}
 TINY: dict[str, Any] = {
     "global_batch_size": 8,
     "max_steps": 12,
@@ -38,31 +37,6 @@ TINY: dict[str, Any] = {
     "save_every": 3,
     "seq_length": 32,
 }
-
-
-@pytest.fixture(scope="session")
-def encoder(bert: ModuleType, sentences_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run of pre-training."""
-    run_dir = tmp_path_factory.mktemp("encoder") / "run"
-    run(bert, bert.Config(**{**SIZES, "max_steps": 60, "data": str(sentences_file), "output_dir": str(run_dir)}))
-    return run_dir
-
-
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences whose class is told by one of their words, and all kinds of labels beside it."""
-    folder, draw = tmp_path_factory.mktemp("labelled"), random.Random(0)
-    for split, number in (("train", 124), ("test", 41)):
-        with (folder / f"{split}.jsonl").open("w") as file:
-            for _ in range(number):
-                kind = draw.choice(list(SUBJECTS))
-                words = draw.choices(["the", "a", "big", "red", "sees", "small"], k=draw.randint(2, 14))
-                words.insert(draw.randrange(len(words)), draw.choice(SUBJECTS[kind]))
-                row = {"text": " ".join(words), "other": " ".join(reversed(words)), "words": words, "label": kind}
-                row["tags"] = ["B-LIVING" if word in ("cat", "dog", "tree") else "O" for word in words]
-                row["score"] = (1.5 if kind == "animal" else -0.5) + len(words) / 20
-                file.write(json.dumps(row) + "\n")
-    return folder
 
 
 def config_of(finetune: ModuleType, encoder: Path, labelled: Path, run_dir: Path, **fields: Any) -> Any:
@@ -166,8 +140,8 @@ def test_few_labels_are_chosen_by_the_seed(bert_finetune: ModuleType, encoder: P
     chosen = {}
     for few, seed in ((2, 0), (5, 0), (2, 1)):
         cfg = config_of(bert_finetune, encoder, labelled, encoder, labels_per_class=few, seed=seed)
-        _, train, held_out = bert_finetune.open_data(cfg)
-        assert (len(train), len(held_out)) == (2 * few, 41)
+        _, train, evals = bert_finetune.open_data(cfg)
+        assert (len(train), len(evals["eval"]), len(evals)) == (2 * few, 41, 1)
         chosen[few, seed] = set(train.texts)
     assert chosen[2, 0] < chosen[5, 0]
     assert chosen[2, 0] != chosen[2, 1]
@@ -176,22 +150,36 @@ def test_few_labels_are_chosen_by_the_seed(bert_finetune: ModuleType, encoder: P
 def test_a_file_to_evaluate_on_is_taken_whole(bert_finetune: ModuleType, encoder: Path, labelled: Path) -> None:
     """A single file has no split to be found by its name."""
     files = {"data": str(labelled / "train.jsonl"), "eval_data": str(labelled / "test.jsonl")}
-    _, train, held_out = bert_finetune.open_data(config_of(bert_finetune, encoder, labelled, encoder, **files))
-    assert (len(train), len(held_out)) == (124, 41)
+    _, train, evals = bert_finetune.open_data(config_of(bert_finetune, encoder, labelled, encoder, **files))
+    assert (len(train), len(evals["eval"])) == (124, 41)
     del files["eval_data"]
-    _, train, held_out = bert_finetune.open_data(config_of(bert_finetune, encoder, labelled, encoder, **files))
-    assert (len(train), len(held_out)) == (124 - len(held_out), len(held_out))
-    assert len(held_out) in (12, 13)
+    _, train, evals = bert_finetune.open_data(config_of(bert_finetune, encoder, labelled, encoder, **files))
+    assert len(train) + len(evals["eval"]) == 124
+    assert len(evals["eval"]) in (12, 13)
 
 
-@pytest.mark.parametrize("task", ["supersenses", "hypernyms"])
+@pytest.mark.parametrize("task", ["supersenses", "hypernyms", "eras"])
 def test_the_embedded_tasks_are_there(bert_finetune: ModuleType, encoder: Path, task: str) -> None:
-    _, train, held_out = bert_finetune.open_data(bert_finetune.Config(task=task))
-    expected = {"supersenses": (11036, 2760, 24), "hypernyms": (10000, 2000, 2)}[task]
-    assert (len(train), len(held_out), len(train.class_names)) == expected
-    assert not set(zip(train.texts, train.pairs or train.texts, strict=True)) & set(
-        zip(held_out.texts, held_out.pairs or held_out.texts, strict=True)
-    )
+    _, train, evals = bert_finetune.open_data(bert_finetune.Config(task=task))
+    known, test = len(train) + len(evals["eval"]), evals["test"]
+    assert (known, len(test), len(train.class_names)) == {
+        "supersenses": (11036, 2760, 24),
+        "hypernyms": (10000, 2000, 2),
+        "eras": (6400, 1600, 8),
+    }[task]
+    assert len(evals["eval"]) == pytest.approx(0.1 * known, abs=12)
+    texts = [set(zip(some.texts, some.pairs or some.texts, strict=True)) for some in (train, evals["eval"], test)]
+    assert not texts[0] & texts[2]
+    assert not texts[1] & texts[2]
+
+
+def test_no_message_that_eras_asks_of_is_in_the_books() -> None:
+    passages = datasets.load_dataset("parquet", data_dir=str(SAMPLES / "eras"), split="train+test")["text"]
+    read = {name: open_texts(name, config="", split="", text_column="text") for name in ("sample", "books")}
+    sample, books = (" ".join(" ".join(texts).split()) for texts in read.values())
+    some = passages[::100]
+    assert sum(passage in sample for passage in some) > 0.8 * len(some)  # the others are of held-out messages
+    assert not any(passage in books for passage in some)
 
 
 def test_no_definition_to_be_tested_on_is_in_the_dictionary_to_pre_train_on() -> None:
@@ -236,6 +224,10 @@ def test_other_encoders_are_tuned(
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
+
+
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_resuming_is_exact_and_keeps_the_best(
     bert_finetune: ModuleType, encoder: Path, labelled: Path, reference: Path, tmp_path: Path, stop: int
@@ -259,9 +251,9 @@ def test_what_is_exported_is_the_best_by_the_named_metric(
 ) -> None:
     evaluate, f1 = bert_finetune.evaluate, iter([0.1, 0.9, 0.2, 0.3])
 
-    def pretend(*arguments: Any) -> tuple[dict[str, float], str]:
-        found, shown = evaluate(*arguments)
-        return {**found, "eval/macro_f1": next(f1)}, shown
+    def pretend(*arguments: Any) -> Any:
+        tried = evaluate(*arguments)
+        return tried._replace(metrics={**tried.metrics, "eval/macro_f1": next(f1)})
 
     monkeypatch.setattr(bert_finetune, "evaluate", pretend)
     run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path / "run", best_metric="macro_f1"))
@@ -274,6 +266,134 @@ def test_what_is_exported_is_the_best_by_the_named_metric(
     after_six = load_file(tmp_path / "short/checkpoints/step_00000006/model.safetensors")
     assert all(torch.equal(after_six[name], value) for name, value in saved.items())
     assert "| `eval/macro_f1` | 0.9000 |" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_head_is_new_or_kept(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path, problem: str
+) -> None:
+    """A model that was tuned on the same classes may go on with its head; by itself, as many classes are not enough."""
+    fields = {**PROBLEMS[problem], "max_steps": 2, "learning_rate": 1e-9, "eval_every": 0, "save_every": 0}
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path / "tuned", **fields))
+    fields |= {"init": str(tmp_path / "tuned")}
+    heads = {"tuned": weights(tmp_path / "tuned")}
+    for keep in (False, True):
+        run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path / f"{keep}", keep_head=keep, **fields))
+        heads[keep] = weights(tmp_path / f"{keep}")
+    name = next(name for name in heads["tuned"] if name.startswith("classifier") and name.endswith("weight"))
+    assert torch.allclose(heads[True][name], heads["tuned"][name], atol=1e-6)
+    assert not torch.allclose(heads[False][name], heads["tuned"][name], atol=1e-3)
+    inside = next(name for name in heads["tuned"] if "layer.0.attention" in name)
+    assert torch.allclose(heads[False][inside], heads["tuned"][inside], atol=1e-6)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_best_model_is_tried_on_the_test_split_and_its_answers_are_kept(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path, problem: str
+) -> None:
+    """The best is chosen by a part of the split to train on."""
+    fields = {**PROBLEMS[problem], "eval_split": "train", "test_split": "test", "eval_every": 4, "save_every": 0}
+    run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path, **fields))
+    record = json.loads((tmp_path / "run.json").read_text())
+    labels, answers = read_predictions(tmp_path)
+    rows = [json.loads(line) for line in (labelled / "test.jsonl").read_text().splitlines()]
+    column = fields.get("label_column", "label")
+    expected = [row[column] for row in rows]
+    assert labels == (pytest.approx(expected) if problem == "numbers" else expected)
+    score, name = record["evaluation"], REACHED[problem][0]
+    if problem == "numbers":
+        assert score["test/pearson"] == pytest.approx(np.corrcoef(labels, answers)[0, 1], abs=1e-5)
+        program = transformers.pipeline("text-classification", str(tmp_path))
+        assert program(rows[0]["text"], function_to_apply="none")[0]["score"] == pytest.approx(answers[0], abs=1e-4)
+    elif problem != "tags":
+        assert score["test/accuracy"] == np.mean(np.array(labels) == np.array(answers))
+    assert f"| `test/{name}` | {score[f'test/{name}']:.4f} |" in (tmp_path / "README.md").read_text()
+    assert f"eval/{name}" in score
+
+
+def test_the_best_is_chosen_by_a_share_of_the_few_labels_there_are(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path
+) -> None:
+    fields = {"labels_per_class": 10, "eval_split": "train", "eval_fraction": 0.2}
+    _, train, evals = bert_finetune.open_data(config_of(bert_finetune, encoder, labelled, encoder, **fields))
+    assert np.bincount(train.labels).tolist() == [8, 8]
+    assert np.bincount(evals["eval"].labels).tolist() == [2, 2]
+    _, all_ten, _ = bert_finetune.open_data(
+        config_of(bert_finetune, encoder, labelled, encoder, labels_per_class=10, eval_split="test")
+    )
+    assert {*train.texts, *evals["eval"].texts} == {*all_ten.texts}
+
+
+def test_a_run_that_gets_no_better_ends_and_stays_ended(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    fields = {"learning_rate": 1e-9, "patience": 2, "eval_every": 1, "max_steps": 50, "save_every": 0}
+    cfg = config_of(bert_finetune, encoder, labelled, tmp_path, **fields)
+    for _ in range(2):
+        run(bert_finetune, cfg)
+        record = json.loads((tmp_path / "run.json").read_text())
+        assert (record["steps"], record["best_step"]) == (3, 1)
+        assert metric(tmp_path, "step") == [1, 2, 3]
+
+
+def test_a_run_without_a_finite_metric_says_that_there_is_no_model(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = bert_finetune.evaluate
+
+    def pretend(*arguments: Any) -> Any:
+        tried = evaluate(*arguments)
+        return tried._replace(metrics={**tried.metrics, "eval/accuracy": math.nan})
+
+    monkeypatch.setattr(bert_finetune, "evaluate", pretend)
+    with pytest.raises(cli.UsageError, match="best_metric: 'accuracy': expected a finite value of it once"):
+        run(bert_finetune, config_of(bert_finetune, encoder, labelled, tmp_path, max_steps=3))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_split_to_be_tried_on_does_not_choose(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """Where test is the only other split, a part of the one to train on chooses."""
+    _, train, evals = bert_finetune.open_data(config_of(bert_finetune, encoder, labelled, tmp_path, test_split="test"))
+    assert len(train) + len(evals["eval"]) == 124
+    assert len(evals["test"]) == 41
+    _, _, evals = bert_finetune.open_data(bert_finetune.Config(eval_split="test"))
+    assert list(evals) == ["eval"]
+    both = config_of(bert_finetune, encoder, labelled, tmp_path, eval_split="test", test_split="test")
+    with pytest.raises(cli.UsageError, match="test_split: 'test': expected another split than the one that chooses"):
+        bert_finetune.open_data(both)
+
+
+def test_a_number_that_equals_the_ignored_class_is_learnt_like_any_other(bert_finetune: ModuleType) -> None:
+    logits = torch.zeros(3, 1)
+    assert bert_finetune.loss_sum(logits, torch.tensor([-100.0, 1.0, 2.0])).item() == 10005.0
+    assert bert_finetune.is_target(torch.tensor([-100.0, 1.0])).all()
+    assert bert_finetune.is_target(torch.tensor([-100, 1])).tolist() == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_several_seeds_are_run_by_two_processes_and_told_as_one(
+    bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    flags = {**TINY, "init": encoder, "data": labelled, "output_dir": tmp_path, "seeds": 3, "max_steps": 3}
+    command = [
+        str(bert_finetune.__file__),
+        *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    config = str(ROOT / "accelerate_configs" / "multi_cpu.yaml")
+    done = subprocess.run([*launch, config, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "seeds.json").read_text())
+    values = [
+        json.loads((tmp_path / f"seed_{seed}" / "run.json").read_text())["evaluation"]["eval/loss"] for seed in range(3)
+    ]
+    assert summary["eval/loss"]["values"] == values
+    assert len(set(values)) == 3
+    assert summary["eval/loss"]["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(3))
+    assert f"eval/loss {np.mean(values):.4f} +- " in done.stdout
 
 
 def test_a_probe_of_the_encoder_is_in_the_record(
@@ -389,9 +509,28 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "labels_per_class: 2: expected 0": {"labels_per_class": 2, "label_column": "score"},
         "best_metric: 'loss': expected one of": {"best_metric": "loss"},
         "best_metric: 'pearson': expected a metric of classes": {"best_metric": "pearson"},
-        "split: 'dev': expected one of the splits": {"eval_split": "dev"},
+        "eval_split: 'dev': expected one of the splits": {"eval_split": "dev"},
         "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
         "global_batch_size: 8: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},
+        "test_split: 'train': expected another split": {"test_split": "train"},
+        "test_split: 'dev': expected one of the splits": {"test_split": "dev"},
+        "patience: 3: expected 0 where eval_every is 0": {"patience": 3, "eval_every": 0},
+        "keep_head: True: expected init to have all weights": {"keep_head": True},
+        "2 classes (B-LIVING, O); it has a head of 2 classes (animal, plant)": {
+            **PROBLEMS["tags"],
+            "init": str(reference),
+            "keep_head": True,
+        },
+        "keep_head: True: expected init to have a head for numbers; it has a head of 2 classes": {
+            **PROBLEMS["numbers"],
+            "init": str(reference),
+            "keep_head": True,
+        },
+        "keep_head: True: expected a model to start from": {
+            "init": "scratch",
+            "tokenizer": str(encoder),
+            "keep_head": True,
+        },
     }
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     for message, fields in cases.items():
@@ -411,7 +550,8 @@ os.environ["HF_HUB_OFFLINE"] = "0"
 finetune = load_recipe("bert/finetune.py")
 for name, task in finetune.TASKS.items():
     if task.data == finetune.GLUE:
-        _, train, held_out = finetune.open_data(finetune.Config(task=name))
+        _, train, evals = finetune.open_data(finetune.Config(task=name))
+        [held_out] = evals.values()
         assert held_out.class_names == train.class_names
         names = finetune.metrics_of(finetune.Config(task=name), task, train.problem)
         print(json.dumps([name, train.problem, list(train.class_names), train.pairs is not None, len(held_out), names]))

@@ -25,7 +25,7 @@ from shared.data.batches import IGNORED, micro_batches
 from shared.text.wordpiece import train_wordpiece
 from tests.conftest import ROOT, WORDS, load_recipe
 from tests.launching import preloaded_python
-from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, weights
+from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, run_card, weights
 
 TINY = {
     "hidden_size": 32,
@@ -59,6 +59,13 @@ def reference(bert: ModuleType, sentences_file: Path, tmp_path_factory: pytest.T
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return train_wordpiece([" ".join(WORDS)] * 20, vocab_size=100, seq_length=32, lowercase=True)
+
+
+def test_the_rate_falls_from_the_peak_or_on_the_line_from_the_start(bert: ModuleType) -> None:
+    cfg = bert.Config(max_steps=50, schedule_steps=100, warmup_steps=20)
+    assert [bert.learning_rate_factor(cfg, step) for step in (20, 60)] == pytest.approx([0.8, 0.4])
+    cfg = bert.Config(max_steps=100, warmup_steps=20, decay_from="warmup")
+    assert [bert.learning_rate_factor(cfg, step) for step in (20, 60, 100)] == pytest.approx([1.0, 0.5, 0.0])
 
 
 # -- masking -----------------------------------------------------------------------------------------------------------
@@ -260,10 +267,15 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     assert f"{entries[-1]['eval/mlm_accuracy']:.4f}" in (reference / "README.md").read_text()
 
 
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
+
+
 def test_evaluation_counts_every_pair_once(bert: ModuleType, reference: Path, sentences_file: Path) -> None:
     """Against the plainest way: the library's model, one pair at a time, logits at every position."""
     cfg = config_of(bert, sentences_file, reference)
-    tokenizer, _, pairs = bert.open_data(cfg, Accelerator(cpu=True))
+    tokenizer, _, sources = bert.open_data(cfg, Accelerator(cpu=True))
+    [pairs] = sources.values()
     vocabulary = bert.wordpiece.look_up_vocabulary(tokenizer)
     model = transformers.AutoModelForPreTraining.from_pretrained(reference)
     mlm = nsp = 0.0
@@ -286,17 +298,28 @@ def test_evaluation_counts_every_pair_once(bert: ModuleType, reference: Path, se
     assert found["eval/loss"] == pytest.approx(found["eval/mlm_loss"] + found["eval/nsp_loss"])
     assert found["eval/mlm_accuracy"] == pytest.approx(right / targets)
     assert found["eval/nsp_accuracy"] == pytest.approx(next_right / number)
+    own = bert.MODEL_CLASSES[model.config.model_type].from_pretrained(reference)
+    both = bert.evaluate(Accelerator(cpu=True), own, {"one": pairs, "other": pairs}, vocabulary, 4)
+    for name in ("loss", "mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy"):
+        for key in (f"eval/{name}", f"eval/one/{name}", f"eval/other/{name}"):
+            assert both[key] == pytest.approx(found[f"eval/{name}"], rel=1e-5), key
 
 
 def test_no_pair_crosses_the_split(bert: ModuleType, sentences_file: Path, tmp_path: Path) -> None:
-    _, train, held_out = bert.open_data(config_of(bert, sentences_file, tmp_path), Accelerator(cpu=True))
+    """Two corpora, one of them with a column of its own: trained on together, each evaluated by itself."""
+    other = tmp_path / "others.jsonl"
+    lines = [json.loads(line)["text"] for line in sentences_file.read_text().splitlines()[:9]]
+    other.write_text("".join(json.dumps({"body": f"A tree. {text}", "text": "x"}) + "\n" for text in lines))
+    fields = {"data": f"{sentences_file},{other}:text_column=body", "cache_dir": str(tmp_path / "cache")}
+    _, train, sources = bert.open_data(config_of(bert, sentences_file, tmp_path, **fields), Accelerator(cpu=True))
+    assert list(sources) == ["sentences", "others"]
     documents = [
         {tuple(cache.read(first, last)) for first, last in itertools.pairwise([0, *cache.document_ends.tolist()])}
-        for cache in (train.cache, held_out.cache)
+        for cache in (train.cache, *(pairs.cache for pairs in sources.values()))
     ]
-    assert not documents[0] & documents[1]
-    assert len(documents[0] | documents[1]) == 14
-    assert train.cache.folder != held_out.cache.folder
+    assert not documents[0] & (documents[1] | documents[2])
+    assert sum(map(len, documents)) == 14 + 9
+    assert min(map(len, documents)) >= 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

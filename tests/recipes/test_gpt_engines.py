@@ -110,14 +110,17 @@ def free_port() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero1"])  # stage 1 has another optimizer in bfloat16
 def test_bfloat16_differs_little_and_resumes_exactly(runs: Runs, tmp_path: Path, engine: str) -> None:
-    """Products have three digits, and their errors mostly cancel: losses were measured to differ by 3e-5."""
+    """Products have three digits, and their errors mostly cancel, but grow with what the weights have moved.
+
+    Losses were measured to differ by 2e-5 after two updates and by up to 4.4e-4 after four at the full rate.
+    """
     options: dict[str, Any] = {"launcher": ("--num_processes=2", "--mixed_precision=bf16")}
     if engine == "fsdp2":
         options["ACCELERATE_USE_CPU"] = "true"
     status, output = runs.run(engine, tmp_path / "run", FIELDS["adamw"], **options)
     assert status == 0, output
     losses = metric(tmp_path / "run", "train/loss")
-    assert losses == pytest.approx(metric(runs.of_one_process("adamw"), "train/loss"), rel=3e-4)
+    assert losses == pytest.approx(metric(runs.of_one_process("adamw"), "train/loss"), rel=1e-3)
     resumed = state_at(tmp_path / "run", 3, tmp_path / "resumed")
     status, output = runs.run(engine, resumed, FIELDS["adamw"], **options)
     assert status == 0, output

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.optim.optimizers import orthogonalize
+from shared.optim.muon import orthogonalize
 from shared.text import tokenization
 from shared.text.packing import fill_row
 from tests import launching

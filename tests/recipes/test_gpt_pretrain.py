@@ -23,7 +23,7 @@ from shared.data.batches import IGNORED
 from shared.text import streaming, tokenization
 from tests.conftest import ROOT
 from tests.launching import PYTHON, preloaded_python
-from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run
+from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, run_card
 
 TINY = {
     "hidden_size": 32,
@@ -68,6 +68,15 @@ def reference(gpt: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return tokenization.train_byte_level_bpe(["the cat sees the dog " * 50], vocab_size=300, seq_length=32)
+
+
+def test_the_rate_ends_at_its_final_fraction(gpt: ModuleType) -> None:
+    """Brown et al. 2020 end at a tenth, llm.c at nothing."""
+    for schedule in ("wsd", "cosine"):
+        cfg = gpt.Config(max_steps=100, warmup_steps=10, schedule=schedule)
+        factors = [gpt.learning_rate_factor(dataclasses.replace(cfg, final_fraction=end), 100) for end in (0.0, 0.1)]
+        assert factors == pytest.approx([0.0, 0.1])
+        assert gpt.learning_rate_factor(cfg, 10) == 1
 
 
 @pytest.mark.parametrize("architecture", ["nanochat", "gpt2", "llama"])
@@ -186,6 +195,14 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     assert f"{entries[-1]['eval/bits_per_byte']:.4f}" in card
 
 
+@pytest.mark.parametrize("architecture", ["nanochat", "gpt2"])
+def test_the_code_of_the_card_runs(gpt: ModuleType, corpus: Path, tmp_path: Path, architecture: str) -> None:
+    """GPT-2 has no positions beyond those of a row, fewer than a pipeline makes tokens unless told."""
+    fields = {"architecture": architecture, "optimizer": "adamw", "max_steps": 1}
+    run(gpt, config_of(gpt, corpus, tmp_path / "run", **fields))
+    run_card(tmp_path / "run", tmp_path)
+
+
 def test_evaluation_counts_every_document_once(gpt: ModuleType, reference: Path, corpus: Path) -> None:
     """Against the plainest way: each held-out document alone, cut into rows, its targets summed."""
     from transformers import AutoModelForCausalLM
@@ -193,7 +210,8 @@ def test_evaluation_counts_every_document_once(gpt: ModuleType, reference: Path,
     cfg = config_of(gpt, corpus, reference)
     tokenizer, train, evals = gpt.open_data(cfg, Accelerator(cpu=True))
     model = AutoModelForCausalLM.from_pretrained(reference)
-    cache, nll, targets, first = evals[0].cache, 0.0, 0, 0
+    [rows] = evals.values()
+    cache, nll, targets, first = rows.cache, 0.0, 0, 0
     assert len(cache.ends) + len(train[0].cache.ends) == 20
     with torch.no_grad():
         for last in cache.ends.tolist():
@@ -208,6 +226,32 @@ def test_evaluation_counts_every_document_once(gpt: ModuleType, reference: Path,
     assert tokenizer.decode(cache.tokens[: cache.ends[0]], skip_special_tokens=True)
     assert metrics_of(reference)[-1]["eval/loss"] == pytest.approx(nll / targets, rel=1e-5)
     assert metrics_of(reference)[-1]["eval/bits_per_byte"] == pytest.approx(nll / math.log(2) / text_bytes, rel=1e-5)
+    both = gpt.evaluate(Accelerator(cpu=True), model, {"one": rows, "other": rows}, 3, by_windows=False)
+    for key in ("eval/bits_per_byte", "eval/one/bits_per_byte", "eval/other/bits_per_byte"):
+        assert both[key] == pytest.approx(nll / math.log(2) / text_bytes, rel=1e-5), key
+    assert both["eval/loss"] == pytest.approx(nll / targets, rel=1e-5)
+    assert "eval/window_loss" not in both
+
+
+def test_evaluation_by_windows_is_that_of_the_stream(gpt: ModuleType, reference: Path, corpus: Path) -> None:
+    """Documents with one end token between them, cut at every row's length, whatever lies across a cut or a border."""
+    from transformers import AutoModelForCausalLM
+
+    cfg = config_of(gpt, corpus, reference)
+    tokenizer, _, evals = gpt.open_data(cfg, Accelerator(cpu=True))
+    model = AutoModelForCausalLM.from_pretrained(reference)
+    [rows] = evals.values()
+    documents = np.split(rows.cache.tokens.astype(np.int64), rows.cache.ends[:-1])
+    stream = torch.from_numpy(np.concatenate([documents[0], *(ids[1:] for ids in documents[1:])]))
+    assert (stream == tokenizer.eos_token_id).sum() == len(documents) + 1
+    number = (len(stream) - 1) // 32
+    assert number >= 2
+    with torch.no_grad():
+        logits = model(stream[: number * 32].view(number, 32), use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), stream[1 : number * 32 + 1])
+    results = gpt.evaluate(Accelerator(cpu=True), model, evals, 3, by_windows=True)
+    assert results["eval/window_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert results["eval/loss"] != pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -450,6 +494,11 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "attention: 'flex_attention': expected sdpa on cpu": {"attention": "flex_attention"},
         "per_device_batch_size: -1: expected at least 0": {"per_device_batch_size": -1},
         "learning_rate: 0.0: expected more than 0": {"learning_rate": 0.0},
+        "eval_windows: True: expected held-out text of more than seq_length tokens": {
+            "eval_windows": True,
+            "seq_length": 4096,
+        },
+        "hub_license: 'Apache 2.0': expected small letters, digits, - and .": {"hub_license": "Apache 2.0"},
     }
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     for message, fields in cases.items():

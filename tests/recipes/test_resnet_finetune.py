@@ -1,12 +1,18 @@
 """Fine-tuning on images of other classes; what is exported is the best model, whatever stops the run."""
 
+import io
 import json
 import math
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from shared import command_line as cli
 from shared.data.batches import IGNORED
 from shared.images.crops import CenterCrops
-from tests.recipes.runs import Runs, assert_same, metric, metrics_of, push_and_load, run, weights
-from tests.recipes.test_resnet_pretrain import TINY as SIZES
+from shared.run.predictions import read_predictions
+from tests.conftest import ROOT
+from tests.hub_server import Repository, start_hub
+from tests.recipes.runs import Runs, assert_same, metric, metrics_of, push_and_load, run, run_card, weights
 
 TINY: dict[str, Any] = {
     "image_size": 12,
@@ -33,21 +41,6 @@ TINY: dict[str, Any] = {
     "save_every": 3,
     "num_workers": 0,
 }
-
-
-@pytest.fixture(scope="session")
-def classifier(resnet: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run of pre-training, on two classes of noise."""
-    folder, draw = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in ("rough", "smooth"):
-            (folder / "data" / split / name).mkdir(parents=True)
-            for index in range(8):
-                pixels = draw.integers(0, 255, (16, 16, 3)) if name == "rough" else np.full((16, 16, 3), 20 * index)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{index}.png")
-    fields = {**SIZES, "max_steps": 6, "data": str(folder / "data"), "output_dir": str(folder / "run")}
-    run(resnet, resnet.Config(**fields))
-    return folder / "run"
 
 
 def config_of(finetune: ModuleType, classifier: Path, images: Path, run_dir: Path, **fields: Any) -> Any:
@@ -66,6 +59,10 @@ def reference(
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
 
 
 def test_other_classes_are_learnt_and_read_by_the_library(
@@ -90,14 +87,14 @@ def test_evaluation_counts_every_image_once(
 ) -> None:
     """Against the library's model, one image at a time."""
     cfg = config_of(resnet_finetune, classifier, shapes, reference)
-    _, held_out = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+    held_out = resnet_finetune.open_data(cfg, Accelerator(cpu=True))[1]["eval"]
     model = transformers.AutoModelForImageClassification.from_pretrained(reference).eval()
     crops, losses, right = CenterCrops(held_out, 16, 1.0, 1), [], []
     statistics = resnet_finetune.statistics_of(cfg)
     with torch.no_grad():
         for index in range(len(held_out)):
             pixels = torch.from_numpy(crops.read(index)["pixel_values"].copy())[None]
-            logits = resnet_finetune.forward(model, pixels, statistics)[0]
+            logits = resnet_finetune.forward(model, pixels, 1, statistics)[0]
             label = int(held_out.labels[index])
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(label)).item())
             right.append(int(logits.argmax()) == label)
@@ -129,7 +126,8 @@ def test_scratch_has_the_sizes_of_init_and_other_weights(
     built = {}
     for scratch in (False, True):
         cfg = config_of(resnet_finetune, classifier, shapes, classifier, scratch=scratch)
-        built[scratch] = resnet_finetune.build_model(cfg, ("a", "b", "c")).state_dict()
+        train, _ = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+        built[scratch] = resnet_finetune.build_model(cfg, train).state_dict()
     start = weights(classifier)
     for name, value in built[True].items():
         assert value.shape == built[False][name].shape
@@ -137,6 +135,17 @@ def test_scratch_has_the_sizes_of_init_and_other_weights(
             assert torch.equal(built[False][name], start[name])
             assert not torch.equal(value, start[name])
     assert built[False]["classifier.1.weight"].shape[0] == 3
+
+
+def test_a_head_is_new_or_kept(resnet_finetune: ModuleType, classifier: Path, shapes: Path, reference: Path) -> None:
+    """A model that was tuned on the same classes may go on with its head; by itself, as many classes are not enough."""
+    start, name = weights(reference), "classifier.1.weight"
+    for keep in (False, True):
+        cfg = config_of(resnet_finetune, classifier, shapes, reference, init=str(reference), keep_head=keep)
+        train, _ = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+        built = resnet_finetune.build_model(cfg, train).state_dict()
+        assert torch.equal(built[name], start[name]) == keep
+        assert all(torch.equal(built[other], start[other]) for other in start if not other.startswith("classifier"))
 
 
 def test_class_weights_let_all_classes_count_the_same(
@@ -158,9 +167,9 @@ def test_few_labels_are_chosen_by_the_seed(resnet_finetune: ModuleType, classifi
     chosen = {}
     for few, seed in ((2, 0), (5, 0), (2, 1)):
         cfg = config_of(resnet_finetune, classifier, shapes, classifier, labels_per_class=few, seed=seed)
-        train, held_out = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+        train, evals = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
         assert np.bincount(train.labels).tolist() == [few] * 3
-        assert len(held_out) == 21
+        assert {name: len(held_out) for name, held_out in evals.items()} == {"eval": 21}
         chosen[few, seed] = {train.files.name(index) for index in range(len(train))}
     assert chosen[2, 0] < chosen[5, 0]
     assert chosen[2, 0] != chosen[2, 1]
@@ -168,8 +177,8 @@ def test_few_labels_are_chosen_by_the_seed(resnet_finetune: ModuleType, classifi
 
 def test_the_embedded_groups_are_of_unseen_concepts(resnet_finetune: ModuleType, classifier: Path) -> None:
     cfg = resnet_finetune.Config(init=str(classifier))
-    train, held_out = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
-    assert (len(train), len(held_out)) == (4599, 300)
+    train, evals = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+    assert (len(train), len(evals["eval"]), len(evals["test"])) == (4599, 200, 300)
     assert "Food & Drink" in train.class_names
     assert len(train.class_names) == 9
 
@@ -196,6 +205,97 @@ def test_other_classifiers_are_tuned_with_their_own_statistics(
     assert (saved["image_mean"], saved["image_std"]) == ([0.5] * 3, [0.5] * 3)
 
 
+@pytest.fixture(scope="session")
+def shapes_and_colors(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each image has any number of three labels: which of its channels are bright."""
+    folder, draw = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
+    names = ["blue", "green", "red"]
+    features = datasets.Features({"image": datasets.Image(), "colors": datasets.List(datasets.ClassLabel(names=names))})
+    for split, number in (("train", 48), ("test", 16)):
+        rows = []
+        for _ in range(number):
+            labels = np.flatnonzero(draw.random(3) < 0.4)
+            pixels = np.full((16, 16, 3), 60) + draw.integers(0, 40, (16, 16, 3))
+            pixels[:, :, 2 - labels] += 100
+            rows.append({"image": Image.fromarray(pixels.astype(np.uint8)), "colors": labels.tolist()})
+        datasets.Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_several_labels_of_an_image_are_learnt_and_read_by_the_library(
+    resnet_finetune: ModuleType, classifier: Path, shapes_and_colors: Path, tmp_path: Path
+) -> None:
+    fields = {"max_steps": 60, "eval_every": 30, "save_every": 0, "min_crop_area": 1.0, "class_weights": True}
+    run(resnet_finetune, config_of(resnet_finetune, classifier, shapes_and_colors, tmp_path, **fields))
+    best = json.loads((tmp_path / "run.json").read_text())["evaluation"]
+    assert min(best["eval/auc"], best["eval/macro_f1"], best["eval/accuracy"]) >= 0.9
+    test = datasets.load_dataset("parquet", data_files=str(shapes_and_colors / "test.parquet"), split="train")
+    named = [[test.features["colors"].feature.names[label] for label in row] for row in test["colors"]]
+    labels, answers = read_predictions(tmp_path)
+    assert labels == named
+    pipeline = transformers.pipeline("image-classification", str(tmp_path))
+    said = [sorted(one["label"] for one in pipeline(image) if one["score"] >= 0.5) for image in test["image"]]
+    assert said == answers
+    assert np.mean([answer == label for answer, label in zip(answers, labels, strict=True)]) >= 0.8
+
+
+def test_weights_of_several_labels_even_out_those_that_are_there_and_not(
+    resnet_finetune: ModuleType, classifier: Path, shapes_and_colors: Path
+) -> None:
+    cfg = config_of(resnet_finetune, classifier, shapes_and_colors, classifier, class_weights=True)
+    train, _ = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+    pos_weight = resnet_finetune.weights_of_classes(cfg, train)
+    there = torch.tensor(train.counts)
+    assert (pos_weight * there).tolist() == pytest.approx((len(train) - there).tolist())
+    logits, labels = torch.randn(4, 3), torch.tensor([[0, 1, 0], [1, 1, 1], [0, 0, 0], [IGNORED] * 3])
+    of_library = torch.nn.BCEWithLogitsLoss(pos_weight=pos_weight)(logits[:3], labels[:3].float()).item() * 3
+    assert resnet_finetune.loss_sum(logits, labels, 0.0, pos_weight).item() == pytest.approx(of_library)
+
+
+def test_balanced_sampling_shows_all_classes_equally_often(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path
+) -> None:
+    cfg = config_of(resnet_finetune, classifier, shapes, classifier, balanced_sampling=True, max_steps=512)
+    train, _ = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+    uneven = train.subset(np.flatnonzero((train.labels == 2) | (np.arange(len(train)) % 5 == 0)))
+    updates = resnet_finetune.open_updates(cfg, Accelerator(cpu=True), uneven, 8, 0)
+    seen = np.concatenate([batch["labels"] for batches, _, _ in updates for batch in batches])
+    assert uneven.counts[2] > 3 * uneven.counts[:2].max()
+    assert np.bincount(seen) / len(seen) == pytest.approx([1 / 3] * 3, abs=0.001)
+
+
+def test_the_best_model_is_tried_on_the_test_split_and_its_answers_are_kept(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """The best is chosen by a part of the few labels that there are."""
+    fields = {"labels_per_class": 10, "eval_split": "train", "eval_fraction": 0.2, "test_split": "test", "probe": True}
+    cfg = config_of(resnet_finetune, classifier, shapes, tmp_path, **fields)
+    train, evals = resnet_finetune.open_data(cfg, Accelerator(cpu=True))
+    assert (train.counts.tolist(), evals["eval"].counts.tolist()) == ([8, 8, 8], [2, 2, 2])
+    run(resnet_finetune, cfg)
+    record = json.loads((tmp_path / "run.json").read_text())
+    labels, answers = read_predictions(tmp_path)
+    assert labels == [evals["test"].class_names[label] for label in evals["test"].labels]
+    assert record["evaluation"]["test/accuracy"] == np.mean(np.array(labels) == np.array(answers))
+    assert {"knn_accuracy", "linear_probe_accuracy"} <= record.keys()
+    pipeline = transformers.pipeline("image-classification", str(tmp_path))
+    images = [Image.open(io.BytesIO(evals["test"].files.read(index))) for index in range(len(labels))]
+    assert [pipeline(image)[0]["label"] for image in images] == answers
+    assert f"| `test/accuracy` | {record['evaluation']['test/accuracy']:.4f} |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_that_gets_no_better_ends_and_stays_ended(
+    resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path: Path
+) -> None:
+    fields = {"learning_rate": 1e-9, "patience": 2, "eval_every": 1, "max_steps": 50, "save_every": 0}
+    cfg = config_of(resnet_finetune, classifier, shapes, tmp_path, **fields)
+    for _ in range(2):
+        run(resnet_finetune, cfg)
+        record = json.loads((tmp_path / "run.json").read_text())
+        assert record["steps"] == record["best_step"] + 2 < 50
+        assert metric(tmp_path, "step")[-1] == record["steps"]
+
+
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -216,13 +316,19 @@ def test_resuming_is_exact_and_keeps_the_best(
 
 
 def test_dry_run_leaves_nothing(
-    resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    resnet_finetune: ModuleType,
+    classifier: Path,
+    shapes: Path,
+    shapes_and_colors: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run(resnet_finetune, config_of(resnet_finetune, classifier, shapes, tmp_path / "run", dry_run=True))
-    printed = capsys.readouterr().out
-    for expected in ("training images as the model sees them", "memory: activations", "one update", "flops_per_image"):
-        assert expected in printed
-    assert not (tmp_path / "run").exists()
+    for images in (shapes, shapes_and_colors):
+        run(resnet_finetune, config_of(resnet_finetune, classifier, images, tmp_path / "run", dry_run=True))
+        printed = capsys.readouterr().out
+        for expected in ("training images as the model sees", "memory: activations", "one update", "flops_per_image"):
+            assert expected in printed
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +361,68 @@ def test_push_reaches_the_hub_and_loads_in_a_clean_process(
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= pushed
 
 
+def files_of(names: list[str], splits: dict[str, list[int]], folder: Path) -> dict[str, bytes]:
+    """Those of a data set on the Hub, with the columns `image` and `label`: an image of noise for each label."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    files, draw = {}, np.random.default_rng(0)
+    for split, labels in splits.items():
+        images = [Image.fromarray(draw.integers(0, 255, (28, 28, 3), dtype=np.uint8)) for _ in labels]
+        table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        table.to_parquet(folder / "one.parquet")
+        files[f"data/{split}-00000-of-00001.parquet"] = (folder / "one.parquet").read_bytes()
+    return files
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_commands_that_need_the_network_run_against_a_hub(classifier: Path, tmp_path: Path) -> None:
+    """Those of the README, through the real client, with small data in the form of PathMNIST and of ImageNet."""
+    hub = start_hub()
+    known = [*range(9)] * 2
+    for name, of_test in {"jafermarq/pathmnist": known, "ILSVRC/imagenet-1k": [-1] * 9}.items():
+        files = files_of(
+            [f"class {n}" for n in range(9)], {"train": known * 2, "validation": known, "test": of_test}, tmp_path
+        )
+        hub.repositories["datasets", name] = Repository(private=False)
+        hub.repositories["datasets", name].commit(files, "files")
+    weights_of = {
+        path.name: path.read_bytes() for path in classifier.iterdir() if path.suffix in (".json", ".safetensors")
+    }
+    hub.repositories["models", "microsoft/resnet-50"] = Repository(private=False)
+    hub.repositories["models", "microsoft/resnet-50"].commit(weights_of, "files")
+    environment = {**os.environ, **hub.environment(), "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+
+    lines = [line.strip() for line in (ROOT / "recipes/resnet/README.md").read_text().splitlines()]
+    [tissue] = [line for line in lines if "recipes/resnet/finetune.py --init microsoft/resnet-50" in line]
+    [photographs] = [line for line in lines if "recipes/resnet/pretrain.py --config" in line]
+    few = "--max_steps 2 --warmup_steps 1 --global_batch_size 8 --eval_every 0 --save_every 0 --num_workers 0"
+    sizes = "--depths 1,1 --hidden_sizes 16,32 --embedding_size 16 --no_compile"
+    for command, fields in (
+        (tissue, few),
+        (photographs, f"{few} {sizes} --image_size 28 --final_image_size 28 --eval_image_size 28 --size_multiple 4"),
+    ):
+        words = shlex.split(f"{command} {fields} --output_dir {tmp_path}/run")
+        program = next(at for at, word in enumerate(words) if word.endswith(".py"))
+        done = subprocess.run(
+            [sys.executable, *words[program:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        labels = json.loads((tmp_path / "run" / "config.json").read_text())["id2label"]
+        assert list(labels.values()) == [f"class {n}" for n in range(9)]
+        shutil.rmtree(tmp_path / "run")
+    hub.stop()
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_input_gets_one_line_and_writes_nothing(
-    resnet_finetune: ModuleType, classifier: Path, shapes: Path, reference: Path, tmp_path: Path
+    resnet_finetune: ModuleType,
+    classifier: Path,
+    shapes: Path,
+    shapes_and_colors: Path,
+    reference: Path,
+    tmp_path: Path,
 ) -> None:
     shutil.copytree(classifier, tmp_path / "headless")
     save_file({"classifier.1.bias": torch.zeros(2)}, tmp_path / "headless" / "model.safetensors", {"format": "pt"})
@@ -278,6 +441,22 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "expected images of at least 30 pixels": {"image_size": 30},
         "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
         "global_batch_size: 8: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},
+        "test_split: 'train': expected another split": {"test_split": "train"},
+        "test_split: 'test': expected another split": {"test_split": "test", "eval_split": "test"},
+        "patience: 3: expected 0 where eval_every is 0": {"patience": 3, "eval_every": 0},
+        "test_split: 'dev': expected one of train, test": {"test_split": "dev"},
+        "eval_split: 'dev': expected one of train, test": {"eval_split": "dev"},
+        "classes: '0,1': expected \"\" for images with several labels": {
+            "data": str(shapes_and_colors),
+            "classes": "0,1",
+        },
+        "classes: '0,5': expected different classes": {"classes": "0,5"},
+        "expected init to have a head for those of the data, 3 classes (high, low, middle)": {"keep_head": True},
+        "keep_head: True: expected False for new weights": {"keep_head": True, "scratch": True},
+        "best_metric: 'auc': expected one that these labels have, such as accuracy": {"best_metric": "auc"},
+        "labels_per_class: 2: expected 0": {"data": str(shapes_and_colors), "labels_per_class": 2},
+        "balanced_sampling: True: expected False": {"data": str(shapes_and_colors), "balanced_sampling": True},
+        "best_metric: 'balanced_accuracy'": {"data": str(shapes_and_colors), "best_metric": "balanced_accuracy"},
     }
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     for message, fields in cases.items():

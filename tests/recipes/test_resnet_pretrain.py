@@ -22,13 +22,24 @@ from pyarrow import parquet
 
 from shared import command_line as cli
 from shared.data.batches import IGNORED
-from shared.images import captioned
+from shared.images import captioned, labelled
+from shared.images.crops import CenterCrops
 from shared.images.streaming import open_image_stream
 from shared.models.batch_statistics import RunningStatistics
+from shared.models.export import export_model
 from shared.models.resnet import build_processor
 from tests.conftest import ROOT
 from tests.launching import preloaded_python
-from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, state_at, weights
+from tests.recipes.runs import (
+    assert_same_weights,
+    metrics_of,
+    push_and_load,
+    results_of,
+    run,
+    run_card,
+    state_at,
+    weights,
+)
 
 TINY = {
     "image_size": 12,
@@ -130,6 +141,37 @@ def uint8_batch(number: int, side: int, classes: int, seed: int = 0) -> dict[str
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (number, side, side, 3), generator=generator, dtype=torch.uint8)
     return {"pixel_values": pixels, "labels": torch.randint(classes, (number,), generator=generator)}
+
+
+def test_what_ffcv_s_runs_have_otherwise(resnet: ModuleType) -> None:
+    """Leclerc et al. 2023: a line from the end of the warm-up, plain momentum, norms that all begin at 1."""
+    usual = resnet.Config(**TINY)
+    cfg = replace(usual, schedule="linear", nesterov=False, zero_init_residual=False, max_steps=10, warmup_steps=2)
+    assert [resnet.learning_rate_factor(cfg, step) for step in (2, 6, 10)] == [1.0, 0.5, 0.0]
+    assert resnet.learning_rate_factor(replace(cfg, schedule="cosine"), 4) > 0.8
+    model = resnet.build_model(cfg, NAMES)
+    norms = [module.weight for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(bool((weight == 1).all()) for weight in norms)
+    optimizers = [resnet.build_optimizer(some, model) for some in (cfg, usual)]
+    assert [optimizer.param_groups[0]["nesterov"] for optimizer in optimizers] == [False, True]
+
+
+def test_crops_are_enlarged_for_the_sample_alone_unless_told(resnet: ModuleType, resnet_rsb: ModuleType) -> None:
+    for recipe in (resnet, resnet_rsb):
+        cfgs = [recipe.Config(), recipe.Config(data="me/mine"), recipe.Config(data="me/mine", enlarge=3)]
+        assert [recipe.enlargement(cfg) for cfg in cfgs] == [2, 1, 3]
+
+
+def test_crops_are_not_mirrored_where_they_must_not_be(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
+    """The light of an image is on its left, in its mirror image on its right."""
+    for mirrored in (True, False):
+        cfg = config_of(resnet, shapes, tmp_path, mirrored=mirrored, min_crop_area=1.0)
+        train, _ = resnet.open_data(cfg, Accelerator(cpu=True))
+        opened = resnet.open_updates(cfg, Accelerator(cpu=True), train, 8, 0, [])
+        pixels = [batch["pixel_values"].float() for batches, _, _ in opened for batch in batches]
+        sides = torch.cat([some.mean((1, 3)) for some in pixels if some.shape[1] == 16])  # (N, 16) by column
+        is_right = sides[:, 10:].mean(1) > sides[:, :6].mean(1)
+        assert bool(is_right.any()) is mirrored
 
 
 def test_blocks_begin_as_their_shortcuts(resnet: ModuleType) -> None:
@@ -236,7 +278,7 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path, shapes:
     assert entries[-1]["train/loss"] < entries[0]["train/loss"] - 0.2
     assert [entry["train/image_size"] for entry in entries][::11] == [12, 16]
     processor = transformers.AutoImageProcessor.from_pretrained(reference)
-    assert processor.size == {"shortest_edge": 32}
+    assert processor.crop_size == {"height": 16, "width": 16}
     model, loading = transformers.AutoModelForImageClassification.from_pretrained(reference, output_loading_info=True)
     assert type(model) is transformers.ResNetForImageClassification
     assert not loading["missing_keys"]
@@ -250,6 +292,10 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path, shapes:
     for name in ("confusion_matrix.png", "surest_mistakes.png"):
         assert f"(figures/{name})" in card
         assert Image.open(reference / "figures" / name).size[0] > 100
+
+
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
 
 
 def test_evaluation_counts_every_image_once_as_the_pipeline_does(reference: Path, shapes: Path) -> None:
@@ -269,6 +315,44 @@ def test_evaluation_counts_every_image_once_as_the_pipeline_does(reference: Path
     assert last["eval/top1"] == pytest.approx(right / 21)
     assert last["eval/top5"] == 1
     assert last["eval/skipped"] == 0
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images that are wider or higher than square, of every mode that becomes RGB, one turned by EXIF."""
+    folder, draw = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    kinds = [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("RGB", "webp")]
+    for index, (mode, suffix) in enumerate(kinds * 2):
+        rough = Image.fromarray(draw.integers(0, 255, (6, 5, 3), dtype=np.uint8))
+        image = rough.resize(((640, 400), (300, 550))[index % 2], Image.Resampling.BICUBIC).convert(mode)
+        if mode == "RGBA":
+            image.putalpha(image.getchannel("R"))
+        exif = Image.Exif()
+        exif[0x0112] = 6 if index == 0 else 1  # a quarter turn
+        file = folder / "test" / NAMES[index % 3] / f"{index}.{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file, exif=exif)
+    return folder
+
+
+@pytest.mark.parametrize(("size", "fraction"), [(24, 1.0), (176, 0.875), (224, 0.95), (384, 1.0), (512, 0.875)])
+def test_the_exported_pipeline_answers_as_the_evaluation_does(
+    resnet: ModuleType, photographs: Path, tmp_path: Path, size: int, fraction: float
+) -> None:
+    """To the image, at the sizes at which people train; the library's own processor warps from 384 pixels on."""
+    accelerator, cfg = Accelerator(cpu=True), config_of(resnet, photographs, tmp_path, depths="1", hidden_sizes="8")
+    columns = {"config": "", "image_column": "", "label_column": ""}
+    held_out = labelled.open_images(str(photographs), split="test", **columns)
+    model = resnet.build_model(cfg, NAMES)
+    torch.nn.init.normal_(model.classifier[1].weight)
+    _, answers = resnet.evaluate(cfg, accelerator, model, CenterCrops(held_out, size, fraction, 5))
+    assert np.ptp(answers.probabilities) > 0.01  # or the same answer would do for all
+    export_model(accelerator, model, build_processor(size, fraction), tmp_path)
+    classify = transformers.pipeline("image-classification", str(tmp_path))
+    for index, guess, probability in zip(answers.indices, answers.guesses[:, 0], answers.probabilities, strict=True):
+        [name] = [file for file in photographs.rglob("*.*") if held_out.files.read(index) == file.read_bytes()]
+        first = classify(str(name))[0]
+        assert (first["label"], first["score"]) == (NAMES[guess], pytest.approx(probability, abs=1e-4))
 
 
 def test_the_average_is_what_is_saved(resnet: ModuleType, shapes: Path, reference: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from shared import command_line as cli
 from shared.models.batch_statistics import RunningStatistics
-from tests.recipes.runs import assert_same_weights, metrics_of, results_of, run, state_at
+from tests.recipes.runs import assert_same_weights, metrics_of, results_of, run, run_card, state_at
 from tests.recipes.test_resnet_pretrain import NAMES, prepared, uint8_batch
 from tests.recipes.test_resnet_pretrain import TINY as SHORT
 
@@ -151,6 +151,10 @@ def test_one_batch_is_overfitted(resnet_rsb: ModuleType) -> None:
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
 
 
 def test_run_learns_and_loads(reference: Path, shapes: Path) -> None:

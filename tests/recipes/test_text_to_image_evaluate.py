@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from shared import command_line as cli
@@ -21,6 +22,7 @@ from shared.data.randomness import derive_seed
 from shared.images.decoding import EncodedImage
 from tests import pipelines
 from tests.conftest import ROOT
+from tests.launching import launch
 
 PROGRAM = ROOT / "recipes" / "text_to_image" / "evaluate.py"
 KEYS = ["eval/frechet_distance", "eval/caption_match_top1", "eval/caption_match_top5"]
@@ -106,16 +108,16 @@ def test_true_images_match_themselves_and_no_others(
     evaluate: ModuleType, captioned: Path, tiny_classifier: Path
 ) -> None:
     true, network = read_true(captioned, 7), evaluate.load_features(str(tiny_classifier), "features")
-    same, chance = evaluate.measure(network, true, true[:0], true, batch_size=3)
+    same, chance = evaluate.measure(network, true, true[:0], true, batch_size=3, mine=slice(None))
     assert same == {KEYS[0]: pytest.approx(0, abs=1e-5), KEYS[1]: 1.0, KEYS[2]: 1.0}
-    others, _ = evaluate.measure(network, true, true[:0], true.roll(1, 0), batch_size=3)
+    others, _ = evaluate.measure(network, true, true[:0], true.roll(1, 0), batch_size=3, mine=slice(None))
     assert others[KEYS[0]] == pytest.approx(0, abs=1e-5)
     assert others[KEYS[1]] == 0.0
     assert chance == {KEYS[1]: 1 / 7, KEYS[2]: 5 / 7}
-    beside, chance = evaluate.measure(network, true, 255 - true, true, batch_size=3)
+    beside, chance = evaluate.measure(network, true, 255 - true, true, batch_size=3, mine=slice(None))
     assert beside == same
     assert chance == {KEYS[1]: 1 / 14, KEYS[2]: 5 / 14}
-    taken, _ = evaluate.measure(network, true.roll(1, 0), true[2:], true, batch_size=3)
+    taken, _ = evaluate.measure(network, true.roll(1, 0), true[2:], true, batch_size=3, mine=slice(None))
     assert taken == {KEYS[0]: pytest.approx(0, abs=1e-5), KEYS[1]: 0.0, KEYS[2]: taken[KEYS[2]]}
 
 
@@ -145,6 +147,24 @@ def test_the_batch_size_changes_nothing(evaluate: ModuleType, fields: dict[str, 
         np.testing.assert_allclose(list(one[name].values()), list(other[name].values()), rtol=2e-2, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_processes_share_the_images(evaluate: ModuleType, fields: dict[str, Any], tmp_path: Path) -> None:
+    """Seven images by two processes: the numbers of one process, and one table."""
+    one = run(evaluate, fields)
+    flags = {**fields, "output_dir": tmp_path / "two"}
+    status, output = launch("multi_cpu", PROGRAM, *(f"--{name}={value}" for name, value in flags.items()))
+    assert status == 0, output
+    assert output.count("evaluation.json") == 1
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3)
+    precision = {"launcher": ("--num_processes=2", "--mixed_precision=bf16"), "ACCELERATE_USE_CPU": "true"}
+    assert launch("multi_cpu", PROGRAM, *(f"--{name}={value}" for name, value in flags.items()), **precision)[0] == 0
+    short = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert short["settings"]["precision"] == "bf16"
+    assert short["metrics"].keys() == one["metrics"].keys()
+    assert short["metrics"] != one["metrics"]
+
+
 def test_a_image_does_not_depend_on_which_others_are_measured(evaluate: ModuleType, fields: dict[str, Any]) -> None:
     pipeline = evaluate.load_pipeline(fields["model"], "model")
     made: dict[int, dict[int, torch.Tensor]] = {}
@@ -153,7 +173,9 @@ def test_a_image_does_not_depend_on_which_others_are_measured(evaluate: ModuleTy
         captions, positions, true = evaluate.open_data(cfg, "test", number)
         assert captions == [f"test image {position}" for position in positions]
         assert len(positions) == number
-        both = torch.cat([true, evaluate.make(cfg, pipeline, captions, positions)], dim=1).int()
+        both = torch.cat(
+            [true, evaluate.make(cfg, Accelerator(cpu=True), pipeline, captions, positions, slice(None))], dim=1
+        ).int()
         made[number] = dict(zip(positions, both, strict=True))
     assert list(made[3]) == [0, 3, 6]
     for position, images in made[3].items():
@@ -207,6 +229,7 @@ def test_bad_input_gets_one_line(
         "image_column: 'alt': expected a column that holds images": {"image_column": "alt"},
         "expected images of at least 18 pixels": {"image_size": 18},
         "image_size: 14: expected the sides of the model's images, 16 x 16": {"image_size": 14},
+        "features: '': expected inception, or a classifier of such images": {"features": ""},
         "features: '/no/features': expected a run folder or a Hub id": {"features": "/no/features"},
         "num_steps: 1001: expected from 1 to 1000": {"num_steps": 1001},
         "max_images: 1: expected at least 2": {"max_images": 1},

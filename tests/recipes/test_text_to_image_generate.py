@@ -17,6 +17,7 @@ from PIL import Image
 from shared import command_line as cli
 from tests import pipelines
 from tests.conftest import ROOT
+from tests.launching import launch
 
 WORDS = pipelines.LONG_PROMPT.split()
 KEPT, LOST = " ".join(WORDS[: pipelines.LENGTH - 2]), " ".join(WORDS[pipelines.LENGTH - 2 :])
@@ -79,6 +80,28 @@ def test_the_seed_gives_the_same_images_in_any_batches(
     generate.main(generate.Config(**fields(tiny_pipeline, tmp_path / "other", **common, seed=1)))
     for (_, image), (_, other_image) in zip(of_batches[0], read(tmp_path / "other"), strict=True):
         assert np.abs(image.astype(int) - other_image).max() > 20
+
+
+@pytest.mark.slow
+def test_processes_share_the_images_and_bfloat16_makes_nearly_the_same(
+    generate: ModuleType, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """Five images by two processes: the files of one process."""
+    options = {"prompt": "a cat", "images_per_prompt": 5, "batch_size": 2}
+    generate.main(generate.Config(**fields(tiny_pipeline, tmp_path / "one", **options)))
+    flags = fields(tiny_pipeline, tmp_path / "two", **options)
+    status, output = launch("multi_cpu", PROGRAM, *(f"--{name}={value}" for name, value in flags.items()))
+    assert status == 0, output
+    assert output.count("5 images, and together in grid.png") == 1
+    flags["output_dir"] = str(tmp_path / "short")
+    precision = {"launcher": ("--num_processes=2", "--mixed_precision=bf16"), "ACCELERATE_USE_CPU": "true"}
+    assert launch("multi_cpu", PROGRAM, *(f"--{name}={value}" for name, value in flags.items()), **precision)[0] == 0
+    one, two, short = (read(tmp_path / name) for name in ("one", "two", "short"))
+    assert [entry for entry, _ in one] == [entry for entry, _ in two]
+    for (_, image), (_, other) in zip(one, two, strict=True):
+        assert np.abs(image.astype(int) - other).max() <= 1
+    assert all(entry["precision"] == "bf16" for entry, _ in short)
+    assert {image.shape for _, image in short} == {image.shape for _, image in one}
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])

@@ -34,6 +34,7 @@ from tests.recipes.runs import (
     push_and_load,
     results_of,
     run,
+    run_card,
     state_at,
     weights,
 )
@@ -257,6 +258,8 @@ def test_images_are_the_pipelines(pretrain: ModuleType, tiny_vae: Path, referenc
 
 
 def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None:
+    made = diffusers.DDIMScheduler.from_pretrained(reference / "scheduler")
+    assert (made.config.clip_sample, made.config.set_alpha_to_one) == (False, False)  # latents are no pixels
     entries = metrics_of(reference)
     assert [entry["step"] for entry in entries] == list(range(1, 13))
     losses = [entry["train/loss"] for entry in entries]
@@ -269,6 +272,10 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     assert "library_name: diffusers" in card
     assert "(figures/images.png)" in card
     assert "test image 0" in card
+
+
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
 
 
 def test_the_average_is_what_is_saved(
@@ -300,6 +307,27 @@ def test_training_goes_on_from_an_exported_pipeline(
     run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "run", **fields))
     for name, value in weights(tmp_path / "run").items():
         torch.testing.assert_close(value, weights(reference)[name], rtol=0, atol=1e-6)
+
+
+def test_a_network_goes_on_as_the_one_it_was_whatever_its_configuration(
+    pretrain: ModuleType, latents: Path, tiny_vae: Path, reference: Path, tmp_path: Path
+) -> None:
+    """What no field of the recipe says: linear projections, and heads of each stage, as in Stable Diffusion 2."""
+    own = {"use_linear_projection": True, "attention_head_dim": (2, 4), "time_cond_proj_dim": 8}
+    own |= {"flip_sin_to_cos": False, "center_input_sample": True, "resnet_time_scale_shift": "scale_shift"}
+    folder = tmp_path / "other"
+    shutil.copytree(reference, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    config = {**json.loads((folder / "unet" / "config.json").read_text()), **own}
+    torch.manual_seed(1)
+    before = diffusers.UNet2DConditionModel.from_config(config)
+    before.save_pretrained(folder / "unet")
+    fields = {"init": str(folder), "max_steps": 1, "learning_rate": 1e-9, "ema_decay": 0.0}
+    run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "run", **fields))
+    after = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run").unet
+    assert {name: after.config[name] for name in own} == {**own, "attention_head_dim": [2, 4]}
+    assert str(folder) not in (tmp_path / "run" / "unet" / "config.json").read_text()
+    inputs = (torch.randn(2, 2, 8, 8), torch.tensor([3, 900]), torch.randn(2, 8, before.config.cross_attention_dim))
+    torch.testing.assert_close(after(*inputs).sample, before(*inputs).sample, rtol=0, atol=1e-5)
 
 
 def test_a_pipeline_makes_images_of_the_size_that_it_went_on_with(
@@ -457,6 +485,10 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     other.encoder.conv_in.bias.data += 1
     other.save_pretrained(tmp_path / "other_vae")
     (tmp_path / "empty").mkdir()
+    rescaled = tmp_path / "rescaled"
+    shutil.copytree(reference, rescaled, ignore=shutil.ignore_patterns("checkpoints"))
+    noise = json.loads((rescaled / "scheduler" / "scheduler_config.json").read_text())
+    (rescaled / "scheduler" / "scheduler_config.json").write_text(json.dumps({**noise, "rescale_betas_zero_snr": True}))
     cases: dict[str, dict[str, Any]] = {
         "data: '/no/such/folder': expected a cache of latents": {"data": "/no/such/folder"},
         "there is no manifest.json": {"data": str(tmp_path / "empty")},
@@ -476,6 +508,11 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
         "init: '/no/model'": {"init": "/no/model"},
         "a unet with layers_per_block 2, as configured, got 1": {"init": str(reference), "layers_per_block": 2},
+        "a scheduler with rescale_betas_zero_snr False, as configured, got True": {"init": str(rescaled)},
+        "a scheduler with prediction_type epsilon, as configured, got v_prediction": {
+            "init": str(reference),
+            "prediction_type": "epsilon",
+        },
     }
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     for message, fields in cases.items():

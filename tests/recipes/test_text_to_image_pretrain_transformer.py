@@ -35,6 +35,7 @@ from tests.recipes.runs import (
     push_and_load,
     results_of,
     run,
+    run_card,
     state_at,
     weights,
 )
@@ -390,6 +391,10 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     assert "library_name: diffusers" in card
     assert "(figures/images.png)" in card
     assert "test image 0" in card
+
+
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
 
 
 def test_the_average_is_what_is_saved(

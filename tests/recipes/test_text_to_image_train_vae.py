@@ -30,6 +30,7 @@ from tests.recipes.runs import (
     push_and_load,
     results_of,
     run,
+    run_card,
     state_at,
     weights,
 )
@@ -198,6 +199,10 @@ def test_run_learns_and_leaves_what_the_ecosystem_reads(reference: Path) -> None
     assert "(figures/images.png)" in card
 
 
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
+
+
 def test_exported_latents_have_mean_zero_and_variance_one(vae: ModuleType, reference: Path, shapes: Path) -> None:
     """Through the library alone, and what is decoded is what was trained, in spite of the moved mean."""
     model = diffusers.AutoencoderKL.from_pretrained(reference).eval()
@@ -253,11 +258,18 @@ def test_resuming_is_exact_to_the_bit(
 def test_training_goes_on_from_an_exported_model(
     vae: ModuleType, shapes: Path, reference: Path, tmp_path: Path
 ) -> None:
-    """Its latents have mean zero already, so little is moved again."""
-    fields = {"init": str(reference), "max_steps": 1, "learning_rate": 1e-9, "ema_decay": 0.0}
+    """Its latents have mean zero already, so little is moved again; statistics that it came with are out of date."""
+    init = tmp_path / "init"
+    shutil.copytree(reference, init, ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((init / "config.json").read_text())
+    (init / "config.json").write_text(json.dumps({**config, "shift_factor": 0.5, "latents_mean": [1.0, 2.0]}))
+    fields = {"init": str(init), "max_steps": 1, "learning_rate": 1e-9, "ema_decay": 0.0}
     run(vae, config_of(vae, shapes, tmp_path / "run", **fields))
     for name, value in weights(tmp_path / "run").items():
         torch.testing.assert_close(value, weights(reference)[name], rtol=0, atol=1e-4)
+    exported = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (exported["shift_factor"], exported["latents_mean"]) == (None, None)
+    assert str(init) not in json.dumps(exported)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(
@@ -308,6 +320,10 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     vae: ModuleType, shapes: Path, reference: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
+    uncentred = diffusers.AutoencoderKL.from_config(
+        {**diffusers.AutoencoderKL.load_config(reference), "use_quant_conv": False}
+    )
+    uncentred.save_pretrained(tmp_path / "uncentred")
     cases: dict[str, dict[str, Any]] = {
         "data: '/no/such/folder'": {"data": "/no/such/folder"},
         "expected a .parquet or .tar file, or a folder": {"data": str(tmp_path / "empty")},
@@ -320,6 +336,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
         "init: '/no/model'": {"init": "/no/model"},
         "with latent_channels 4, as configured, got 2": {"init": str(reference), "latent_channels": 4},
+        "an autoencoder with use_quant_conv True, as configured, got False": {"init": str(tmp_path / "uncentred")},
         "perceptual_model: '/no/judge'": {"perceptual_model": "/no/judge"},
     }
     before = sorted(str(path) for path in tmp_path.rglob("*"))

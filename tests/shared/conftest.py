@@ -12,7 +12,7 @@ from shared.text.tokenization import load_tokenizer, train_byte_level_bpe
 @pytest.fixture(scope="session")
 def prose() -> list[str]:
     """The 25 eval documents of the embedded prose, 0.9 MB."""
-    return list(open_texts("sample_eval", config="", split="", text_column="text"))
+    return list(open_texts("prose_eval", config="", split="", text_column="text"))
 
 
 @pytest.fixture(scope="session")

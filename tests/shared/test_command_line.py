@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -22,8 +22,10 @@ from shared.command_line import (
     EXIT_NON_FINITE,
     EXIT_STOPPED,
     EXIT_USAGE,
+    Given,
     NoUsableCheckpoint,
     RunStopped,
+    Several,
     TooManyNonFiniteUpdates,
     UsageError,
     exit_codes,
@@ -269,6 +271,43 @@ def test_twenty_levels_of_anchors_cost_nothing(tmp_path):
     bomb = "data: " + "&a0 [x, x]".join("[]") + "\n"
     assert yaml_message(tmp_path, bomb) == "/c.yaml: data: expected text, got a list"
     assert yaml_message(tmp_path, "data: &a [*a]") == "/c.yaml: data: expected text, got a list"
+
+
+def test_a_value_that_must_be_given_may_stand_in_either(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        config: str = ""
+        init: str = "scratch"
+        learning_rate: Annotated[float, Given(lambda config: config.init != "scratch", "with init")] = 0.02
+
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 0.02\n")
+    assert parse(Own, []).learning_rate == 0.02
+    assert parse(Own, ["--init", "x", "--config", str(path)]).learning_rate == 0.02
+    assert parse(Own, ["--init", "x", "--learning_rate", "0.02"]).learning_rate == 0.02
+    with pytest.raises(
+        UsageError, match=r"^learning_rate: 0.02: expected a value of your own with init, where this one"
+    ):
+        parse(Own, ["--init", "x"])
+
+
+def test_several_values_are_a_list_in_yaml_and_have_commas_on_the_command_line(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Listed:
+        config: str = ""
+        data: Several = ""
+
+    path = tmp_path / "c.yaml"
+    path.write_text("data:\n- a/b:config=2.10\n- c\n")
+    assert parse(Listed, ["--config", str(path)]).data == "a/b:config=2.10,c"
+    for text, expected in {
+        "[a, ~]": "'~': expected text in quotes",
+        "['a,b', c]": "expected values without commas",
+    }.items():
+        path.write_text(f"data: {text}")
+        with pytest.raises(UsageError, match=expected):
+            parse(Listed, ["--config", str(path)])
+    assert yaml_message(tmp_path, "data: [a, b]") == "/c.yaml: data: expected text, got a list"
 
 
 def test_flags_override_yaml_whatever_their_order(tmp_path):

@@ -155,7 +155,7 @@ def test_the_gpt_recipe_takes_what_it_is_known_to_need():
     names = {path.stem for path in modules}
     assert {"command_line", "checkpoints", "dry_run", "documents", "sample_order", "token_cache"} <= names
     data = {path.relative_to(ROOT / "shared" / "samples").as_posix() for path in shared_data(modules, ROOT)}
-    assert {"README.md", "prose/train.parquet", "prose/eval.parquet"} <= data
+    assert {"README.md", "messages/train.parquet", "novels/eval.parquet"} <= data
     assert "make_prose.py" not in data
     requirements = trimmed_requirements(modules, [], ROOT)
     distributions = {re.split(r"[<>=]", line)[0] for line in requirements}

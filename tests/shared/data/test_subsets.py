@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.data.subsets import few_of_each
+from shared.data.subsets import few_of_each, held_out_of_each
 
 
 @given(st.lists(st.integers(0, 3), min_size=4, max_size=60), st.integers(0, 9), st.integers(1, 9), st.integers(0, 9))
@@ -19,3 +19,16 @@ def test_few_are_balanced_and_among_the_more(labels: list[int], seed: int, few: 
 def test_another_seed_chooses_others() -> None:
     labels = np.array([0, 1] * 50)
     assert set(few_of_each(labels, 5, 0).tolist()) != set(few_of_each(labels, 5, 1).tolist())
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.floats(0.01, 0.99))
+@settings(deadline=None)
+def test_a_share_of_each_class_is_held_out_and_both_sides_get_some(labels: list[int], fraction: float) -> None:
+    array = np.array(labels)
+    held_out = held_out_of_each(array, fraction)
+    assert np.array_equal(held_out, held_out_of_each(array, fraction))
+    for label in set(labels):
+        number, of_class = labels.count(label), held_out[array == label].sum()
+        assert (of_class > 0) == (number > 1)
+        assert of_class < number
+        assert abs(of_class - fraction * number) <= 1

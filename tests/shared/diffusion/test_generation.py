@@ -224,6 +224,17 @@ def test_samplers_come_to_the_same_image(stable_diffusion: Any, prediction_type:
         assert len(make(stable_diffusion, PROMPTS[:1], SEEDS[:1], num_steps=1)) == 1
 
 
+def test_every_sampler_made_from_the_saved_scheduler_comes_to_the_same_image(stable_diffusion: Any) -> None:
+    own, settings = stable_diffusion.scheduler, {"guidance_scale": 1.0, "batch_size": 2}
+    exact = make(stable_diffusion, PROMPTS[:2], SEEDS[:2], num_steps=30, **settings)
+    others = ("Ancestral", "SDE", "DDPM", "EDM")  # of their own noise, or scale
+    for other in own.compatibles:
+        if not any(part in other.__name__ for part in others):
+            stable_diffusion.scheduler = other.from_config(own.config)
+            found = make(stable_diffusion, PROMPTS[:2], SEEDS[:2], num_steps=50, **settings)
+            assert np.abs(found - exact).mean() < 2, other.__name__
+
+
 def test_a_model_trained_by_flow_matching_keeps_its_sampler(vae: Any) -> None:
     pipeline = pipelines.stable_diffusion_3(vae)
     own = pipeline.scheduler

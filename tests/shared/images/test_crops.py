@@ -26,7 +26,7 @@ def test_crops_are_inside_the_image_and_large_enough(width: int, height: int, mi
             boxes.append(box)
             return np.zeros((size, size, 3), dtype=np.uint8)
 
-    random_crop(Image(), 16, min_area, np.random.default_rng(seed).random(CROP_DRAWS))
+    random_crop(Image(), 16, min_area, np.random.default_rng(seed).random(CROP_DRAWS), True)
     [(left, top, right, bottom)] = boxes
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -44,9 +44,14 @@ def test_half_of_the_crops_are_mirrored() -> None:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     image = EncodedImage(stream.getvalue())
-    crops = [random_crop(image, 12, 0.9, np.random.default_rng(seed).random(CROP_DRAWS)) for seed in range(400)]
+    draws = [np.random.default_rng(seed).random(CROP_DRAWS) for seed in range(400)]
+    crops = [random_crop(image, 12, 0.9, of_one, True) for of_one in draws]
     is_white_right = [crop[:, 6:].mean() > crop[:, :6].mean() for crop in crops]
     assert 0.5 - 4 * 0.025 < np.mean(is_white_right) < 0.5 + 4 * 0.025
+    assert all(
+        crop[:, 6:].mean() > crop[:, :6].mean()
+        for crop in (random_crop(image, 12, 0.9, of_one, False) for of_one in draws)
+    )
 
 
 def test_areas_are_uniform() -> None:
@@ -60,7 +65,7 @@ def test_areas_are_uniform() -> None:
             return np.zeros((size, size, 3), dtype=np.uint8)
 
     for seed in range(2000):
-        random_crop(Image(), 8, 0.2, np.random.default_rng(seed).random(CROP_DRAWS))
+        random_crop(Image(), 8, 0.2, np.random.default_rng(seed).random(CROP_DRAWS), True)
     below = [np.mean(np.array(areas) < area) for area in (0.3, 0.4, 0.5)]  # above, some do not fit
     assert np.diff([0, *below])[1:] == pytest.approx(below[0], rel=0.25)
 
@@ -90,13 +95,14 @@ def test_squares_are_the_largest_and_anywhere_in_the_image(width: int, height: i
             return np.arange(size * size * 3).reshape(size, size, 3)
 
     draws = np.random.default_rng(seed).random(SQUARE_DRAWS)
-    pixels = random_square(Image(), 4, draws)
+    pixels = random_square(Image(), 4, draws, True)
     [(left, top, right, bottom)] = boxes
     assert right - left == bottom - top == min(width, height)
     assert 0 <= left <= right <= width
     assert 0 <= top <= bottom <= height
     unmirrored = np.arange(48).reshape(4, 4, 3)
     assert np.array_equal(pixels, unmirrored[:, ::-1] if draws[1] < 0.5 else unmirrored)
+    assert np.array_equal(random_square(Image(), 4, draws, False), unmirrored)
 
 
 def test_every_place_of_a_square_comes() -> None:
@@ -107,7 +113,7 @@ def test_every_place_of_a_square_comes() -> None:
             return np.full((size, size, 3), box[0])
 
     draws = np.random.default_rng(0).random((300, SQUARE_DRAWS))
-    places = [int(random_square(Image(), 1, of_one)[0, 0, 0]) for of_one in draws]
+    places = [int(random_square(Image(), 1, of_one, True)[0, 0, 0]) for of_one in draws]
     assert np.bincount(places).min() > 70
 
 

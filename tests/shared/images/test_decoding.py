@@ -168,15 +168,16 @@ def test_other_formats_are_not_opened(form: str) -> None:
         EncodedImage(encode(photograph().convert("L"), form))
 
 
-@pytest.mark.parametrize(("size", "fraction"), [(56, 1.0), (96, 0.875), (64, 0.95)])
+@pytest.mark.parametrize(("size", "fraction"), [(56, 1.0), (96, 0.875), (64, 0.95), (400, 0.9)])
 @pytest.mark.parametrize("sides", [(200, 150), (150, 200), (131, 131)])
 def test_the_middle_crop_is_that_of_the_library_s_processor(
     tmp_path: Path, size: int, fraction: float, sides: tuple[int, int]
 ) -> None:
-    from transformers import ConvNextImageProcessorPil
+    from transformers import BitImageProcessorPil
 
     data = encode(photograph(*sides), "PNG")
-    processor = ConvNextImageProcessorPil(size={"shortest_edge": size}, crop_pct=fraction, resample=2)
+    sizes = {"size": {"shortest_edge": int(size / fraction)}, "crop_size": {"height": size, "width": size}}
+    processor = BitImageProcessorPil(**sizes, resample=2)
     pixels = processor(Image.open(io.BytesIO(data)), do_normalize=False, do_rescale=False)["pixel_values"][0]
     assert np.array_equal(EncodedImage(data).center_crop(size, fraction), pixels.transpose(1, 2, 0))
 

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -182,14 +183,23 @@ def test_bad_input_gets_one_line(folder: Path, tmp_path: Path) -> None:
     names = ["blue", "red"]
     outside = write_parquet(tmp_path / "outside.parquet", [("red", 1), ("blue", 2), ("blue", 0)], names=names)
     unlabelled = write_parquet(tmp_path / "unlabelled.parquet", [("red", -1), ("red", 1), ("red", 0)], names=names)
+    deep = tmp_path / "deep"
+    for name in ("blood", "bone"):
+        (deep / name).mkdir(parents=True)
+        Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(deep / name / "a.png")
+    missing = write_parquet(tmp_path / "missing.parquet", [("red", "b"), ("blue", None), ("blue", "a")])
+    structures = write_parquet(tmp_path / "structures.parquet", [("red", {"is": "b"}), ("blue", {"is": "a"})])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     cases: list[tuple[str, dict[str, Any]]] = [
         ("data: 'no/such/folder/here': expected", {"data": "no/such/folder/here"}),
         ("expected a .parquet or .tar file, or a folder", {"data": tmp_path / "empty"}),
         ("expected a .parquet or .tar file, or a folder", {"data": tmp_path / "words"}),
         ("expected at least two classes, got 1", {"data": tmp_path / "one"}),
-        ("expected labels from 0 to 1, got label 2 of unnamed (row 1), 1 in all", {"data": outside}),
-        ("expected labels from 0 to 1, got label -1", {"data": unlabelled}),
+        ("expected a label from 0 to 1 of each image, got label 2 of unnamed (row 1), 1 such", {"data": outside}),
+        ("expected a label from 0 to 1 of each image, got none of unnamed (row 0), 1 such", {"data": unlabelled}),
+        ("expected a label from 0 to 1 of each image, got none of unnamed (row 1), 1 such", {"data": missing}),
+        ("label_column: 'label': expected a column of classes or of lists", {"data": structures}),
+        ("expected grey images of 8 bits a pixel", {"data": deep}),
         ("expected a data set of images that can be read", {"data": tmp_path / "broken.parquet"}),
         ("data_split: 'dev': expected one of train, validation", {"data": folder, "split": "dev"}),
         ("image_column: 'photo': expected", {"data": folder, "image_column": "photo"}),
@@ -220,10 +230,48 @@ def test_a_split_to_evaluate_on_may_lack_classes(tmp_path: Path) -> None:
         labelled.number_alike(open_split(train), some.class_names, "train")
 
 
+def test_some_classes_are_chosen_and_numbered_anew(folder: Path) -> None:
+    train = open_split(folder)
+    some = labelled.of_classes(train, "classes", "2,0")
+    assert some.class_names == (train.class_names[2], train.class_names[0])
+    assert some.counts.tolist() == [train.counts[2], train.counts[0]]
+    whole = {train.files.name(place): train.class_names[train.labels[place]] for place in range(len(train))}
+    assert all(whole[some.files.name(place)] == some.class_names[some.labels[place]] for place in range(len(some)))
+    for wrong in ("0", "0,0", "0,3", "a,b", "", "-1,2"):
+        with pytest.raises(UsageError, match=f"classes: '{wrong}': expected "):
+            labelled.of_classes(train, "classes", wrong)
+
+
+def test_several_labels_are_read_from_lists_of_numbers_and_of_names(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 4))
+    names = datasets.List(datasets.ClassLabel(names=["a", "b", "c"]))
+    for feature, values in (
+        (names, [[2, 0], [], [1]]),
+        (datasets.List(datasets.Value("string")), [["c", "a"], [], ["b"]]),
+    ):
+        features = datasets.Features({"image": datasets.Image(), "tags": feature})
+        rows = [{"image": image, "tags": row} for row in values]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+        options = {"config": "", "split": "train", "image_column": "", "label_column": "tags"}
+        opened = labelled.open_images(str(tmp_path), **options)
+        assert opened.class_names == ("a", "b", "c")
+        assert opened.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+        assert opened.counts.tolist() == [1, 1, 1]
+        with pytest.raises(UsageError, match=r"label_column: 'tags': expected a column with one class an image"):
+            labelled.open_splits(Images(data=str(tmp_path)), "tags", largest=4)
+    other = labelled.LabelledImages(opened.files, opened.labels[:, [1]], ("b",))
+    assert labelled.number_alike(other, ("a", "b"), "test").labels.tolist() == [[0, 0], [0, 0], [0, 1]]
+
+
 def test_classes_too_small_to_split_and_images_too_small_to_crop(folder: Path) -> None:
     train = open_split(folder)
-    with pytest.raises(UsageError, match=r"eval_fraction: 0.05: expected to leave images of each of the 3 classes"):
-        labelled.hold_out(train, 0.05)
+    for few in (0.05, 0.99):
+        assert all(min(side.counts) > 0 for side in labelled.hold_out(train, few))
+    single = train.subset(np.flatnonzero((train.labels != 1) | (np.cumsum(train.labels == 1) < 2)))
+    with pytest.raises(
+        UsageError, match=r"eval_fraction: 0.05: expected two images of each of the 3 classes, .* class of green$"
+    ):
+        labelled.hold_out(single, 0.05)
     image_files.check_sides("name", train.files, 10)
     with pytest.raises(UsageError, match=r"data: 'name': expected .* at least 11 pixels, .* is 10"):
         image_files.check_sides("name", train.files, 11)

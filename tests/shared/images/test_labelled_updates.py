@@ -45,15 +45,32 @@ def order(batch_size: int, rank: int = 0, processes: int = 1, seed: int = 0) -> 
 
 
 def growing(train: LabelledImages, *of_order: int) -> GrowingCrops:
-    return GrowingCrops("shapes", train, SIZES, 0.5, 2, order(*of_order))
+    return GrowingCrops("shapes", train, SIZES, 0.5, True, 2, order(*of_order))
+
+
+def test_groups_are_drawn_from_equally_often_whatever_the_processes(train: LabelledImages) -> None:
+    groups = [np.array([0]), np.arange(1, len(train))]
+    seen = []
+    for processes in (1, 2):
+        shares = [
+            GrowingCrops("shapes", train, [16] * 40, 0.5, True, 2, order(8, rank, processes), groups)
+            for rank in range(processes)
+        ]
+        seen.append([[row for share in shares for row in rows_of(share[step])] for step in range(40)])
+    assert seen[0] == seen[1]
+    of_first = [label == train.labels[0] for update in seen[0] for _, label in update]
+    others = np.mean(train.labels[1:] == train.labels[0])
+    assert np.mean(of_first) == pytest.approx(0.5 + 0.5 * others, abs=0.08)
 
 
 def repeated(train: LabelledImages, repeats: int, *of_order: int, augmentation: Any = AUGMENTATION) -> RepeatedCrops:
-    return RepeatedCrops("shapes", train, 16, 0.5, repeats, augmentation, 2, order(*of_order))
+    return RepeatedCrops("shapes", train, 16, 0.5, True, repeats, augmentation, 2, order(*of_order))
 
 
 def streamed(stream: ImageStream, repeats: int, *of_order: int, states: Any = ()) -> StreamedRepeatedCrops:
-    return StreamedRepeatedCrops("shapes", stream, 16, 0.5, repeats, AUGMENTATION, 2, order(*of_order), list(states))
+    return StreamedRepeatedCrops(
+        "shapes", stream, 16, 0.5, True, repeats, AUGMENTATION, 2, order(*of_order), list(states)
+    )
 
 
 def rows_of(update: Any) -> list[tuple[bytes, int]]:
@@ -91,7 +108,7 @@ def test_growing_crops_are_a_function_of_seed_and_step(train: LabelledImages) ->
 def test_crops_grow_by_update(train: LabelledImages, stream: ImageStream) -> None:
     shapes = [growing(train, 4)[step][0][0]["pixel_values"].shape for step in (2, 3)]
     assert shapes == [(2, 8, 8, 3), (2, 12, 12, 3)]
-    arriving = list(StreamedGrowingCrops("shapes", stream, SIZES[:5], 0.5, 2, order(4), 1, []))
+    arriving = list(StreamedGrowingCrops("shapes", stream, SIZES[:5], 0.5, True, 2, order(4), 1, []))
     assert [len(batches[0]["pixel_values"][0]) for batches, _, _ in arriving] == [8, 8, 12, 12]
 
 
@@ -138,8 +155,8 @@ def test_a_stream_goes_on_where_it_was(stream: ImageStream) -> None:
     for stop in (1, 5, 11):
         rest = streamed(stream, 3, 8, states=[whole[stop - 1][2]])
         assert [rows_of(update) for update in itertools.islice(rest, 12 - stop)] == list(map(rows_of, whole[stop:]))
-    grown = list(StreamedGrowingCrops("shapes", stream, SIZES, 0.5, 2, order(8), 0, []))
-    rest = StreamedGrowingCrops("shapes", stream, SIZES, 0.5, 2, order(8), 7, [grown[6][2]])
+    grown = list(StreamedGrowingCrops("shapes", stream, SIZES, 0.5, True, 2, order(8), 0, []))
+    rest = StreamedGrowingCrops("shapes", stream, SIZES, 0.5, True, 2, order(8), 7, [grown[6][2]])
     assert list(map(rows_of, rest)) == list(map(rows_of, grown[7:]))
 
 
@@ -156,6 +173,6 @@ def test_a_stream_without_an_image_ends(shapes: Path, tmp_path: Path, number: in
         (tmp_path / "train" / file.parent.name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / file.parent.name / file.name).write_bytes(b"no image")
     broken = open_image_stream(str(tmp_path), **WHERE)
-    crops = [StreamedGrowingCrops("shapes", broken, SIZES, 0.5, 2, order(8), 0, []), streamed(broken, 2, 8)]
+    crops = [StreamedGrowingCrops("shapes", broken, SIZES, 0.5, True, 2, order(8), 0, []), streamed(broken, 2, 8)]
     with pytest.raises(UsageError, match="data: 'shapes': expected images that can be decoded"):
         next(iter(crops[number - 1]))

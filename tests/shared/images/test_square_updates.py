@@ -17,7 +17,9 @@ def train(shapes: Path) -> ImageFiles:
 
 def updates_of(train: ImageFiles, rank: int = 0, processes: int = 1, seed: int = 0) -> SquareUpdates:
     order = {"seed": seed, "global_batch_size": 8, "rank": rank, "num_processes": processes}
-    return SquareUpdates(train, "me/mine", size=16, noise_shape=(2, 8, 8), micro_batch_size=2, order=order)
+    return SquareUpdates(
+        train, "me/mine", size=16, noise_shape=(2, 8, 8), micro_batch_size=2, order=order, mirrored=True
+    )
 
 
 def rows(updates: SquareUpdates, step: int) -> list[bytes]:

@@ -4,12 +4,14 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -127,6 +129,16 @@ def test_a_split_to_evaluate_on_is_stored_or_held_out(shards: tuple[Path, list[b
     assert sorted([*images, *(image.data for image in train)]) == sorted(shards[1])
     with pytest.raises(UsageError, match="expected images of at least 5 pixels, the size of the crops"):
         streaming.open_splits(Images(data=str(shards[0]), eval_fraction=0.3), "", largest=5)
+
+
+@pytest.mark.parametrize("deep", ["train", "test"])
+def test_a_split_of_sixteen_bits_is_refused(shapes: Path, tmp_path: Path, deep: str) -> None:
+    """Whichever of the two it is; the other one has 8."""
+    shutil.copytree(shapes, tmp_path / "data")
+    for file in (tmp_path / "data" / deep).glob("*/*.png"):
+        Image.fromarray(np.full((20, 24), 40_000, np.uint16)).save(file)
+    with pytest.raises(UsageError, match=r"expected grey images of 8 bits a pixel, .* has 16"):
+        streaming.open_splits(Images(data=str(tmp_path / "data")), "", largest=20)
 
 
 def test_class_folders_are_streamed(shapes: Path) -> None:

@@ -14,6 +14,7 @@ from shared.images.labelled import SAMPLE, open_images
 from shared.metrics.classification import (
     Answers,
     answers_of,
+    draw_answers,
     draw_batch,
     gather_answers,
     join_answers,
@@ -89,6 +90,13 @@ def test_the_main_process_draws_the_card(tmp_path: Path) -> None:
         assert card["pipeline_tag"] in card["usage"]
         assert set(card["figures"].values()) == {path.name for path in tmp_path.glob("figures/*")}
     assert len(card["figures"]) == 2
+
+
+def test_a_matrix_of_too_many_classes_is_not_drawn(tmp_path: Path) -> None:
+    images = open_images(str(SAMPLE), config="", split="test", image_column="", label_column="")
+    names = [str(number) for number in range(50_000)]
+    drawn = draw_answers(answers(LABELS, GUESSES), names, CenterCrops(images, 28, 1.0, 2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == list(drawn.values()) == ["surest_mistakes.png"]
 
 
 def test_a_batch_is_drawn_into_a_new_folder() -> None:

@@ -46,3 +46,14 @@ def test_confusion_matrix_and_grid_are_drawn(tmp_path: Path) -> None:
         assert Image.open(tmp_path / "grid.png").size == (960, 276 * rows)
     with Image.open(tmp_path / "new" / "matrix.png") as image:
         assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_label_curves_are_drawn(tmp_path: Path) -> None:
+    curves = {name: np.random.default_rng(0).random((3, 2)) for name in ("pretrained", "scratch", "classical")}
+    drawn = []
+    for place, gaps in enumerate(([], [(2.0, 7.5, 0.5)])):
+        path = tmp_path / f"{place}.png"
+        with warnings.catch_warnings(action="error"):
+            figures.label_curves([2, 5, 460.3], curves, 0.1, gaps, path)
+        drawn.append(path.read_bytes())
+    assert drawn[0] != drawn[1]

@@ -19,6 +19,7 @@ from shared.command_line import UsageError
 from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
 from shared.images.decoding import EncodedImage
 from shared.metrics.image_features import caption_match, frechet_distance, load_features
+from shared.models.resnet import build_processor
 from tests.conftest import ROOT
 
 ASSETS = ROOT / "recipes" / "text_to_image" / "assets"
@@ -80,9 +81,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     folder = tmp_path_factory.mktemp("saved")
     transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).save_pretrained(folder)
-    transformers.ConvNextImageProcessorPil(
-        size={"shortest_edge": 32}, crop_pct=1.0, resample=2, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]
-    ).save_pretrained(folder)
+    build_processor(32, 1.0, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]).save_pretrained(folder)
     return folder
 
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ResNetConfig
 
 from shared.models.batch_statistics import RunningStatistics
+from shared.models.resnet import ResNetForImageClassification
 
 
 def model() -> nn.Module:
@@ -20,6 +23,7 @@ def test_one_batch_an_update_is_torch_s_own_average() -> None:
         batch = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(step))
         statistics.begin_update()
         ours(batch)
+        statistics.add_micro_batch()
         statistics.end_update(accelerator, 1.0)
         torchs(batch)
     for name, value in torchs.state_dict().items():
@@ -28,16 +32,18 @@ def test_one_batch_an_update_is_torch_s_own_average() -> None:
 
 
 def test_order_and_repetition_of_micro_batches_change_nothing() -> None:
-    """Gradient checkpointing sees each micro-batch twice."""
+    """Gradient checkpointing sees each micro-batch once more, on the way back."""
     accelerator = Accelerator(cpu=True)
     batches = [torch.randn(4, 3, 6, 6) for _ in range(3)]
     results = []
-    for order in ((0, 1, 2), (2, 0, 1), (0, 0, 1, 1, 2, 2)):
+    for order in ((0, 1, 2), (2, 0, 1), (0, -1, 1, -2, 2, -3)):
         network = model()
         statistics = RunningStatistics(network)
         statistics.begin_update()
         for index in order:
             network(batches[index])
+            if index >= 0:
+                statistics.add_micro_batch()
         statistics.end_update(accelerator, 1.0)
         results.append(network.state_dict())
     for other in results[1:]:
@@ -52,5 +58,39 @@ def test_an_update_without_a_finite_gradient_changes_nothing(grad_norm: float) -
     statistics = RunningStatistics(network)
     statistics.begin_update()
     network(torch.full((2, 3, 6, 6), torch.nan))
+    statistics.add_micro_batch()
     statistics.end_update(Accelerator(cpu=True), grad_norm)
     assert all(torch.equal(network.state_dict()[name], before[name]) for name in before if "running" in name)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for by Python, for which a GPU would have to finish its work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(options or {}))
+
+
+def test_no_forward_pass_reads_on_the_host_or_breaks_the_graph() -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2]}
+    network = ResNetForImageClassification(ResNetConfig(**sizes)).train()
+    statistics, pixels = RunningStatistics(network), torch.randn(2, 3, 32, 32)
+    with HostReads() as reads:
+        statistics.begin_update()
+        network(pixels).logits.sum().backward()
+        statistics.add_micro_batch()
+        statistics.end_update(Accelerator(cpu=True), 1.0)
+    assert reads.number == 0
+    assert torch._dynamo.explain(network)(pixels).graph_break_count == 0
+
+    layer = next(layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d))
+    layer.momentum = None  # torch's mean over all batches
+    with HostReads() as reads:
+        network(pixels)
+    assert reads.number == 1
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(network)(pixels).graph_break_count > 0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.optim.schedules import warmup, warmup_cosine, warmup_stable_decay
+from shared.optim.schedules import warmup, warmup_cosine, warmup_line_from_start, warmup_stable_decay
 
 
 @st.composite
@@ -25,7 +25,8 @@ def test_factors_lie_between_0_and_1_and_depend_on_the_step_alone(run, decay, fi
     step, max_steps, warmup_steps = run
     for schedule in (
         lambda: warmup(step, warmup_steps),
-        lambda: warmup_stable_decay(step, max_steps, warmup_steps, decay),
+        lambda: warmup_stable_decay(step, max_steps, warmup_steps, decay, final),
+        lambda: warmup_line_from_start(step, max_steps, warmup_steps),
         lambda: warmup_cosine(step, max_steps, warmup_steps, final),
     ):
         assert 0 < schedule() <= 1 or (final == 0 and schedule() >= 0)
@@ -36,7 +37,7 @@ def test_factors_lie_between_0_and_1_and_depend_on_the_step_alone(run, decay, fi
 def test_no_jump_is_larger_than_the_slopes_allow(run, decay, final):
     step, max_steps, warmup_steps = run
     rise = 1 / (warmup_steps + 1)
-    slope = max(rise, 1 / max(1, round(max_steps * decay)))
+    slope = max(rise, 1 / max(1, min(round(max_steps * decay), max_steps - warmup_steps)))
     one, other = (warmup_stable_decay(at, max_steps, warmup_steps, decay) for at in (step, step + 1))
     assert abs(one - other) <= slope + 1e-9
     slope = max(rise, math.pi / 2 / max(1, max_steps - warmup_steps))
@@ -82,6 +83,21 @@ def test_the_last_factor_of_warmup_stable_decay_is_near_0(max_steps, decay):
     assert 0 < warmup_stable_decay(max_steps - 1, max_steps, 0, decay) <= 0.05
     assert warmup_stable_decay(max_steps, max_steps, 0, decay) == 0
     assert warmup_stable_decay(max_steps + 7, max_steps, 0, decay) == 0
+
+
+@given(runs(), shares, fractions)
+def test_the_peak_is_reached_however_long_the_warm_up(run, decay, final):
+    _, max_steps, warmup_steps = run
+    assert warmup_stable_decay(warmup_steps, max_steps, warmup_steps, decay, final) == pytest.approx(1)
+    assert warmup_cosine(warmup_steps, max_steps, warmup_steps, final) == pytest.approx(1)
+
+
+def test_a_fall_from_the_end_of_the_warm_up_and_one_on_the_line_from_the_start():
+    """The rates of NVIDIA's and of Google's BERT: 28 % of warm-up, the latter's falls from 0.72 then."""
+    assert [warmup_stable_decay(step, 100, 28, 1.0) for step in (28, 64, 100)] == [1.0, 0.5, 0.0]
+    assert warmup_stable_decay(99, 100, 28, 1.0, final_fraction=0.1) == pytest.approx(0.1 + 0.9 / 72)
+    assert [warmup_line_from_start(step, 100, 28) for step in (28, 64, 100)] == [0.72, 0.36, 0.0]
+    assert warmup_line_from_start(27, 100, 28) == pytest.approx(28 / 29)
 
 
 def test_warmup_cosine_falls_to_its_final_fraction():

@@ -1,4 +1,5 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,20 @@ def test_float32_peak_follows_the_tf32_setting(name, peak):
         assert flops._data_sheet_peak(name, torch.float32) == peak
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_convolutions_use_tf32_by_default():
+    """A ResNet in float32 on an A100 is measured by what its convolutions could do, or it would reach 300 %."""
+    assert flops._data_sheet_peak("NVIDIA A100-SXM4-80GB", torch.float32, of_convolutions=True) == 156e12
+    assert flops._data_sheet_peak("Tesla V100-SXM2-16GB", torch.float32, of_convolutions=True) == 15.7e12
+    accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision="no", _models=[torch.nn.Linear(2, 2)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+        assert flops.peak(accelerator) == 67e12
+        accelerator._models = [torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Linear(50, 50))]
+        assert flops.peak(accelerator) == 67e12  # a vision transformer's patches
+        accelerator._models = [torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Linear(8, 10))]
+        assert flops.peak(accelerator) == 494e12
 
 
 def test_known_card_is_looked_up_not_measured(monkeypatch):

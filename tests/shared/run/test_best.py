@@ -21,6 +21,9 @@ def test_the_first_of_the_best_is_kept_over_any_stop(values: list[float], data: 
     finite = [value for value in values if not math.isnan(value)]
     expected = values.index(max(finite)) + 1 if finite else 0
     assert best.step == expected == (noted[-1] if noted else 0)
+    assert best.waited == len(values) - expected
+    assert not best.has_waited(0)
+    assert [best.has_waited(patience) for patience in (best.waited, best.waited + 1)] == [best.waited > 0, False]
     if finite:
         assert best.metrics == {"eval/accuracy": max(finite), "eval/loss": 1.0}
         assert best.samples == f"at {expected}"

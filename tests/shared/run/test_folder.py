@@ -176,6 +176,13 @@ def test_resume_from_a_checkpoint_folder(tmp_path):
     check_run_folder(tmp_path / "run", str(checkpoint), FIELDS)
 
 
+def test_a_run_that_is_older_than_a_field_had_its_default(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    check_run_folder(run_dir, "auto", {**FIELDS, "new": 3}, {"new": 3})
+    with pytest.raises(UsageError, match="new 3 -> 4"):
+        check_run_folder(run_dir, "auto", {**FIELDS, "new": 4}, {"new": 3})
+
+
 # The record
 
 

@@ -72,6 +72,18 @@ def test_the_metadata_are_what_the_hub_reads(tmp_path):
     assert len(model["results"][0]["metrics"]) == 3
 
 
+def test_what_it_was_made_of_is_linked_on_the_hub(tmp_path):
+    (tmp_path / "outputs" / "gpt").mkdir(parents=True)
+    data = f"sample,wikimedia/wikipedia:config=20231101.en,{tmp_path}/a.jsonl,shared/samples"
+    write(tmp_path, data=data, init="openai-community/gpt2", license="apache-2.0", language="en")
+    card = ModelCard.load(tmp_path / "README.md").data
+    assert (card.datasets, card.base_model) == (["wikimedia/wikipedia"], "openai-community/gpt2")
+    assert (card.license, card.language) == ("apache-2.0", "en")
+    write(tmp_path, init=f"{tmp_path}/outputs/gpt", license="")
+    card = ModelCard.load(tmp_path / "README.md").data
+    assert (card.datasets, card.base_model, card.license, card.language) == (None, None, None, None)
+
+
 def test_the_numbers_are_the_records(tmp_path):
     text = body(write(tmp_path))
     for expected in ("1,234,567 parameters", "4,321 updates", "99 s of training", "1.5e+16 floating-point"):

@@ -117,6 +117,23 @@ def test_fsdp2_adds_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- the batch ---------------------------------------------------------------------------------------------------------
 
 
+def test_processes_need_a_gpu_each_and_bfloat16_one_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine of four V100s."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla V100-SXM2-16GB")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(
+        UsageError, match=r"^accelerate config: num_processes: 8: expected at most the 4 GPUs of a node"
+    ):
+        started(monkeypatch, stand_in(8), WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")
+    sizes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    with pytest.raises(UsageError, match=r"^accelerate config: mixed_precision: 'bf16': expected no, since Tesla V100"):
+        started(monkeypatch, stand_in(4, precision="bf16"), ACCELERATE_MIXED_PRECISION="bf16", **sizes)
+    started(monkeypatch, stand_in(4), ACCELERATE_MIXED_PRECISION="no", **sizes)
+
+
 def test_accumulation_follows_from_the_batch() -> None:
     for processes, per_device, micro_batch, accumulation in [(1, 0, 24, 1), (2, 0, 12, 1), (2, 3, 3, 4), (3, 8, 8, 1)]:
         accelerator = stand_in(processes)

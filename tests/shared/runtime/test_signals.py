@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.runtime.signals import StopSignals
+
 ROOT = Path(__file__).parents[3]
 PROGRAM = f"""
 import sys, time
@@ -91,3 +93,11 @@ def test_ctrl_c_ends_a_process_that_sigterm_is_stopping_when_pressed_twice(start
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
+
+
+def test_restored_signals_do_what_they_did() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopSignals()
+    assert signal.getsignal(signal.SIGTERM) != before
+    stop.restore()
+    assert signal.getsignal(signal.SIGTERM) == before

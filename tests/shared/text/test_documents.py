@@ -22,15 +22,19 @@ from hypothesis import strategies as st
 
 from shared.command_line import UsageError
 from shared.data.hub_ids import is_hub_id
+from shared.fields import Corpus
 from shared.text import documents
 from shared.text.documents import (
     DOCUMENT_SEPARATOR,
     UNSEPARATED_CHARACTERS,
     Beginning,
     LocalTexts,
+    list_corpora,
     list_files,
     open_corpora,
+    open_held_out,
     open_texts,
+    short_names,
 )
 from shared.text.tokenization import to_bytes
 from tests.hub_server import Hub, Repository, start_hub
@@ -128,7 +132,53 @@ def test_the_column_is_found_in_the_first_file_that_has_records(tmp_path: Path) 
 
 def test_several_corpora_and_the_embedded_samples() -> None:
     train, held_out = open_corpora("sample, sample_eval", config="", split="", text_column="text")
-    assert (len(list(train)), len(list(held_out))) == (493, 25)
+    assert (len(list(train)), len(list(held_out))) == (493 + 2630, 25 + 153)
+    sources, fraction = open_held_out(Corpus())
+    assert [(source.name, len(list(source))) for source in sources] == [("prose", 25), ("dictionary", 153)]
+    assert fraction == 0
+    [prose], fraction = open_held_out(Corpus(data="prose"))
+    assert (prose.name, len(list(prose)), fraction) == ("prose", 25, 0)
+    sources, _ = open_held_out(Corpus(data="books"))
+    assert [(source.name, len(list(source))) for source in sources] == [("novels", 16), ("dictionary", 153)]
+
+
+def test_one_of_several_corpora_may_have_columns_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "one", "note": "x"}\n')
+    write(tmp_path / "b.jsonl", '{"body": "two", "note": "x"}\n')
+    corpora = open_corpora(
+        f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl:text_column=body", config="", split="", text_column="text"
+    )
+    assert [list(corpus) for corpus in corpora] == [["one"], ["two"]]
+    shared = {"config": "c", "split": "train", "text_column": ""}
+    assert list_corpora("a/b:config=d:split=train[:5%],e", **shared) == [
+        {"data": "a/b", "config": "d", "split": "train[:5%]", "text_column": ""},
+        {"data": "e", **shared},
+    ]
+    with pytest.raises(
+        UsageError, match="data: 'a/b:column=c': expected NAME, or NAME:KEY=VALUE with config, split, tex"
+    ):
+        list_corpora("x, a/b:column=c", **shared)
+
+
+def test_the_corpora_to_evaluate_on_are_those_that_are_named_or_none(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "one")
+    write(tmp_path / "b.txt", "two")
+    corpora, fraction = open_held_out(Corpus(data="sample", eval_data=f"{tmp_path}/a.txt, {tmp_path}/b.txt"))
+    assert ([list(corpus) for corpus in corpora], fraction) == ([["one"], ["two"]], 0)
+    assert open_held_out(Corpus(data=str(tmp_path), eval_fraction=0.25)) == ([], 0.25)
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["prose", "dictionary"], ["prose", "dictionary"]),
+        (["a/text.jsonl.gz", "Salesforce/wikitext", "b/text.txt", "c/text"], ["text", "wikitext", "text_2", "text_3"]),
+        (["x/a", "y/a", "z/a_2"], ["a", "a_2", "a_2_2"]),
+        (["data/", "../.hidden"], ["data", "../.hidden"]),
+    ],
+)
+def test_short_names_of_corpora_differ(names: list[str], short: list[str]) -> None:
+    assert short_names(names) == short
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,7 +631,7 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(
 
 @pytest.mark.parametrize("characters", [1, 1000, 100_000])
 def test_the_beginning_of_a_corpus_is_exactly_as_long_as_asked(characters: int) -> None:
-    whole = open_texts("sample", config="", split="", text_column="text")
+    whole = open_texts("prose", config="", split="", text_column="text")
     beginning = Beginning(whole, characters)
     assert "".join(beginning) == "".join(itertools.islice(whole, 20))[:characters]
     assert len({whole.fingerprint, beginning.fingerprint, Beginning(whole, characters + 1).fingerprint}) == 3

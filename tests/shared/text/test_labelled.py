@@ -102,6 +102,8 @@ def test_a_share_of_each_class_is_held_out() -> None:
     assert np.bincount(held_out.labels).tolist() == [4, 2]
     assert not set(train.texts) & set(held_out.texts)
     assert len(train) + len(held_out) == 60
+    train, held_out = hold_out(samples_of([0, 0, 1, 1, 1, 2]), 0.2)
+    assert [np.bincount(side.labels, minlength=3).tolist() for side in (train, held_out)] == [[1, 2, 1], [1, 1, 0]]
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------

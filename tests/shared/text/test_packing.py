@@ -163,7 +163,7 @@ def test_the_label_of_padding_is_the_one_that_torch_leaves_out() -> None:
 
 
 def test_rows_of_a_corpus_hold_all_of_it(tokenizer: Any, tmp_path: Path) -> None:
-    texts = open_texts("sample_eval", config="", split="", text_column="text")
+    texts = open_texts("prose_eval", config="", split="", text_column="text")
     options = {"seq_length": 256, "eval_fraction": 0.1, "cache_dir": tmp_path, "num_processes": 1}
     splits = pack_corpus(texts, tokenizer, **options)
     begin, end = special_ids(tokenizer)
@@ -184,7 +184,7 @@ def test_rows_of_a_corpus_hold_all_of_it(tokenizer: Any, tmp_path: Path) -> None
 
 
 def test_another_process_maps_the_rows_itself(tokenizer: Any, tmp_path: Path) -> None:
-    texts = open_texts("sample_eval", config="", split="", text_column="text")
+    texts = open_texts("prose_eval", config="", split="", text_column="text")
     options = {"seq_length": 64, "eval_fraction": 0.1, "cache_dir": tmp_path, "num_processes": 1}
     rows = pack_corpus(texts, tokenizer, **options)[0]
     message = pickle.dumps(rows)
@@ -211,7 +211,7 @@ def test_held_out_documents_are_cut_at_whole_rows_only(tokenizer: Any, tmp_path:
 
 
 def test_an_empty_split_has_no_rows(tokenizer: Any, tmp_path: Path) -> None:
-    texts = open_texts("sample_eval", config="", split="", text_column="text")
+    texts = open_texts("prose_eval", config="", split="", text_column="text")
     options = {"seq_length": 64, "eval_fraction": 0.0, "cache_dir": tmp_path, "num_processes": 1}
     assert len(pack_corpus(texts, tokenizer, **options)[1]) == 0
 
@@ -227,12 +227,12 @@ def waste(document_ends: np.ndarray, seq_length: int) -> float:
 
 
 @pytest.mark.parametrize("seq_length", [256, 1024])
-@pytest.mark.parametrize("data", ["sample_eval", pytest.param("sample", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("data", ["prose_eval", pytest.param("prose", marks=pytest.mark.slow)])
 def test_little_of_the_prose_s_rows_is_empty(data: str, seq_length: int, tokenizer: Any, tmp_path: Path) -> None:
     texts = open_texts(data, config="", split="", text_column="text")
     options = {"seq_length": seq_length, "eval_fraction": 0.0, "cache_dir": tmp_path, "num_processes": 2}
     ends_of_documents = pack_corpus(texts, tokenizer, **options)[0].cache.ends
-    assert waste(ends_of_documents, seq_length) < (0.01 if data == "sample" else 0.03)
+    assert waste(ends_of_documents, seq_length) < (0.01 if data == "prose" else 0.03)
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.3, 0.5, 0.8, 1.3])

@@ -11,7 +11,7 @@ import pytest
 import sentencex
 
 from shared.command_line import UsageError
-from shared.text.sentence_cache import LONGEST_SENTENCE, SentenceCache, open_sentence_cache, split_corpus
+from shared.text.sentence_cache import LONGEST_SENTENCE, SentenceCache, join_caches, open_sentence_cache, split_corpus
 from shared.text.wordpiece import train_wordpiece
 
 
@@ -148,6 +148,18 @@ def test_a_corpus_is_split_once(prose: list[str], wordpiece: Any, tmp_path: Path
     split(corpus, wordpiece, tmp_path, language="de")
     split(corpus, train_wordpiece(prose, 900, 64, lowercase=False), tmp_path)
     assert corpus.reads == 3
+
+
+def test_several_corpora_become_one(prose: list[str], wordpiece: Any, tmp_path: Path) -> None:
+    caches = [split(Corpus(*part), wordpiece, tmp_path)[0] for part in (prose[:4], prose[4:7], prose[7:])]
+    joined = join_caches(caches, tmp_path)
+    assert sentences_of(joined) == [document for cache in caches for document in sentences_of(cache)]
+    assert (
+        join_caches(caches, tmp_path).fingerprint
+        == joined.fingerprint
+        != join_caches(caches[::-1], tmp_path).fingerprint
+    )
+    assert join_caches(caches[:1], tmp_path) is caches[0]
 
 
 def test_another_process_maps_the_files_itself(prose: list[str], wordpiece: Any, tmp_path: Path) -> None:

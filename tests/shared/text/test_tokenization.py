@@ -142,7 +142,7 @@ import sys
 from shared.text.documents import open_texts
 from shared.text.tokenization import train_byte_level_bpe
 
-documents = open_texts("sample_eval", config="", split="", text_column="text")
+documents = open_texts("prose_eval", config="", split="", text_column="text")
 sys.stdout.write(train_byte_level_bpe(documents, 1024, 256).backend_tokenizer.to_str())
 """
 

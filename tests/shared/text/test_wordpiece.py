@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from shared.command_line import UsageError
-from shared.text.documents import open_texts
+from shared.text.documents import Beginning, open_texts
 from shared.text.tokenization import train_byte_level_bpe
 from shared.text.wordpiece import SPECIAL_TOKENS, continues_word, load_or_train, load_wordpiece, train_wordpiece
 
@@ -39,20 +40,47 @@ def test_prose_has_few_unknown_words(wordpiece: Any, prose: list[str]) -> None:
 
 
 def test_a_vocabulary_smaller_than_the_alphabet_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"vocab_size: 20: expected at least \d\d, the characters of the text"):
+    with pytest.raises(
+        UsageError, match=r"vocab_size: 20: expected at least \d\d, the characters of the text, or a sma"
+    ):
         train_wordpiece(["abcdefghijklmnopqrstuvwxyz " * 3], vocab_size=20, seq_length=64, lowercase=True)
 
 
+def test_the_same_text_gives_the_same_ids(prose: list[str], wordpiece: Any) -> None:
+    """Also where pairs and characters are equally frequent, and whatever order a hash table has."""
+    again = train_wordpiece(prose, vocab_size=2000, seq_length=64, lowercase=True)
+    assert again.get_vocab() == wordpiece.get_vocab()
+    draw = random.Random(0)
+    text = [" ".join("".join(draw.choices("abcdefgh", k=6)) for _ in range(20)) for _ in range(300)]
+    text.append(" ".join(chr(0x4E00 + number) for number in range(50)))
+    options: dict[str, Any] = {"vocab_size": 400, "seq_length": 64, "lowercase": True, "limit_alphabet": 30}
+    first, *others = (train_wordpiece(text, **options).get_vocab() for _ in range(4))
+    assert all(other == first for other in others)
+    assert {token for token in first if ord(token[-1]) >= 0x4E00} == {chr(0x4E00 + number) for number in range(22)}
+
+
+def test_rare_characters_and_rare_pairs_take_no_entries() -> None:
+    characters = [chr(0x4E00 + number) for number in range(3000)]
+    text = [" ".join(characters), " ".join(characters[:20]), "seldom often often s l d m s l d m"]
+    found = set(train_wordpiece(text, 100, 64, True, limit_alphabet=29, min_frequency=2).get_vocab())
+    assert set(characters) & found == set(characters[:20])
+    assert "often" in found
+    assert "seldom" not in found
+    assert "seldom" in train_wordpiece(text, 200, 64, True, limit_alphabet=100, min_frequency=1).get_vocab()
+
+
 def test_it_is_trained_once_and_found_again(tmp_path: Path) -> None:
-    texts = open_texts("sample_eval", config="", split="", text_column="text")
+    texts = open_texts("prose_eval", config="", split="", text_column="text")
     options: dict[str, Any] = {"seq_length": 64, "lowercase": True, "cache_dir": tmp_path}
-    first = load_or_train("", texts, vocab_size=500, **options)
+    first = load_or_train("", [texts], vocab_size=500, **options)
     [folder] = (tmp_path / "tokenizers").iterdir()
     written = (folder / "tokenizer.json").stat().st_mtime_ns
-    assert load_or_train("", texts, vocab_size=500, **options).get_vocab() == first.get_vocab()
+    assert load_or_train("", [texts], vocab_size=500, **options).get_vocab() == first.get_vocab()
     assert (folder / "tokenizer.json").stat().st_mtime_ns == written
-    assert len(load_or_train("", texts, vocab_size=600, **options)) == 600
-    assert load_or_train(str(folder), texts, vocab_size=600, **options).get_vocab() == first.get_vocab()
+    assert len(load_or_train("", [texts], vocab_size=600, **options)) == 600
+    several = load_or_train("", [texts, Beginning(texts, 50)], vocab_size=500, **options)
+    assert several.name_or_path != str(folder)
+    assert load_or_train(str(folder), [texts], vocab_size=600, **options).get_vocab() == first.get_vocab()
 
 
 def test_a_tokenizer_without_berts_tokens_is_refused(tmp_path: Path) -> None:
