@@ -1,8 +1,9 @@
 r"""Pre-train a text-to-image model from scratch: latent diffusion with a UNet that reads captions.
 
 Papers: Ho et al. 2020 (diffusion), Rombach et al. 2022 (latent diffusion; section 3.3 for the text), Salimans and Ho
-2022 (v-prediction), Ho and Salimans 2022 (guidance), Hang et al. 2023 (weights of timesteps). With no arguments it
-trains on the embedded emoji, whose latents it makes at the first start, on two CPU cores in minutes.
+2022 (v-prediction), Ho and Salimans 2022 (guidance), Hang et al. 2023 (weights of timesteps), Lin et al. 2024 (the last
+timestep). With no arguments it trains on the embedded emoji, whose latents it makes at the first start, on two CPU
+cores in minutes.
 
     accelerate launch recipes/text_to_image/pretrain.py
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/pretrain.py \
@@ -61,6 +62,9 @@ class Config(fields.LatentData, fields.RunControl):
     # Objective
     prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
     """What the model predicts: epsilon (the noise) or v_prediction."""
+    zero_terminal_snr: bool = False
+    """Make the last timestep noise alone and begin images there (Lin et al. 2024), with v_prediction and snr_gamma 0;
+    else a little signal is left in it, of which the model learns the mean brightness and images have none."""
     snr_gamma: Amount = 5.0
     """Signal-to-noise ratio above which a timestep's weight stops to grow. 0 = all timesteps weigh the same."""
     caption_dropout: Share = 0.1
@@ -120,7 +124,7 @@ TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 CACHED = Path("outputs/latents")
 # Stable Diffusion 1.x's (CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml).
 TRAINED_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-TRAINED_NOISE |= {"num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False}
+TRAINED_NOISE |= {"num_train_timesteps": 1000, "trained_betas": None}
 NOISE = {**TRAINED_NOISE, "steps_offset": 1}
 # For samplers made from the saved scheduler: DDIM's defaults clip latents to [-1, 1], as if they were pixels.
 UNCLIPPED = {"clip_sample": False, "set_alpha_to_one": False}
@@ -141,6 +145,10 @@ def check_config(cfg: Config) -> None:
     is_guidable = cfg.guidance_scale == 1 or cfg.caption_dropout > 0
     expected = "1 with caption_dropout 0: a model that never sees the empty caption cannot be guided by it"
     cli.expect(is_guidable, "guidance_scale", cfg.guidance_scale, expected)
+    if cfg.zero_terminal_snr:  # where no noise can be told from the sample, and the SNR of 0 would weigh nothing
+        has_target = cfg.prediction_type == "v_prediction"
+        cli.expect(has_target, "prediction_type", cfg.prediction_type, "v_prediction with zero_terminal_snr")
+        cli.expect(cfg.snr_gamma == 0, "snr_gamma", cfg.snr_gamma, "0 with zero_terminal_snr")
     fits = cfg.text_hidden_size % cfg.text_num_heads == 0
     cli.expect(fits, "text_hidden_size", cfg.text_hidden_size, f"a multiple of text_num_heads {cfg.text_num_heads}")
     channels = cli.whole_numbers("block_out_channels", cfg.block_out_channels)
@@ -229,7 +237,10 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
             del sizes["attention_head_dim"]
         check_sizes(cfg.init, "a unet", unet.config, {**sizes, **TEXT_ALONE})
         noise = load_scheduler(diffusers.DDPMScheduler, cfg.init).config
-        check_sizes(cfg.init, "a scheduler", noise, {**TRAINED_NOISE, "prediction_type": cfg.prediction_type})
+        trained = {**TRAINED_NOISE, "prediction_type": cfg.prediction_type}
+        if not cfg.zero_terminal_snr:  # to which a model that was trained without is brought by training on
+            trained["rescale_betas_zero_snr"] = False
+        check_sizes(cfg.init, "a scheduler", noise, trained)
         unet.register_to_config(sample_size=latent_shape[-1])  # of the images that the pipeline makes by default
     model = Denoiser(unet, text_encoder)
     if cfg.gradient_checkpointing:
@@ -239,8 +250,10 @@ def build_model(cfg: Config, tokenizer: Any, frozen: Any, latent_shape: Sequence
 
 def build_scheduler(cfg: Config) -> diffusers.DPMSolverMultistepScheduler:
     """The noise schedule, in the form in which images are made with it and it is saved."""
+    steps = {"rescale_betas_zero_snr": cfg.zero_terminal_snr}
+    steps["timestep_spacing"] = "trailing" if cfg.zero_terminal_snr else "linspace"  # trailing: from the last timestep
     return diffusers.DPMSolverMultistepScheduler.from_config(
-        {**NOISE, **UNCLIPPED, "prediction_type": cfg.prediction_type}
+        {**NOISE, **UNCLIPPED, **steps, "prediction_type": cfg.prediction_type}
     )
 
 
