@@ -6,19 +6,18 @@ number of processes, with no image lost or doubled.
 
     accelerate launch recipes/text_to_image/cache_latents.py
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/text_to_image/cache_latents.py \
-        --data me/captioned --vae stabilityai/sd-vae-ft-mse --image_size 256 --bucket_multiple 64 \
-        --text_encoder openai/clip-vit-large-patch14
+        --data me/captioned --vae stabilityai/sd-vae-ft-mse --image_size 256 --bucket_multiple 64
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
-from shared.fields import Count, Natural, Positive, Share
+from shared.fields import Count, Natural, Positive, Share, at_least
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -43,6 +42,9 @@ class Config:
     """Cut images not to squares but to rectangles of about that area, each to the one nearest to its aspect
     ratio, whose sides are multiples of so many pixels; 64 in SDXL. 0 = squares."""
     mirrored: bool = True  # Encode the mirror images as well, from which training then takes half of the images.
+    sampled: bool = False
+    """Keep one sample of an image's posterior, half of the size, and not its mean and deviation, of which training
+    draws another one each epoch."""
 
     # Model
     vae: str = ""
@@ -50,7 +52,7 @@ class Config:
     there."""
     text_encoder: str = ""
     """Run folder or Hub id of a frozen CLIP text encoder, or of a pipeline that has one, to encode the captions as
-    well; each takes 118 KB with CLIP ViT-L/14. "" = none, the captions alone."""
+    well; each takes 118 KB with CLIP ViT-L/14. "" = the captions alone, which that encoder then reads in training."""
 
     # Run
     config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
@@ -58,8 +60,11 @@ class Config:
     batch_size: Count = 32  # Images, or captions, that are encoded at a time.
     images_per_shard: Count = 1024
     """Images of one file; what a killed run has to do again, at most, on each process."""
-    num_workers: Natural = 1  # Data worker processes for each process. 0 = decode in the process that encodes.
+    num_workers: Annotated[int, at_least(-1)] = -1
+    """Data worker processes for each process. 0 = decode in the process that encodes; -1 = one for each of its
+    cores."""
     timeout_minutes: Positive = 600  # Minutes that a process that is ready waits for the others.
+    dry_run: bool = False  # Show the first caption and the room on disk, write nothing.
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -72,6 +77,9 @@ from shared.diffusion.latent_encoding import cache_identity, encode_shards, load
 from shared.images import files as image_files
 from shared.images.aspect_ratios import aspect_ratio_buckets
 from shared.images.captioned import CaptionedImages, open_captioned, source_of
+from shared.performance.dry_run import human_bytes
+from shared.run import folder as run_folder
+from shared.run import summary
 from shared.runtime import collectives, launch
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
@@ -112,6 +120,19 @@ def open_vae(cfg: Config) -> Any:
     return vae
 
 
+def room_on_disk(
+    cfg: Config, splits: dict[str, CaptionedImages], vae: Any, text: Any, buckets: list[tuple[int, int]]
+) -> dict[str, int]:
+    """Bytes of an image's latents, of its caption's embedding, and of both for all images; captions are small."""
+    halving = 2 ** (len(vae.config.block_out_channels) - 1)
+    places = sum(height * width for height, width in buckets) // len(buckets) // halving**2  # the buckets' mean
+    text_shape = (text[0].model_max_length, text[1].config.hidden_size) if text else None
+    form = {"mirrored": cfg.mirrored, "sampled": cfg.sampled}
+    sizes = latent_cache.bytes_of_image((vae.config.latent_channels, places, 1), text_shape, **form)
+    num_bytes = sum(sizes) * sum(len(split) for split in splits.values())
+    return dict(zip(("latents of an image", "embedding of a caption", "all images"), (*sizes, num_bytes), strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Encoding
 
@@ -126,17 +147,28 @@ def main(cfg: Config) -> None:
     text = load_text_encoder(cfg.text_encoder, "text_encoder") if cfg.text_encoder else None
     if text:
         text[1].to(accelerator.device)
-    form = {"buckets": buckets, "mirrored": cfg.mirrored}
+    room = room_on_disk(cfg, splits, vae, text, buckets)
+    if cfg.dry_run:
+        rows = {name: human_bytes(size) for name, size in room.items()}
+        numbers = {f"images of {name}": len(split) for name, split in splits.items()}
+        first = next(iter(splits.values())).captions[0]
+        accelerator.print(f"first caption: {first}\n\n{summary.table({**numbers, **rows})}")
+        return
+    form = {"buckets": buckets, "mirrored": cfg.mirrored, "sampled": cfg.sampled}
     identity = cache_identity(vae, text, splits, **form, images_per_shard=cfg.images_per_shard)
     shards = latent_cache.plan_shards({name: len(split) for name, split in splits.items()}, cfg.images_per_shard)
     with collectives.raise_together(accelerator):
         if accelerator.is_main_process:
+            run_folder.check_room(folder, room["all images"])
             latent_cache.begin_cache(folder, identity)
     missing = collectives.gather_objects(accelerator, latent_cache.missing_shards(folder, shards))[0]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    speed = {"batch_size": cfg.batch_size, "num_workers": cfg.num_workers}
-    shows_progress = accelerator.is_main_process
-    cut = encode_shards(folder, mine, splits, vae, text, **form, **speed, shows_progress=shows_progress)
+    num_workers = cfg.num_workers if cfg.num_workers >= 0 else launch.cores_of_process()
+    speed = {"batch_size": cfg.batch_size, "num_workers": num_workers}
+    with accelerator.autocast():  # bfloat16 where the launcher says so
+        cut = encode_shards(
+            folder, mine, splits, vae, text, **form, **speed, shows_progress=accelerator.is_main_process
+        )
     cut = sum(collectives.gather_objects(accelerator, cut))  # when all processes have written their shards
     with collectives.raise_together(accelerator):
         if accelerator.is_main_process:

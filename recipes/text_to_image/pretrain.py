@@ -40,8 +40,8 @@ class Config(fields.LatentData, fields.RunControl):
 
     # Model
     text_encoder: str = "scratch"
-    """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is and with which
-    cache_latents.py made embeddings."""
+    """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is; it runs in
+    training unless cache_latents.py made its embeddings."""
     vocab_size: Annotated[int, fields.at_least(514)] = 2048
     """Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch."""
     caption_length: Annotated[int, fields.at_least(3)] = 32
@@ -306,13 +306,16 @@ def errors(cfg: Config, model: Any, batch: dict[str, Tensor], signal: Tensor) ->
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def evaluate(
-    cfg: Config, accelerator: Any, model: Any, held_out: dict[str, FixedSamples], signal: Tensor
+    cfg: Config, accelerator: Any, model: Any, frozen: Any, held_out: dict[str, FixedSamples], signal: Tensor
 ) -> dict[str, float]:
-    """Errors, without weights, on the fixed noise of each split: over all timesteps and in each band of them."""
+    """Errors, without weights, on the fixed noise of each split: over all timesteps and in each band of them.
+
+    A text encoder that is `frozen` makes the embeddings that are not cached.
+    """
     model.eval()
     found = BandErrors(held_out)
     for place, batch in fixed_batches(accelerator, held_out, cfg.num_workers):
-        error, _ = errors(cfg, model, batch, signal)
+        error, _ = errors(cfg, model, captions.embed_captions(accelerator, batch, frozen), signal)
         found.add(place, error)
     model.train()
     return found.metrics(accelerator, cfg.data_split)
@@ -400,7 +403,9 @@ def main(cfg: Config) -> None:
     tokenizer, frozen = text or (open_tokenizer(cfg, train), None)
     empty = captions.encode_captions([""], tokenizer, frozen)["text"][0]
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer}
-    reading["empty"] = None if frozen is None else empty.numpy()
+    is_cached = manifest["text_encoder"] is not None
+    encoder = None if frozen is None or is_cached else frozen.to(accelerator.device)  # which runs in training
+    reading["empty"] = None if frozen is encoder else empty.numpy()
     if cfg.dry_run:
         report_costs(cfg, accelerator, train, reading, frozen, micro_batch_size)
         return
@@ -429,7 +434,9 @@ def main(cfg: Config) -> None:
     for step, batches in run.updates(updates, facts["flops_per_sample"]):
         factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [to_device(batch, accelerator.device) for batch in batches]
+        batches = [
+            captions.embed_captions(accelerator, to_device(batch, accelerator.device), encoder) for batch in batches
+        ]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, signal)
         average.update(step + 1)
 
@@ -441,7 +448,7 @@ def main(cfg: Config) -> None:
         with run.pause():
             if due.evaluate:
                 with average.in_place():
-                    metrics |= evaluate(cfg, accelerator, model, fixed, signal)
+                    metrics |= evaluate(cfg, accelerator, model, encoder, fixed, signal)
                     images = make_images(cfg, accelerator, model, **shown)
                 if accelerator.is_main_process:
                     image_grid(images, prompts, run.folder / "samples" / f"step_{run.step:08d}.png")
@@ -484,7 +491,8 @@ def report_costs(
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
     first, *_ = next(open_updates(accelerator, replace(cfg, num_workers=0), train, reading, **sizes, step=0))
-    batch, seconds = to_device(first, accelerator.device), None
+    encoder = frozen if reading["empty"] is None else None
+    batch, seconds = captions.embed_captions(accelerator, to_device(first, accelerator.device), encoder), None
     inputs = {"latents": batch["latents"], "timesteps": batch["uniform"].long(), "text": batch["text"]}
     parts = {"tokenizer": reading["tokenizer"], "frozen": frozen, "latent_shape": batch["latents"].shape[1:]}
     with dry_run.without_memory():

@@ -40,8 +40,8 @@ class Config(fields.LatentData, fields.RunControl):
 
     # Model
     text_encoder: str = "scratch"
-    """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is and with which
-    cache_latents.py made embeddings, of captions as they are: the pipeline then takes skip_text_cleaning=True."""
+    """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is; it runs in
+    training unless cache_latents.py made its embeddings, of captions as they are: skip_text_cleaning=True."""
     vocab_size: Annotated[int, fields.at_least(514)] = 2048
     """Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch."""
     caption_length: Annotated[int, fields.at_least(3)] = 32
@@ -315,12 +315,17 @@ def errors(model: Any, batch: dict[str, Tensor], times: Tensor) -> Tensor:
 
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
-def evaluate(cfg: Config, accelerator: Any, model: Any, held_out: dict[str, FixedSamples]) -> dict[str, float]:
-    """Errors on the fixed noise of each split, of all tokens: over all times from 0 to 1 and in each band of them."""
+def evaluate(
+    cfg: Config, accelerator: Any, model: Any, frozen: Any, held_out: dict[str, FixedSamples]
+) -> dict[str, float]:
+    """Errors on the fixed noise of each split, of all tokens: over all times from 0 to 1 and in each band of them.
+
+    A text encoder that is `frozen` makes the embeddings that are not cached.
+    """
     model.eval()
     found = BandErrors(held_out)
     for place, batch in fixed_batches(accelerator, held_out, cfg.num_workers):
-        found.add(place, errors(model, batch, batch["uniform"]))
+        found.add(place, errors(model, captions.embed_captions(accelerator, batch, frozen), batch["uniform"]))
     model.train()
     return found.metrics(accelerator, cfg.data_split)
 
@@ -409,11 +414,14 @@ def main(cfg: Config) -> None:
     reader = tokenizer if text else captions.CleanedCaptions(tokenizer)  # embeddings are of captions as they are
     empty = captions.encode_captions([""], reader, frozen)
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": reader}
-    reading["empty"] = None if frozen is None else empty["text"][0].numpy()
+    is_cached = manifest["text_encoder"] is not None
+    encoder = None if frozen is None or is_cached else frozen.to(accelerator.device)  # which runs in training
+    reading["empty"] = None if frozen is encoder else empty["text"][0].numpy()
     batch, *_ = next(open_updates(replace(cfg, num_workers=0), accelerator, train, reading, micro_batch_size, 0))
+    batch = captions.embed_captions(accelerator, to_device(batch, accelerator.device), encoder)
     inputs = {"timesteps": batch["uniform"], **{name: batch[name] for name in batch.keys() - {"noise", "uniform"}}}
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, to_device(inputs, accelerator.device), tokenizer, frozen)
+        report_costs(cfg, accelerator, train, inputs, tokenizer, frozen)
         return
     shape = train.squarest_shape()
     model = build_model(cfg, tokenizer, frozen, shape[0])
@@ -437,7 +445,9 @@ def main(cfg: Config) -> None:
     for step, batches in run.updates(updates, facts["flops_per_sample"]):
         factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [to_device(batch, accelerator.device) for batch in batches]
+        batches = [
+            captions.embed_captions(accelerator, to_device(batch, accelerator.device), encoder) for batch in batches
+        ]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches)
         average.update(step + 1)
 
@@ -449,7 +459,7 @@ def main(cfg: Config) -> None:
         with run.pause():
             if due.evaluate:
                 with average.in_place():
-                    metrics |= evaluate(cfg, accelerator, model, fixed)
+                    metrics |= evaluate(cfg, accelerator, model, encoder, fixed)
                     images = make_images(cfg, accelerator, model, **shown)
                 if accelerator.is_main_process:
                     image_grid(images, prompts, run.folder / "samples" / f"step_{run.step:08d}.png")

@@ -201,14 +201,29 @@ def encode_captions(captions: Sequence[str], tokenizer: Any, encoder: Any) -> di
     Args:
         captions: at least one.
         tokenizer: see `load_text_encoder`.
-        encoder: frozen, on the CPU; None = the model sees tokens.
+        encoder: frozen; None = the model sees tokens.
 
     Returns:
         text: int64 tokens (N, L), or embeddings (N, L, D). text_mask: bool (N, L), see `text_masks`.
     """
     ids, _ = token_ids(tokenizer, captions)
     text, mask = torch.from_numpy(ids), torch.from_numpy(text_masks(tokenizer, ids))
-    return {"text": text if encoder is None else encode_text(encoder, text), "text_mask": mask}
+    embeddings = text if encoder is None else encode_text(encoder, text.to(encoder.device)).cpu()
+    return {"text": embeddings, "text_mask": mask}
+
+
+def embed_captions(accelerator: Any, batch: dict[str, Tensor], encoder: Any) -> dict[str, Tensor]:
+    """A batch whose `text` is embeddings (B, L, D), for a frozen encoder that runs in training.
+
+    Args:
+        accelerator: knows the precision.
+        batch: on the encoder's device, its `text` int64 tokens (B, L).
+        encoder: `transformers.CLIPTextModel`; None = the batch stays as it is.
+    """
+    if encoder is None:
+        return batch
+    with accelerator.autocast():
+        return {**batch, "text": encode_text(encoder, batch["text"]).float()}
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
-"""Images as latents of an autoencoder, encoded once: Parquet shards and a manifest that says what they are made of.
+"""Images as latents of an autoencoder, encoded once: Arrow shards and a manifest that says what they are made of.
 
-A folder holds `data/SPLIT-00000-of-00010.parquet` and so on, which `datasets` reads as they are, `identity.json` from
-the start and `manifest.json` once all shards are there. A shard is written aside and renamed, and which images it
-holds follows from its number, so a run that was killed goes on with the shards that are missing, on any number of
-processes.
+A folder holds `data/SPLIT-00000-of-00010.arrow` and so on, `identity.json` from the start and `manifest.json` once all
+shards are there. A shard is written aside and renamed, and which images it holds follows from its number, so a run that
+was killed goes on with the shards that are missing, on any number of processes. The shards are Arrow streams, which are
+read where they lie: of Parquet files `datasets` would keep a copy of the same size.
 
 The columns of a row: `index` of the image in its split; `caption`; `height` and `width` of the latents; `mean` and
-`std` of the autoencoder's posterior as float16 bytes (C, h, w), and, if asked for, the same of the mirror image as
-`mirrored_mean` and `mirrored_std`; the caption's embedding as `text`, float16 bytes (L, D), if there is an encoder.
+`std` of the autoencoder's posterior as float16 bytes (C, h, w), or one `sample` of it, and, if asked for, the same of
+the mirror image as `mirrored_mean` and so on; the caption's embedding as `text`, float16 bytes (L, D), if there is an
+encoder.
 """
 
 import copy
@@ -27,7 +28,7 @@ from shared.command_line import UsageError, expect
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.files import HELD_OUT_SEED, VALIDATION_SPLITS, spread
 
-_SIDES = ["height", "width"]
+_SIDES, _SUFFIX = ["height", "width"], ".arrow"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,29 @@ def plan_shards(sizes: dict[str, int], images_per_shard: int) -> list[Shard]:
     for split, size in sizes.items():
         starts = range(0, size, images_per_shard)
         for number, start in enumerate(starts):
-            file = f"data/{split}-{number:05d}-of-{len(starts):05d}.parquet"
+            file = f"data/{split}-{number:05d}-of-{len(starts):05d}{_SUFFIX}"
             shards.append(Shard(file, split, range(start, min(start + images_per_shard, size))))
     return shards
+
+
+def posterior_columns(sampled: bool) -> tuple[str, ...]:
+    """Columns of an image's latents: one sample of the posterior, or its mean and standard deviation."""
+    return ("sample",) if sampled else ("mean", "std")
+
+
+def bytes_of_image(
+    latent_shape: Sequence[int], text_shape: Sequence[int] | None, *, mirrored: bool, sampled: bool
+) -> tuple[int, int]:
+    """Bytes of an image's latents and of its caption's embedding on disk, both float16.
+
+    Args:
+        latent_shape: (C, h, w).
+        text_shape: (L, D); None = no embeddings.
+        mirrored: whether mirror images are encoded as well.
+        sampled: see `posterior_columns`.
+    """
+    latents = math.prod(latent_shape) * len(posterior_columns(sampled)) * (1 + mirrored)
+    return 2 * latents, 2 * math.prod(text_shape) if text_shape else 0
 
 
 def begin_cache(folder: Path, identity: dict[str, Any]) -> None:
@@ -87,7 +108,6 @@ def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], arra
         arrays: names of the columns that hold arrays.
     """
     import pyarrow
-    import pyarrow.parquet
 
     plain = [
         {
@@ -100,10 +120,10 @@ def write_shard(folder: Path, shard: Shard, rows: Iterable[dict[str, Any]], arra
     columns = [("index", pyarrow.int64()), ("caption", pyarrow.string()), *sides]
     schema = pyarrow.schema([*columns, *((name, pyarrow.binary()) for name in arrays)])
     aside = folder / "data" / f".{Path(shard.file).name}"
-    with pyarrow.parquet.ParquetWriter(aside, schema, compression="none") as writer:
-        if plain:  # `datasets` reads a file without a row group, and none whose first is empty
+    with aside.open("wb") as stream:
+        with pyarrow.ipc.new_stream(stream, schema) as writer:
             writer.write_table(pyarrow.Table.from_pylist(plain, schema=schema))
-    with aside.open("rb") as stream:
+        stream.flush()
         os.fsync(stream.fileno())  # else a power cut could leave the new name and not the content
     aside.replace(folder / shard.file)
 
@@ -121,12 +141,10 @@ def finish_cache(
     Raises:
         UsageError: more than this share of the images is in no shard, since they could not be decoded.
     """
-    import pyarrow.parquet
-
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "file": shard.file,
-            "rows": pyarrow.parquet.read_metadata(folder / shard.file).num_rows,
+            "rows": len(_open_shard(folder / shard.file)),
             "images": len(shard.indices),
             "bytes": (folder / shard.file).stat().st_size,
             "sha256": _digest(folder / shard.file),
@@ -149,7 +167,7 @@ def read_manifest(folder: Path, field: str) -> dict[str, Any]:
         field: the configuration field that it comes from, for the message.
 
     Raises:
-        UsageError: it is no cache or not complete, or a shard is lost or has another size.
+        UsageError: it is no cache, not complete or of another version, or a shard is lost or has another size.
     """
     name = f"{field}: {str(folder)!r}"
     if not (folder / "manifest.json").is_file():
@@ -159,6 +177,7 @@ def read_manifest(folder: Path, field: str) -> dict[str, Any]:
     manifest = _read_json(folder / "manifest.json", name)
     for entry in manifest["shards"]:
         file = folder / entry["file"]
+        expect(file.suffix == _SUFFIX, field, str(folder), f"shards with the suffix {_SUFFIX}, make the cache anew")
         is_whole = file.is_file() and file.stat().st_size == entry["bytes"]
         expect(is_whole, field, str(folder), f"the shards of its manifest, {entry['file']} is lost or changed")
     return manifest
@@ -196,9 +215,9 @@ class Latents:
         import datasets
 
         files = [entry["file"] for entry in manifest["shards"] if entry["file"].startswith(f"data/{split}-")]
-        paths = [str(folder / file) for file in files]
-        self._rows = datasets.load_dataset("parquet", data_files={"rows": paths}, split="rows")
+        self._rows = datasets.concatenate_datasets([_open_shard(folder / file) for file in files])
         self._channels, self._text_shape = manifest["latent_channels"], manifest["text_shape"]
+        self._sampled: bool = manifest["sampled"]
         self.has_mirrored: bool = manifest["mirrored"]
 
     def __len__(self) -> int:
@@ -224,12 +243,17 @@ class Latents:
     def read(self, index: int, *, mirrored: bool) -> dict[str, Any]:
         """A row's `caption`, and `mean` and `std` of the image's posterior or its mirror image's: float16 (C, h, w).
 
-        Of a cache that has embeddings of captions also `text`, float16 (L, D).
+        Where one sample of it was kept, that is the mean and the deviation is 0. Of a cache that has embeddings of
+        captions also `text`, float16 (L, D).
         """
-        row = self._rows[index]
-        shape, names = (self._channels, row["height"], row["width"]), ("mean", "std")
-        arrays = {name: row[f"mirrored_{name}" if mirrored else name] for name in names}
-        sample = {name: np.frombuffer(array, dtype=np.float16).reshape(shape) for name, array in arrays.items()}
+        row, prefix = self._rows[index], "mirrored_" if mirrored else ""
+        shape = (self._channels, row["height"], row["width"])
+        arrays = {
+            name: np.frombuffer(row[prefix + name], dtype=np.float16).reshape(shape)
+            for name in posterior_columns(self._sampled)
+        }
+        mean = arrays["sample" if self._sampled else "mean"]
+        sample = {"mean": mean, "std": np.zeros_like(mean) if self._sampled else arrays["std"]}
         if self._text_shape:
             sample["text"] = np.frombuffer(row["text"], dtype=np.float16).reshape(self._text_shape)
         return {"caption": row["caption"], **sample}
@@ -284,6 +308,13 @@ def weights_digest(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _open_shard(file: Path) -> Any:
+    """The rows of a shard as a `datasets.Dataset`, mapped into memory."""
+    import datasets
+
+    return datasets.Dataset.from_file(str(file))
 
 
 def _differences(wanted: dict[str, Any], found: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.data.batches import to_device
+from shared.data.randomness import derive_seed, normal_numbers
 from shared.data.updates import load_updates
 from shared.diffusion import latent_cache
 from shared.diffusion.captions import encode_text, text_identity, token_ids
@@ -39,6 +40,7 @@ def cache_identity(
     *,
     buckets: Sequence[tuple[int, int]],
     mirrored: bool,
+    sampled: bool,
     images_per_shard: int,
 ) -> dict[str, Any]:
     """What a cache is made of; another one must not be mixed with it.
@@ -49,6 +51,7 @@ def cache_identity(
         splits: images of each split.
         buckets: heights and widths in pixels that images are cut to.
         mirrored: whether mirror images are encoded as well.
+        sampled: see `latent_cache.posterior_columns`.
         images_per_shard: see `latent_cache.plan_shards`.
     """
     return {
@@ -57,6 +60,7 @@ def cache_identity(
         **(text_identity(*text) if text else {"text_encoder": None, "text_shape": None}),
         "buckets": [list(bucket) for bucket in buckets],
         "mirrored": mirrored,
+        "sampled": sampled,
         "images_per_shard": images_per_shard,
         "data": {split: images.fingerprint for split, images in splits.items()},
     }
@@ -71,6 +75,7 @@ def encode_shards(
     *,
     buckets: Sequence[tuple[int, int]],
     mirrored: bool,
+    sampled: bool,
     batch_size: int,
     num_workers: int,
     shows_progress: bool,
@@ -85,6 +90,7 @@ def encode_shards(
         text: tokenizer and encoder, on that device; None = the captions alone.
         buckets: heights and widths in pixels; each image is cut to the one nearest to its aspect ratio.
         mirrored: whether to encode the mirror images as well.
+        sampled: see `latent_cache.posterior_columns`; a sample depends on the split and the image alone.
         batch_size: images, or captions, that are encoded at a time.
         num_workers: data worker processes; 0 = decode here.
         shows_progress: whether this process shows a bar on the terminal.
@@ -93,7 +99,8 @@ def encode_shards(
         How many captions were cut, for they are longer than the text encoder takes.
     """
     prefixes = ["", "mirrored_"] if mirrored else [""]
-    arrays = [f"{prefix}{name}" for prefix in prefixes for name in ("mean", "std")] + (["text"] if text else [])
+    columns = latent_cache.posterior_columns(sampled)
+    arrays = [f"{prefix}{name}" for prefix in prefixes for name in columns] + (["text"] if text else [])
     cut = 0
     for shard in tqdm(list(shards), desc="encoding", unit="shard", disable=None if shows_progress else True):
         images = splits[shard.split].subset(np.array(shard.indices))
@@ -106,6 +113,8 @@ def encode_shards(
             {"index": shard.indices[position], "caption": images.captions[position], **found[position]}
             for position in sorted(found)
         ]
+        if sampled:
+            rows = [_draw_sample(row, shard.split, prefixes) for row in rows]
         if text:
             cut += _encode_captions(rows, *text, batch_size)
         latent_cache.write_shard(folder, shard, rows, arrays)
@@ -150,6 +159,17 @@ def _posterior(vae: Any, pixels: Tensor, prefix: str) -> dict[str, np.ndarray]:
     """Mean and standard deviation of uint8 images (B, H, W, 3): float16 (B, C, h, w) each."""
     posterior = vae.encode(from_minus_one(pixels)).latent_dist
     return {f"{prefix}{name}": getattr(posterior, name).half().cpu().numpy() for name in ("mean", "std")}
+
+
+def _draw_sample(row: dict[str, Any], split: str, prefixes: Sequence[str]) -> dict[str, Any]:
+    """The row with a `sample` of each posterior in place of its mean and deviation."""
+    row = dict(row)
+    for prefix in prefixes:
+        mean, std = (row.pop(prefix + name).astype(np.float32) for name in ("mean", "std"))
+        seed = derive_seed("sample of the posterior", split, prefix)
+        drawn = normal_numbers(seed, np.array([row["index"]]), count=mean.size).reshape(mean.shape)
+        row[f"{prefix}sample"] = mean + std * drawn
+    return row
 
 
 def _encode_captions(rows: list[dict[str, Any]], tokenizer: Any, encoder: Any, batch_size: int) -> int:
@@ -203,12 +223,12 @@ def open_latents(
     """
     with node_main_first(accelerator):
         folder, identity = Path(source.data), dict[str, Any](vae=latent_cache.weights_digest(vae))
-        if text:
-            identity |= text_identity(*text)
         if source.data == "sample":
             folder = cached if cached.is_dir() else sample_latents(cache_dir, vae, text)
             identity["data"] = {name: images.fingerprint for name, images in sample_splits().items()}
         manifest = latent_cache.read_manifest(folder, "data")
+        if text and manifest["text_encoder"]:  # without embeddings the encoder runs in training
+            identity |= text_identity(*text)
         latent_cache.check_identity(manifest, identity, "data", folder)
         splits = (source.data_split, source.eval_splits, source.eval_fraction)
         train, held_out = latent_cache.open_splits(folder, manifest, *splits)
@@ -227,7 +247,7 @@ def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> P
         The folder of a complete cache.
     """
     splits = sample_splits()
-    form: dict[str, Any] = {"buckets": [_SAMPLE_SIDES], "mirrored": True}
+    form: dict[str, Any] = {"buckets": [_SAMPLE_SIDES], "mirrored": True, "sampled": False}
     identity = cache_identity(vae, text, splits, **form, images_per_shard=_SAMPLE_SHARD)
     folder = cache_dir / f"latents-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
     if not folder.is_dir():

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from shared.command_line import UsageError, redact
+from shared.command_line import UsageError, expect, redact
 
 # Fields that change where and how often a run reports, not what it computes.
 FREE_FIELDS = (
@@ -81,6 +82,21 @@ def check_writable(folder: Path) -> None:
     if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
         expected = f"expected a folder that can be written, {str(parent)!r} is not one"
         raise UsageError(f"output_dir: {str(folder)!r}: {expected}")
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Refuse a folder on whose disk there is too little room for what it is to hold; what it holds already counts.
+
+    Raises:
+        UsageError: naming the folder as output_dir, and both sizes.
+    """
+    from shared.performance.dry_run import human_bytes
+
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    missing, free = num_bytes - held, shutil.disk_usage(parent).free
+    expected = f"a disk with {human_bytes(missing)} of room, it has {human_bytes(free)}"
+    expect(missing <= free, "output_dir", str(folder), expected)
 
 
 def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         )
     world_size, local_processes = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if on_cpu:
-        torch.set_num_threads(max(1, usable_cores() // local_processes))
+        torch.set_num_threads(cores_of_process())
         _keep_freed_memory()
         if uses_deepspeed:
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -223,3 +223,8 @@ def _check_launch(accelerator: Any, world_size: int, precision: str) -> None:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_process() -> int:
+    """This process's share of them, at least 1, where the launcher started several on the machine."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

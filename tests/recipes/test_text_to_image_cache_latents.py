@@ -4,12 +4,13 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
@@ -60,9 +61,85 @@ def test_rows_are_the_library_s_latents_of_every_image(latents: Path, captioned:
 
 
 def test_the_shards_are_a_data_set_of_the_library(latents: Path) -> None:
-    opened = datasets.load_dataset("parquet", data_dir=str(latents))
+    opened = datasets.load_dataset("arrow", data_dir=str(latents))
     assert {name: len(split) for name, split in opened.items()} == {"train": 40, "test": 7}
     assert opened["train"]["index"] == list(range(40))
+
+
+def test_one_sample_of_each_posterior_takes_half_of_the_room(
+    cache_latents: ModuleType, latents: Path, captioned: Path, tiny_vae: Path, tmp_path: Path
+) -> None:
+    """It is drawn from mean and deviation, other noise for each image and its mirror image, always the same."""
+    flags = {**cache_flags(captioned, tiny_vae, tmp_path / "latents"), "sampled": True}
+    run(cache_latents, cache_latents.Config(**flags))
+    run(cache_latents, cache_latents.Config(**{**flags, "output_dir": str(tmp_path / "again"), "batch_size": 5}))
+    whole, one, again = (
+        latent_cache.Latents(folder, latent_cache.read_manifest(folder, "data"), "train")
+        for folder in (latents, tmp_path / "latents", tmp_path / "again")
+    )
+    noise = []
+    for index in range(len(whole)):
+        for mirrored in (False, True):
+            posterior, sample = whole.read(index, mirrored=mirrored), one.read(index, mirrored=mirrored)
+            assert not sample["std"].any()
+            noise.append((sample["mean"].astype(np.float64) - posterior["mean"]) / posterior["std"])
+            np.testing.assert_allclose(again.read(index, mirrored=mirrored)["mean"], sample["mean"], atol=2e-3)
+    noise = np.stack(noise)
+    assert abs(noise.mean()) < 3 / math.sqrt(noise.size)
+    assert noise.std() == pytest.approx(1.0, abs=3 / math.sqrt(noise.size))
+    correlation = np.corrcoef(noise.reshape(len(noise), -1)) - np.eye(len(noise))
+    assert np.abs(correlation).max() < 6 / math.sqrt(noise[0].size)
+    sizes = [
+        sum(entry["bytes"] for entry in latent_cache.read_manifest(folder, "data")["shards"])
+        for folder in (tmp_path / "latents", latents)
+    ]
+    assert sizes[1] - sizes[0] == pytest.approx(47 * 2 * 2 * 8 * 8 * 2, rel=0.1)
+
+
+def test_the_dry_run_says_what_the_files_take_and_leaves_nothing(
+    cache_latents: ModuleType, full_latents: Path, full_flags: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    cfg = cache_latents.Config(**{**full_flags, "output_dir": str(tmp_path / "new")}, dry_run=True)
+    run(cache_latents, cfg)
+    printed = capsys.readouterr().out
+    assert "first caption: train image 0\n" in printed
+    assert re.search(r"images of train +40\n", printed)
+    assert re.search(r"embedding of a caption +192 B\n", printed)  # 6 x 16 x 2
+    read = [
+        latent_cache.Latents(full_latents, latent_cache.read_manifest(full_latents, "data"), name)
+        for name in ("train", "test")
+    ]
+    exact = (
+        sum(2 * 2 * 2 * math.prod(shape) * len(rows) for split in read for shape, rows in split.buckets()) + 47 * 192
+    )
+    [(number, unit)] = re.findall(r"all images +([\d.]+) (\S+)\n", printed)
+    assert (unit, float(number)) == ("KiB", pytest.approx(exact / 1024, rel=0.1))  # buckets differ in their areas
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_without_room_is_refused(
+    cache_latents: ModuleType, captioned: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=40_000))
+    with pytest.raises(cli.UsageError, match=r"output_dir: '.*': expected a disk with 47 KiB of room, it has 39.1 KiB"):
+        run(cache_latents, cache_latents.Config(**cache_flags(captioned, tiny_vae, tmp_path / "latents")))
+    assert not (tmp_path / "latents").exists()
+
+
+def test_bfloat16_is_float32_to_its_digits(
+    cache_latents: ModuleType, latents: Path, captioned: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run(cache_latents, cache_latents.Config(**cache_flags(captioned, tiny_vae, tmp_path / "latents")))
+    exact, short = (
+        latent_cache.Latents(folder, latent_cache.read_manifest(folder, "data"), "test")
+        for folder in (latents, tmp_path / "latents")
+    )
+    for name in ("mean", "std"):
+        pairs = [(part.read(index, mirrored=False)[name] for part in (exact, short)) for index in range(7)]
+        one, other = (np.stack(values).astype(np.float64) for values in zip(*pairs, strict=True))
+        assert 0 < np.abs(one - other).mean() < 0.01 * one.std() + 1e-3, name
 
 
 def buckets_of(folder: Path, split: str) -> list[tuple[int, int]]:
@@ -147,7 +224,7 @@ def made(request: pytest.FixtureRequest, captioned: Path, tiny_vae: Path) -> tup
     return request.getfixturevalue("full_latents"), request.getfixturevalue("full_flags")
 
 
-@pytest.mark.parametrize("lost", [["data/train-00001-of-00003.parquet"], ["manifest.json"]])
+@pytest.mark.parametrize("lost", [["data/train-00001-of-00003.arrow"], ["manifest.json"]])
 def test_a_killed_run_goes_on(
     cache_latents: ModuleType, made: tuple[Path, dict[str, Any]], tmp_path: Path, lost: list[str]
 ) -> None:
@@ -158,13 +235,13 @@ def test_a_killed_run_goes_on(
         if name not in (*lost, "manifest.json"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(content)
-    (tmp_path / "data" / ".train-00001-of-00003.parquet").write_bytes(b"half of")
+    (tmp_path / "data" / ".train-00001-of-00003.arrow").write_bytes(b"half of")
     with pytest.raises(cli.UsageError, match="it is not complete, the command that made it goes on"):
         latent_cache.read_manifest(tmp_path, "latents")
     kept = {name: (tmp_path / name).stat().st_mtime_ns for name in files if (tmp_path / name).exists()}
     run(cache_latents, cache_latents.Config(**{**flags, "output_dir": str(tmp_path)}))
     assert {name: content for name, content in files_of(tmp_path).items() if "/." not in name} == files
-    shards = [name for name in kept if name.endswith(".parquet")]
+    shards = [name for name in kept if name.endswith(".arrow")]
     assert all((tmp_path / name).stat().st_mtime_ns == kept[name] for name in shards)
 
 
@@ -210,7 +287,7 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(full_flags: dict[str, An
     assert kills >= 5
     manifest = latent_cache.read_manifest(tmp_path / "latents", "latents")
     assert manifest["rows"] == 47
-    opened = datasets.load_dataset("parquet", data_dir=str(tmp_path / "latents"), cache_dir=str(tmp_path / "hf"))
+    opened = datasets.load_dataset("arrow", data_dir=str(tmp_path / "latents"), cache_dir=str(tmp_path / "hf"))
     assert opened["train"]["index"] == list(range(40))
 
 
@@ -245,7 +322,7 @@ def test_a_shard_without_a_image_is_one_of_the_data_set(
     manifest = latent_cache.read_manifest(tmp_path / "latents", "latents")
     assert [entry["rows"] for entry in manifest["shards"]] == [39, 0, 7]
     assert len(latent_cache.Latents(tmp_path / "latents", manifest, "train")) == 39
-    assert len(datasets.load_dataset("parquet", data_dir=str(tmp_path / "latents"), split="train")) == 39
+    assert len(datasets.load_dataset("arrow", data_dir=str(tmp_path / "latents"), split="train")) == 39
 
 
 def test_bad_input_gets_one_line(
@@ -298,8 +375,11 @@ def test_a_cache_of_something_else_is_refused_by_its_reader(latents: Path, tmp_p
     for name, content in files_of(latents).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "data" / "train-00002-of-00003.parquet").unlink()
-    with pytest.raises(cli.UsageError, match=r"train-00002-of-00003\.parquet is lost or changed"):
+    (tmp_path / "data" / "train-00002-of-00003.arrow").unlink()
+    with pytest.raises(cli.UsageError, match=r"train-00002-of-00003\.arrow is lost or changed"):
+        latent_cache.read_manifest(tmp_path, "latents")
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"file": "data/train-00000-of-00001.parquet"}]}))
+    with pytest.raises(cli.UsageError, match=r"expected shards with the suffix \.arrow, make the cache anew"):
         latent_cache.read_manifest(tmp_path, "latents")
 
 

@@ -22,7 +22,8 @@ CAPTIONS = [f"image {number}" for number in range(48)]
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 rows of three shapes in turn, with embeddings of captions; a row's means are its number."""
     folder, draw = tmp_path_factory.mktemp("cached"), np.random.default_rng(0)
-    identity: dict[str, Any] = {"latent_channels": 2, "text_shape": [3, 5], "mirrored": True, "data": {"train": ""}}
+    identity: dict[str, Any] = {"latent_channels": 2, "text_shape": [3, 5], "data": {"train": ""}}
+    identity |= {"mirrored": True, "sampled": False}
     latent_cache.begin_cache(folder, identity)
     [shard] = latent_cache.plan_shards({"train": 48}, 48)
     rows = []
