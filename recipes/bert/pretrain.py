@@ -107,7 +107,7 @@ from shared.models.neighbour_heads import attend_to_neighbours
 from shared.models.pretrained import check_saved_sizes, load_pretrained
 from shared.optim import schedules
 from shared.optim.lamb import Lamb
-from shared.optim.muon import MuonWithAdamW
+from shared.optim.muon import MuonWithAdamW, for_engine
 from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
@@ -149,9 +149,11 @@ def check_config(cfg: Config) -> None:
 
 def check_engine(cfg: Config, accelerator: Any) -> None:
     """Raise `UsageError` for what this engine cannot do."""
-    if cfg.optimizer != "adamw" and accelerator.distributed_type == "DEEPSPEED":
-        needs = "ZeRO flattens the matrices that it needs, use --optimizer adamw"
-        raise cli.UsageError(f"optimizer: {cfg.optimizer!r}: {needs}")
+    if accelerator.distributed_type == "DEEPSPEED":
+        expected = "adamw or muon, for ZeRO flattens the matrices that LAMB needs"
+        cli.expect(cfg.optimizer != "lamb", "optimizer", cfg.optimizer, expected)
+        expected = "0 for Muon under DeepSpeed, which would clip not its gradient but its update"
+        cli.expect(cfg.optimizer != "muon" or cfg.max_grad_norm == 0, "max_grad_norm", cfg.max_grad_norm, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,7 +463,7 @@ def main(cfg: Config) -> None:
     accelerator.print(summary.table(facts))
     if cfg.compile:
         model.compile()
-    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+    model, optimizer = accelerator.prepare(model, for_engine(accelerator, build_optimizer(cfg, model)))
 
     run = Run(cfg, accelerator, Path(cfg.init) if cfg.init_optimizer else None)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)

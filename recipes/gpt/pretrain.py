@@ -98,7 +98,7 @@ from shared.data.updates import Updates, load_updates
 from shared.models.export import export_model
 from shared.models.pretrained import load_causal_lm
 from shared.optim import schedules
-from shared.optim.muon import MuonWithAdamW
+from shared.optim.muon import MuonWithAdamW, for_engine
 from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
@@ -135,7 +135,8 @@ def check_config(cfg: Config) -> None:
 def check_engine(cfg: Config, accelerator: Any) -> None:
     """Raise `UsageError` for what this engine or device cannot do."""
     if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
-        raise cli.UsageError("optimizer: 'muon': ZeRO flattens the matrices that Muon needs, use --optimizer adamw")
+        expected = "0 for Muon under DeepSpeed, which would clip not its gradient but its update"
+        cli.expect(cfg.max_grad_norm == 0, "max_grad_norm", cfg.max_grad_norm, expected)
     has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
     cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
 
@@ -368,7 +369,7 @@ def main(cfg: Config) -> None:
     accelerator.print(summary.table(facts))
     if cfg.compile:
         model.compile()
-    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+    model, optimizer = accelerator.prepare(model, for_engine(accelerator, build_optimizer(cfg, model)))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
     saved = run.state.get("streams", [])

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from shared.command_line import expect
+
 _STACKED_NUMBERS = 1 << 26  # of matrices that are orthogonalised together, 256 MB in float32
 
 
@@ -111,6 +113,40 @@ class MuonWithAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def for_engine(accelerator: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What `accelerator.prepare` takes: under DeepSpeed its own Muon instead of `MuonWithAdamW`, else the same object.
+
+    ZeRO flattens weights, and matrices are whole for what DeepSpeed itself calls alone. Its steps are those of
+    `MuonWithAdamW`, but the norm that it clips and reports is of Muon's update, not of its gradient, so use it without
+    clipping.
+
+    Args:
+        accelerator: knows the engine.
+        optimizer: any; nothing has used it yet.
+
+    Raises:
+        UsageError: DeepSpeed's knows neither `stored_transposed` nor `num_parts`.
+    """
+    if accelerator.distributed_type != "DEEPSPEED" or not isinstance(optimizer, MuonWithAdamW):
+        return optimizer
+    is_plain = all(not group["stored_transposed"] and group["num_parts"] == 1 for group in optimizer.param_groups)
+    expect(
+        is_plain, "optimizer", "muon", "adamw under DeepSpeed for GPT-2, of which its Muon takes three matrices for one"
+    )
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    groups = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]  # by which ZeRO tells matrices to orthogonalise
+        names = ("momentum",) if group["use_muon"] else ("betas", "eps")
+        names = ("params", "use_muon", "lr", "weight_decay", *names)
+        groups.append({name: group[name] for name in names})
+        if group["use_muon"]:
+            groups[-1]["ns_method"] = "standard"  # Jordan's five steps, as here
+    return MuonWithAuxAdam(groups)
 
 
 def _directions(matrices: Sequence[Any], num_parts: int, along_outputs: int) -> Iterator[Tensor]:
