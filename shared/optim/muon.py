@@ -137,6 +137,8 @@ def for_engine(accelerator: Any, optimizer: torch.optim.Optimizer) -> torch.opti
     )
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+    # Stage 3 refuses Muon otherwise: it needs the whole gradient.
+    accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["reduce_scatter"] = False
     groups = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -59,15 +59,22 @@ def runs(gpt: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def assert_close(run_dir: Path, other: Path) -> None:
-    """Equal but for the order in which float32 numbers were added."""
+    """Equal but for the order in which float32 numbers were added.
+
+    DeepSpeed's Muon is compared in bfloat16, in which it finds directions on CPUs too, and reports another norm;
+    tests/shared/optim/test_muon.py compares its steps in float32.
+    """
+    is_short = "unclipped_muon" in run_dir.name
+    names = ["train/loss", "train/learning_rate", "eval/loss"] + ["train/grad_norm"] * (not is_short)
     assert metric(run_dir, "step") == metric(other, "step")
-    names = ["train/loss", "train/grad_norm", "train/learning_rate", "eval/loss"]
-    if "unclipped_muon" in run_dir.name:
-        names.remove("train/grad_norm")  # DeepSpeed's is of Muon's update
     for name in names:
-        assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
+        assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-4 if is_short else 1e-5), name
     for name, value in weights(run_dir).items():
-        torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5)
+        expected = weights(other)[name]
+        if is_short:
+            assert (value - expected).norm() < 0.05 * expected.norm(), name
+        else:
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
 
 
 # -- one process or two ------------------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ def test_bfloat16_differs_little_and_resumes_exactly(runs: Runs, tmp_path: Path,
 @pytest.mark.slow
 def test_zero3_starts_from_a_whole_model(runs: Runs, tmp_path: Path) -> None:
     """Left alone, transformers shards a model that it loads under ZeRO-3 before its FLOPs can be counted."""
-    fields = {**FIELDS["adamw"], "max_steps": 2, "init": str(runs.of_one_process("adamw"))}
+    fields = {**FIELDS["adamw"], "max_steps": 2, "learning_rate": 0.02, "init": str(runs.of_one_process("adamw"))}
     process = runs.start("deepspeed_zero3", tmp_path / "run", fields)
     runs.run_here(tmp_path / "one", fields)
     output = finish(process)
@@ -254,6 +261,18 @@ def test_bad_update_on_one_process_is_skipped_on_all(runs: Runs, poisoned: Path,
         assert values.pop(2) is expected.pop(2) is None  # what metrics.jsonl has for a value that is not finite
         assert values == pytest.approx(expected, rel=1e-5)
     assert metric(run_dir, "eval/loss") == pytest.approx(metric(poisoned, "eval/loss"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_bad_update_leaves_deepspeeds_muon_alone(runs: Runs, tmp_path: Path, engine: str) -> None:
+    """Its momentum too, without which all that follows would be not finite."""
+    status, output = runs.run(engine, tmp_path / "run", FIELDS["unclipped_muon"], POISON="2:1")
+    assert status == 0, output
+    assert metric(tmp_path / "run", "train/skipped_updates") == [0, 0, 1, 1, 1, 1]
+    losses = metric(tmp_path / "run", "train/loss")
+    assert losses.pop(2) is None
+    assert losses[-1] < losses[0] - 0.1
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from shared.optim.muon import MuonWithAdamW, orthogonalize
+from shared.command_line import UsageError
+from shared.optim.muon import MuonWithAdamW, for_engine, orthogonalize
 from shared.optim.optimizers import set_learning_rates
 from tests.launching import launch, preloaded_python
 
@@ -256,6 +258,50 @@ def test_groups_bring_their_own_settings():
         weights.grad = torch.ones_like(weights)
     optimizer.step()
     assert torch.equal(first, before)
+
+
+# DeepSpeed's
+
+
+def of_deepspeed() -> Any:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 3, "reduce_scatter": True}}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    return SimpleNamespace(distributed_type="DEEPSPEED", state=SimpleNamespace(deepspeed_plugin=plugin))
+
+
+def test_deepspeeds_own_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch):
+    """In float32, where it would take bfloat16; matrices of all shapes, decay, and what AdamW has."""
+    original = pytest.importorskip("deepspeed.runtime.zero.muon.original_muon")
+    monkeypatch.setattr(original, "ns_compute_dtype", lambda method: torch.float32)
+    ours = [parameter(*shape) for shape in SHAPES] + [parameter(7, 3), parameter(5)]
+    theirs = copy.deepcopy(ours)
+    accelerator, optimizers = of_deepspeed(), []
+    for weights in (ours, theirs):
+        matrices = {"params": weights[:-2], "lr": 0.02, "weight_decay": 0.1, "use_muon": True}
+        optimizers.append(MuonWithAdamW([matrices, {"params": weights[-2:], "lr": 0.01, "use_muon": False}]))
+    optimizers[1] = for_engine(accelerator, optimizers[1])
+    assert not accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["reduce_scatter"]
+    with torch.compiler.set_stance("force_eager"):
+        for step in range(5):
+            for one, other in zip(ours, theirs, strict=True):
+                one.grad = torch.randn_like(one)
+                other.grad = one.grad.clone()
+            for optimizer in optimizers:
+                set_learning_rates(optimizer, 1 / (step + 1))
+                optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_only_deepspeed_has_its_own():
+    optimizer = muon(parameter(4, 4))
+    assert for_engine(SimpleNamespace(distributed_type="FSDP"), optimizer) is optimizer
+    adamw = torch.optim.AdamW([parameter(4, 4)])
+    assert for_engine(of_deepspeed(), adamw) is adamw
+    for form in ({"stored_transposed": True}, {"num_parts": 3}):
+        joined = MuonWithAdamW([{"params": [parameter(6, 6)], "lr": 0.1, "use_muon": True, **form}])
+        with pytest.raises(UsageError, match="optimizer: 'muon': expected adamw under DeepSpeed for GPT-2"):
+            for_engine(of_deepspeed(), joined)
 
 
 # Edges
