@@ -526,7 +526,7 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, pairs: Any, batc
         costs = dry_run.costs(accelerator, model, batch, state_bytes_per_parameter(build_optimizer(cfg, model)))
     if dry_run.can_time(accelerator, facts["flops_per_pair"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, tokenizer)
-        seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), batch)
+        seconds = dry_run.time_update(accelerator, model, for_engine(accelerator, build_optimizer(cfg, model)), batch)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 

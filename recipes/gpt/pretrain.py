@@ -137,6 +137,8 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
     if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
         expected = "0 for Muon under DeepSpeed, which would clip not its gradient but its update"
         cli.expect(cfg.max_grad_norm == 0, "max_grad_norm", cfg.max_grad_norm, expected)
+        expected = "adamw under DeepSpeed for gpt2, whose matrices are stored as (in, out) and three in one"
+        cli.expect(cfg.architecture != "gpt2", "optimizer", cfg.optimizer, expected)
     has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
     cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
 
@@ -429,7 +431,7 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any]
         costs = dry_run.costs(accelerator, model, inputs, state_bytes_per_parameter(build_optimizer(cfg, model)))
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, tokenizer)
-        seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
+        seconds = dry_run.time_update(accelerator, model, for_engine(accelerator, build_optimizer(cfg, model)), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 

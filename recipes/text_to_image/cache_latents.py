@@ -52,7 +52,7 @@ class Config:
     there."""
     text_encoder: str = ""
     """Run folder or Hub id of a frozen CLIP text encoder, or of a pipeline that has one, to encode the captions as
-    well; each takes 118 KB with CLIP ViT-L/14. "" = the captions alone, which that encoder then reads in training."""
+    well; each takes 118 KB with CLIP ViT-L/14. "" = the captions alone, which the text encoder reads in training."""
 
     # Run
     config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
@@ -70,6 +70,8 @@ class Config:
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
+
+import torch
 
 from shared.diffusion import latent_cache
 from shared.diffusion.captions import load_text_encoder
@@ -123,7 +125,10 @@ def open_vae(cfg: Config) -> Any:
 def room_on_disk(
     cfg: Config, splits: dict[str, CaptionedImages], vae: Any, text: Any, buckets: list[tuple[int, int]]
 ) -> dict[str, int]:
-    """Bytes of an image's latents, of its caption's embedding, and of both for all images; captions are small."""
+    """Bytes of an image's latents, of its caption's embedding, and of both for all images; captions are small.
+
+    Of rectangles, which differ a little in their area, the mean counts.
+    """
     halving = 2 ** (len(vae.config.block_out_channels) - 1)
     places = sum(height * width for height, width in buckets) // len(buckets) // halving**2  # the buckets' mean
     text_shape = (text[0].model_max_length, text[1].config.hidden_size) if text else None
@@ -155,17 +160,21 @@ def main(cfg: Config) -> None:
         accelerator.print(f"first caption: {first}\n\n{summary.table({**numbers, **rows})}")
         return
     form = {"buckets": buckets, "mirrored": cfg.mirrored, "sampled": cfg.sampled}
-    identity = cache_identity(vae, text, splits, **form, images_per_shard=cfg.images_per_shard)
+    made = {"precision": accelerator.mixed_precision, "images_per_shard": cfg.images_per_shard}
+    identity = cache_identity(vae, text, splits, **form, **made)
     shards = latent_cache.plan_shards({name: len(split) for name, split in splits.items()}, cfg.images_per_shard)
     with collectives.raise_together(accelerator):
         if accelerator.is_main_process:
-            run_folder.check_room(folder, room["all images"])
+            missing = latent_cache.missing_shards(folder, shards)
+            share = sum(len(shard.indices) for shard in missing) / sum(len(split) for split in splits.values())
+            run_folder.check_room(folder, round(room["all images"] * share))
             latent_cache.begin_cache(folder, identity)
     missing = collectives.gather_objects(accelerator, latent_cache.missing_shards(folder, shards))[0]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     num_workers = cfg.num_workers if cfg.num_workers >= 0 else launch.cores_of_process()
     speed = {"batch_size": cfg.batch_size, "num_workers": num_workers}
-    with accelerator.autocast():  # bfloat16 where the launcher says so
+    is_short = accelerator.mixed_precision == "bf16"
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=is_short):
         cut = encode_shards(
             folder, mine, splits, vae, text, **form, **speed, shows_progress=accelerator.is_main_process
         )

@@ -64,7 +64,7 @@ class Config(fields.LatentData, fields.RunControl):
     """What the model predicts: epsilon (the noise) or v_prediction."""
     zero_terminal_snr: bool = False
     """Make the last timestep noise alone and begin images there (Lin et al. 2024), with v_prediction and snr_gamma 0;
-    else a little signal is left in it, of which the model learns the mean brightness and images have none."""
+    else a little of the image is left in it, and images keep the mean brightness of the noise that they begin with."""
     snr_gamma: Amount = 5.0
     """Signal-to-noise ratio above which a timestep's weight stops to grow. 0 = all timesteps weigh the same."""
     caption_dropout: Share = 0.1
@@ -145,7 +145,7 @@ def check_config(cfg: Config) -> None:
     is_guidable = cfg.guidance_scale == 1 or cfg.caption_dropout > 0
     expected = "1 with caption_dropout 0: a model that never sees the empty caption cannot be guided by it"
     cli.expect(is_guidable, "guidance_scale", cfg.guidance_scale, expected)
-    if cfg.zero_terminal_snr:  # where no noise can be told from the sample, and the SNR of 0 would weigh nothing
+    if cfg.zero_terminal_snr:  # of noise alone to predict the noise teaches nothing, and an SNR of 0 weighs nothing
         has_target = cfg.prediction_type == "v_prediction"
         cli.expect(has_target, "prediction_type", cfg.prediction_type, "v_prediction with zero_terminal_snr")
         cli.expect(cfg.snr_gamma == 0, "snr_gamma", cfg.snr_gamma, "0 with zero_terminal_snr")
@@ -399,15 +399,13 @@ def main(cfg: Config) -> None:
     vae = load_autoencoder(cfg.vae, TRAINED, SHIPPED).to(accelerator.device)
     text = None if cfg.text_encoder == "scratch" else captions.load_text_encoder(cfg.text_encoder, "text_encoder")
     folders = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
-    train, held_out, manifest = open_latents(accelerator, cfg, vae, text, **folders)
+    train, held_out, manifest, encoder = open_latents(accelerator, cfg, vae, text, **folders)
     tokenizer, frozen = text or (open_tokenizer(cfg, train), None)
     empty = captions.encode_captions([""], tokenizer, frozen)["text"][0]
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer}
-    is_cached = manifest["text_encoder"] is not None
-    encoder = None if frozen is None or is_cached else frozen.to(accelerator.device)  # which runs in training
-    reading["empty"] = None if frozen is encoder else empty.numpy()
+    reading["empty"] = None if frozen is encoder else empty.numpy()  # an encoder that runs wants tokens
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, reading, frozen, micro_batch_size)
+        report_costs(cfg, accelerator, train, reading, frozen, micro_batch_size, empty)
         return
     shape = train.squarest_shape()
     model = build_model(cfg, tokenizer, frozen, shape)
@@ -486,18 +484,27 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, empty: T
 
 
 def report_costs(
-    cfg: Config, accelerator: Any, train: Latents, reading: dict[str, Any], frozen: Any, micro_batch_size: int
+    cfg: Config,
+    accelerator: Any,
+    train: Latents,
+    reading: dict[str, Any],
+    frozen: Any,
+    micro_batch_size: int,
+    empty: Tensor,
 ) -> None:
-    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
+    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes.
+
+    A frozen text encoder is in none of these numbers.
+    """
     sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
     first, *_ = next(open_updates(accelerator, replace(cfg, num_workers=0), train, reading, **sizes, step=0))
-    encoder = frozen if reading["empty"] is None else None
-    batch, seconds = captions.embed_captions(accelerator, to_device(first, accelerator.device), encoder), None
-    inputs = {"latents": batch["latents"], "timesteps": batch["uniform"].long(), "text": batch["text"]}
+    batch, seconds = to_device(first, accelerator.device), None
+    text = empty.to(accelerator.device).expand(len(batch["text"]), *empty.shape)
+    inputs = {"latents": batch["latents"], "timesteps": batch["uniform"].long(), "text": text}
     parts = {"tokenizer": reading["tokenizer"], "frozen": frozen, "latent_shape": batch["latents"].shape[1:]}
     with dry_run.without_memory():
         model = build_model(cfg, **parts)
-        facts = describe(cfg, accelerator, model, train, batch["text"][0])
+        facts = describe(cfg, accelerator, model, train, empty)
         state = state_bytes_per_parameter(build_optimizer(cfg, model)) + (4 if cfg.ema_decay else 0)  # of the average
         costs = dry_run.costs(accelerator, model, inputs, state)
     if dry_run.can_time(accelerator, facts["flops_per_sample"] * micro_batch_size, costs["memory: total"]):

@@ -41,7 +41,7 @@ class Config(fields.LatentData, fields.RunControl):
     # Model
     text_encoder: str = "scratch"
     """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is; it runs in
-    training unless cache_latents.py made its embeddings, of captions as they are: skip_text_cleaning=True."""
+    training unless cache_latents.py made its embeddings. Its captions are not cleaned: skip_text_cleaning=True."""
     vocab_size: Annotated[int, fields.at_least(514)] = 2048
     """Tokens of the tokenizer that is trained on the captions, for a text encoder from scratch."""
     caption_length: Annotated[int, fields.at_least(3)] = 32
@@ -408,20 +408,18 @@ def main(cfg: Config) -> None:
     vae = load_autoencoder(cfg.vae, TRAINED, SHIPPED).to(accelerator.device)
     text = None if cfg.text_encoder == "scratch" else captions.load_text_encoder(cfg.text_encoder, "text_encoder")
     folders = {"cached": CACHED, "cache_dir": cache_folder(cfg.cache_dir)}
-    train, held_out, manifest = open_latents(accelerator, cfg, vae, text, **folders)
+    train, held_out, manifest, encoder = open_latents(accelerator, cfg, vae, text, **folders)
     check_patches(cfg.patch_size, [train, *held_out.values()])
     tokenizer, frozen = text or (open_tokenizer(cfg, train), None)
     reader = tokenizer if text else captions.CleanedCaptions(tokenizer)  # embeddings are of captions as they are
     empty = captions.encode_captions([""], reader, frozen)
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": reader}
-    is_cached = manifest["text_encoder"] is not None
-    encoder = None if frozen is None or is_cached else frozen.to(accelerator.device)  # which runs in training
-    reading["empty"] = None if frozen is encoder else empty["text"][0].numpy()
+    reading["empty"] = None if frozen is encoder else empty["text"][0].numpy()  # an encoder that runs wants tokens
     batch, *_ = next(open_updates(replace(cfg, num_workers=0), accelerator, train, reading, micro_batch_size, 0))
-    batch = captions.embed_captions(accelerator, to_device(batch, accelerator.device), encoder)
     inputs = {"timesteps": batch["uniform"], **{name: batch[name] for name in batch.keys() - {"noise", "uniform"}}}
+    inputs["text"] = empty["text"].expand(len(batch["text"]), *empty["text"].shape[1:])
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, inputs, tokenizer, frozen)
+        report_costs(cfg, accelerator, train, to_device(inputs, accelerator.device), tokenizer, frozen)
         return
     shape = train.squarest_shape()
     model = build_model(cfg, tokenizer, frozen, shape[0])
@@ -497,7 +495,10 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, inputs: 
 def report_costs(
     cfg: Config, accelerator: Any, train: Latents, inputs: dict[str, Tensor], tokenizer: Any, frozen: Any
 ) -> None:
-    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
+    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes.
+
+    A frozen text encoder is in none of these numbers.
+    """
     (number, channels, *_), seconds = inputs["latents"].shape, None
     with dry_run.without_memory():
         model = build_model(cfg, tokenizer, frozen, channels)

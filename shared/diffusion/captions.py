@@ -216,13 +216,14 @@ def embed_captions(accelerator: Any, batch: dict[str, Tensor], encoder: Any) -> 
     """A batch whose `text` is embeddings (B, L, D), for a frozen encoder that runs in training.
 
     Args:
-        accelerator: knows the precision.
+        accelerator: knows the precision; its own autocast does nothing under DeepSpeed.
         batch: on the encoder's device, its `text` int64 tokens (B, L).
         encoder: `transformers.CLIPTextModel`; None = the batch stays as it is.
     """
     if encoder is None:
         return batch
-    with accelerator.autocast():
+    is_short = accelerator.mixed_precision == "bf16"
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=is_short):
         return {**batch, "text": encode_text(encoder, batch["text"]).float()}
 
 

@@ -90,7 +90,9 @@ def begin_cache(folder: Path, identity: dict[str, Any]) -> None:
     """
     name, file = f"output_dir: {str(folder)!r}", folder / "identity.json"
     if file.is_file():
-        differences = _differences(identity, _read_json(file, name))
+        found = _read_json(file, name)
+        expect("sampled" in found, "output_dir", str(folder), "an empty folder, it holds a cache of an older version")
+        differences = _differences(identity, found)
         expect(not differences, "output_dir", str(folder), f"an empty folder or the same cache, not {differences}")
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UsageError(f"{name}: expected an empty folder or a cache of latents, it holds other files")
@@ -177,7 +179,7 @@ def read_manifest(folder: Path, field: str) -> dict[str, Any]:
     manifest = _read_json(folder / "manifest.json", name)
     for entry in manifest["shards"]:
         file = folder / entry["file"]
-        expect(file.suffix == _SUFFIX, field, str(folder), f"shards with the suffix {_SUFFIX}, make the cache anew")
+        expect(file.suffix == _SUFFIX, field, str(folder), f"shards with the suffix {_SUFFIX}, make another cache")
         is_whole = file.is_file() and file.stat().st_size == entry["bytes"]
         expect(is_whole, field, str(folder), f"the shards of its manifest, {entry['file']} is lost or changed")
     return manifest

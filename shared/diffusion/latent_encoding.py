@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 from shared.data.batches import to_device
 from shared.data.randomness import derive_seed, normal_numbers
 from shared.data.updates import load_updates
 from shared.diffusion import latent_cache
-from shared.diffusion.captions import encode_text, text_identity, token_ids
+from shared.diffusion.captions import encode_text, text_identity, token_ids, warn_of_cut_captions
 from shared.diffusion.latent_cache import Latents, Shard
 from shared.fields import LatentData
 from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
@@ -41,6 +42,7 @@ def cache_identity(
     buckets: Sequence[tuple[int, int]],
     mirrored: bool,
     sampled: bool,
+    precision: str,
     images_per_shard: int,
 ) -> dict[str, Any]:
     """What a cache is made of; another one must not be mixed with it.
@@ -52,6 +54,7 @@ def cache_identity(
         buckets: heights and widths in pixels that images are cut to.
         mirrored: whether mirror images are encoded as well.
         sampled: see `latent_cache.posterior_columns`.
+        precision: in which the networks compute, no or bf16 as accelerate calls them.
         images_per_shard: see `latent_cache.plan_shards`.
     """
     return {
@@ -61,6 +64,7 @@ def cache_identity(
         "buckets": [list(bucket) for bucket in buckets],
         "mirrored": mirrored,
         "sampled": sampled,
+        "precision": precision,
         "images_per_shard": images_per_shard,
         "data": {split: images.fingerprint for split, images in splits.items()},
     }
@@ -90,7 +94,7 @@ def encode_shards(
         text: tokenizer and encoder, on that device; None = the captions alone.
         buckets: heights and widths in pixels; each image is cut to the one nearest to its aspect ratio.
         mirrored: whether to encode the mirror images as well.
-        sampled: see `latent_cache.posterior_columns`; a sample depends on the split and the image alone.
+        sampled: see `latent_cache.posterior_columns`; its noise depends on the split and the index alone.
         batch_size: images, or captions, that are encoded at a time.
         num_workers: data worker processes; 0 = decode here.
         shows_progress: whether this process shows a bar on the terminal.
@@ -101,11 +105,14 @@ def encode_shards(
     prefixes = ["", "mirrored_"] if mirrored else [""]
     columns = latent_cache.posterior_columns(sampled)
     arrays = [f"{prefix}{name}" for prefix in prefixes for name in columns] + (["text"] if text else [])
-    cut = 0
-    for shard in tqdm(list(shards), desc="encoding", unit="shard", disable=None if shows_progress else True):
-        images = splits[shard.split].subset(np.array(shard.indices))
-        crops = BucketCrops(images.files, buckets, batch_size)
-        found = _encode_images(crops, vae, prefixes, batch_size, num_workers)
+    shards, cut = list(shards), 0
+    parts = [splits[shard.split].subset(np.array(shard.indices)) for shard in shards]
+    crops = [BucketCrops(images.files, buckets, batch_size) for images in parts]
+    # One loader for all of them: data workers that begin anew with each shard would let a GPU wait.
+    items = load_updates(ConcatDataset(crops), range(sum(map(len, crops))), num_workers, vae.device) if shards else []
+    shown = tqdm(shards, desc="encoding", unit="shard", disable=None if shows_progress else True)
+    for shard, images, part in zip(shown, parts, crops, strict=True):
+        found = _encode_images(itertools.islice(items, len(part)), vae, prefixes, batch_size)
         for position in range(len(images)):
             if position not in found:
                 logger.warning("%s cannot be decoded and is left out", images.files.name(position))
@@ -122,11 +129,10 @@ def encode_shards(
 
 
 def _encode_images(
-    crops: BucketCrops, vae: Any, prefixes: Sequence[str], batch_size: int, num_workers: int
+    items: Iterable[Any], vae: Any, prefixes: Sequence[str], batch_size: int
 ) -> dict[int, dict[str, Any]]:
     """Columns of the images by their position in the shard, those of mirror images where there is a prefix for it."""
     found: dict[int, dict[str, Any]] = {}
-    items = load_updates(crops, range(len(crops)), num_workers, vae.device)
     for batch in _full_batches(itertools.chain.from_iterable(items), batch_size):
         pixels = to_device(batch, vae.device)["pixel_values"]
         columns: dict[str, np.ndarray] = {}
@@ -204,10 +210,11 @@ def load_autoencoder(name: str, trained: Path, shipped: Path) -> Any:
 
 def open_latents(
     accelerator: Any, source: LatentData, vae: Any, text: tuple[Any, Any] | None, *, cached: Path, cache_dir: Path
-) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
+) -> tuple[Latents, dict[str, Latents], dict[str, Any], Any]:
     """Latents to train on, those to evaluate on by the names of their splits, and the manifest of their cache.
 
-    Every process calls this; those of a node make or find the latents once.
+    Last comes the text encoder if it must run in training, for there are no embeddings, on the accelerator's device;
+    else None. Every process calls this; those of a node make or find the latents once.
 
     Args:
         accelerator: knows the processes.
@@ -227,12 +234,15 @@ def open_latents(
             folder = cached if cached.is_dir() else sample_latents(cache_dir, vae, text)
             identity["data"] = {name: images.fingerprint for name, images in sample_splits().items()}
         manifest = latent_cache.read_manifest(folder, "data")
-        if text and manifest["text_encoder"]:  # without embeddings the encoder runs in training
+        if text and manifest["text_encoder"]:
             identity |= text_identity(*text)
         latent_cache.check_identity(manifest, identity, "data", folder)
         splits = (source.data_split, source.eval_splits, source.eval_fraction)
         train, held_out = latent_cache.open_splits(folder, manifest, *splits)
-    return train, held_out, manifest
+    if text is None or manifest["text_encoder"]:
+        return train, held_out, manifest, None
+    warn_of_cut_captions(text[0], latent_cache.some_captions([train], 10_000))
+    return train, held_out, manifest, text[1].to(accelerator.device)
 
 
 def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> Path:
@@ -248,7 +258,7 @@ def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> P
     """
     splits = sample_splits()
     form: dict[str, Any] = {"buckets": [_SAMPLE_SIDES], "mirrored": True, "sampled": False}
-    identity = cache_identity(vae, text, splits, **form, images_per_shard=_SAMPLE_SHARD)
+    identity = cache_identity(vae, text, splits, **form, precision="no", images_per_shard=_SAMPLE_SHARD)
     folder = cache_dir / f"latents-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         logger.warning("encoding the embedded emoji, once, into %s", folder)

@@ -31,7 +31,7 @@ class LatentUpdates(Dataset):
     Args:
         train: latents to train on.
         reading: scaling_factor, by which the latents have variance one; tokenizer; and empty, the embeddings of the
-            empty caption (L, D), or None where the model sees tokens.
+            empty caption (L, D), or None where texts are to be tokens.
         caption_dropout: share of the captions that are replaced by the empty one.
         seed: of the run.
         micro_batch_size: samples of a micro-batch.

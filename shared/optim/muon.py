@@ -133,12 +133,13 @@ def for_engine(accelerator: Any, optimizer: torch.optim.Optimizer) -> torch.opti
         return optimizer
     is_plain = all(not group["stored_transposed"] and group["num_parts"] == 1 for group in optimizer.param_groups)
     expect(
-        is_plain, "optimizer", "muon", "adamw under DeepSpeed for GPT-2, of which its Muon takes three matrices for one"
+        is_plain, "optimizer", "muon", "adamw under DeepSpeed, whose Muon takes matrices as (out, in) and one by one"
     )
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    # Stage 3 refuses Muon otherwise: it needs the whole gradient.
-    accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["reduce_scatter"] = False
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if zero["stage"] == 3:  # which refuses Muon otherwise
+        zero["reduce_scatter"] = False
     groups = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:

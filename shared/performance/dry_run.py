@@ -75,7 +75,8 @@ def memory_per_device(
 
     With n processes the three shares are 1, 1, 1 under DDP; 1, 1, n under ZeRO-1; 1, n, n under ZeRO-2; n, n, n under
     ZeRO-3 and FSDP2. Not counted: frozen networks beside the model, short-lived intermediates, buffers for
-    communication, layers that a sharding engine has gathered for a moment, and the allocator's waste.
+    communication, layers that a sharding engine has gathered for a moment, a second momentum that DeepSpeed's Muon has
+    in ZeRO-1 and ZeRO-2, and the allocator's waste.
 
     Args:
         model: on any device, also meta or `without_memory`; not sharded yet.

@@ -217,7 +217,7 @@ def load_checkpoint(accelerator: Any, checkpoint: Path) -> tuple[int, dict[str, 
     if engine == "DEEPSPEED" and about["processes"] != processes:
         raise UsageError(
             f"{name}: expected a checkpoint of {processes} processes, got one of {about['processes']}; "
-            "DeepSpeed's ds_to_universal converts it"
+            "DeepSpeed's ds_to_universal converts it, unless it is Muon's"
         )
     settings = _optimizer_settings(accelerator)
     with tempfile.TemporaryDirectory(prefix="checkpoint_") as view:

@@ -85,7 +85,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Refuse a folder on whose disk there is too little room for what it is to hold; what it holds already counts.
+    """Refuse a folder on whose disk so many bytes more do not fit.
 
     Raises:
         UsageError: naming the folder as output_dir, and both sizes.
@@ -93,10 +93,9 @@ def check_room(folder: Path, num_bytes: int) -> None:
     from shared.performance.dry_run import human_bytes
 
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    missing, free = num_bytes - held, shutil.disk_usage(parent).free
-    expected = f"a disk with {human_bytes(missing)} of room, it has {human_bytes(free)}"
-    expect(missing <= free, "output_dir", str(folder), expected)
+    free = shutil.disk_usage(parent).free
+    expected = f"a disk with {human_bytes(num_bytes)} of room, it has {human_bytes(free)}"
+    expect(num_bytes <= free, "output_dir", str(folder), expected)
 
 
 def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[str, Any]) -> None:

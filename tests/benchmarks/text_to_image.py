@@ -228,7 +228,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
             )
             for name, latents in held_out.items()
         }
-        result |= recipe.evaluate(cfg, accelerator, own, fixed, recipe.build_scheduler(cfg).alphas_cumprod)
+        result |= recipe.evaluate(cfg, accelerator, own, None, fixed, recipe.build_scheduler(cfg).alphas_cumprod)
     return result
 
 

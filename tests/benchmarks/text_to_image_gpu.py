@@ -60,6 +60,7 @@ def write_data(folder: Path) -> dict[str, Path]:
         **text_identity(tokenizer, encoder),
         "buckets": [[256, 256]],
         "mirrored": False,
+        "sampled": False,
         "images_per_shard": SHARD,
         "data": dict.fromkeys(NUM_IMAGES, "random"),
     }

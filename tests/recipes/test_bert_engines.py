@@ -58,14 +58,15 @@ def assert_close(run_dir: Path, other: Path) -> None:
     assert metric(run_dir, "step") == metric(other, "step")
     for name in METRICS:
         if not (is_short and name == "train/grad_norm"):
-            assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-3 if is_short else 1e-5), name
-    if is_short:
-        return
+            assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-4 if is_short else 1e-5), name
     for name in ACCURACIES:
         assert metric(run_dir, name) == metric(other, name), name
     for name, value in weights(run_dir).items():
-        if not name.endswith("key.bias"):
-            torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5)
+        expected = weights(other)[name]
+        if is_short and value.ndim == 2:
+            assert (value - expected).norm() < 0.05 * expected.norm(), name
+        elif not is_short and not name.endswith("key.bias"):
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

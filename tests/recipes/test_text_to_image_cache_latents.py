@@ -379,7 +379,7 @@ def test_a_cache_of_something_else_is_refused_by_its_reader(latents: Path, tmp_p
     with pytest.raises(cli.UsageError, match=r"train-00002-of-00003\.arrow is lost or changed"):
         latent_cache.read_manifest(tmp_path, "latents")
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"file": "data/train-00000-of-00001.parquet"}]}))
-    with pytest.raises(cli.UsageError, match=r"expected shards with the suffix \.arrow, make the cache anew"):
+    with pytest.raises(cli.UsageError, match=r"expected shards with the suffix \.arrow, make another cache"):
         latent_cache.read_manifest(tmp_path, "latents")
 
 

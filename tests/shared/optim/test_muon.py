@@ -270,7 +270,7 @@ def of_deepspeed() -> Any:
 
 
 def test_deepspeeds_own_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch):
-    """In float32, where it would take bfloat16; matrices of all shapes, decay, and what AdamW has."""
+    """Outside of ZeRO, in float32, where it would take bfloat16; matrices of all shapes, decay, and what AdamW has."""
     original = pytest.importorskip("deepspeed.runtime.zero.muon.original_muon")
     monkeypatch.setattr(original, "ns_compute_dtype", lambda method: torch.float32)
     ours = [parameter(*shape) for shape in SHAPES] + [parameter(7, 3), parameter(5)]
@@ -300,7 +300,7 @@ def test_only_deepspeed_has_its_own():
     assert for_engine(of_deepspeed(), adamw) is adamw
     for form in ({"stored_transposed": True}, {"num_parts": 3}):
         joined = MuonWithAdamW([{"params": [parameter(6, 6)], "lr": 0.1, "use_muon": True, **form}])
-        with pytest.raises(UsageError, match="optimizer: 'muon': expected adamw under DeepSpeed for GPT-2"):
+        with pytest.raises(UsageError, match="optimizer: 'muon': expected adamw under DeepSpeed, whose Muon"):
             for_engine(of_deepspeed(), joined)
 
 
