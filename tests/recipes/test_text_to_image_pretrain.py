@@ -100,9 +100,9 @@ def test_noise_and_targets_are_the_librarys(pretrain: ModuleType, prediction_typ
     batch, timesteps = batch_of(16), torch.arange(999, -1, -63)
     library = diffusers.DDPMScheduler(**pretrain.NOISE, prediction_type=prediction_type, rescale_betas_zero_snr=is_zero)
     kept = pretrain.build_scheduler(pretrain.Config(zero_terminal_snr=is_zero)).alphas_cumprod[timesteps]
-    noisy = pretrain.add_noise(batch["latents"], batch["noise"], kept)
     # The library's sampler keeps a signal of 2^-24 in the last timestep, where its own division by it would fail.
     kept[0] -= 2**-24 if is_zero else 0
+    noisy = pretrain.add_noise(batch["latents"], batch["noise"], kept)
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(noisy, library.add_noise(batch["latents"], batch["noise"], timesteps), **close)
     wanted = pretrain.targets(batch["latents"], batch["noise"], kept, prediction_type)
