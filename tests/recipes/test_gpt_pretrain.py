@@ -87,13 +87,15 @@ def test_initial_loss_is_that_of_a_uniform_guess(gpt: ModuleType, tokenizer: Any
     positions = torch.arange(32).expand(8, 32)
     logits = gpt.forward(model, {"input_ids": ids, "position_ids": positions})
     loss = gpt.causal_lm_loss_sum(logits, ids.roll(-1, 1)).item() / ids.numel()
+    zeros = [name for name, weight in model.named_parameters() if weight.ndim == 2 and not weight.any()]
+    assert len(zeros) == (2 * cfg.num_layers + 1 if architecture == "nanochat" else 0)
     assert model.config.vocab_size % 64 == 0
     assert loss == pytest.approx(math.log(model.config.vocab_size), rel=0.02)
 
 
 @pytest.mark.parametrize("architecture", ["nanochat", "gpt2", "llama"])
 def test_loss_is_that_of_the_library(gpt: ModuleType, tokenizer: Any, architecture: str) -> None:
-    model = gpt.build_model(gpt.Config(**{**TINY, "architecture": architecture}), tokenizer)
+    model = without_zeros(gpt.build_model(gpt.Config(**{**TINY, "architecture": architecture}), tokenizer))
     ids = torch.randint(len(tokenizer), (3, 20), generator=torch.Generator().manual_seed(1))
     theirs = model(input_ids=ids, labels=ids, use_cache=False).loss.item()
     labels = torch.cat([ids[:, 1:], torch.full((3, 1), IGNORED)], dim=1)
@@ -162,11 +164,20 @@ def test_non_finite_gradient_changes_nothing(gpt: ModuleType, tokenizer: Any, mo
     assert math.isfinite(gpt.train_update(cfg, accelerator, model, built, [batch], 2)[1])
 
 
+def without_zeros(model: Any) -> Any:
+    """With a head of zeros all losses are one, and all other gradients are zero."""
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim == 2 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    return model
+
+
 def prepared(gpt: ModuleType, cfg: Any, tokenizer: Any, accumulation: int, dtype: torch.dtype) -> Any:
     GradientState._reset_state()
     plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
-    model = gpt.build_model(cfg, tokenizer).to(dtype)
+    model = without_zeros(gpt.build_model(cfg, tokenizer)).to(dtype)
     return accelerator, *accelerator.prepare(model, gpt.build_optimizer(cfg, model))
 
 
