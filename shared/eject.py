@@ -27,7 +27,8 @@ from shared.command_line import UsageError, exit_codes
 REPOSITORY = Path(__file__).resolve().parents[1]
 ALWAYS_REQUIRED = ("torch", "accelerate", "tensorboard")
 DISTRIBUTION_OF = {"yaml": "PyYAML", "PIL": "pillow", "sklearn": "scikit-learn"}  # where the import has another name
-OPTIONAL = {"torch_fidelity"}  # what one choice of a field needs, which says so where it is not there
+# What one choice of a field needs, which says so where it is not there, and what an accelerate config asks for.
+OPTIONAL = {"torch_fidelity", "deepspeed"}
 GENERAL = ("accelerate_configs/**/*", "LICENSE", "NOTICE")
 
 
