@@ -443,9 +443,7 @@ def main(cfg: Config) -> None:
     for step, batches in run.updates(updates, facts["flops_per_sample"]):
         factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [
-            captions.embed_captions(accelerator, to_device(batch, accelerator.device), encoder) for batch in batches
-        ]
+        batches = [captions.embed_captions(accelerator, to_device(one, accelerator.device), encoder) for one in batches]
         loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches)
         average.update(step + 1)
 

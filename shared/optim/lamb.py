@@ -45,7 +45,7 @@ class Lamb(torch.optim.Optimizer):
             state["step"] = state["step"].cpu()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is taken
         """Apply one update; parameters without a gradient are left alone."""
         for group in self.param_groups:
             weights = [parameter for parameter in group["params"] if parameter.grad is not None]
