@@ -119,6 +119,12 @@ def gpt() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def gpt_finetune() -> ModuleType:
+    """recipes/gpt/finetune.py as a module."""
+    return load_recipe("gpt/finetune.py")
+
+
+@pytest.fixture(scope="session")
 def bert() -> ModuleType:
     """recipes/bert/pretrain.py as a module."""
     return load_recipe("bert/pretrain.py")

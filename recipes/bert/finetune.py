@@ -126,6 +126,7 @@ from shared.runtime.collectives import equal_share, gather_objects, node_main_fi
 from shared.text import labelled
 from shared.text.label_rows import LabelRows, encode
 from shared.text.labelled import LabelledTexts
+from shared.text.tables import validation_split
 from shared.text.tokenization import load_fast
 from shared.text.vocabulary import num_ids
 
@@ -242,7 +243,7 @@ def open_data(cfg: Config) -> tuple[Task, LabelledTexts, dict[str, LabelledTexts
     source = cfg.eval_data or task.data
     options["class_names"] = train.class_names
     eval_split = cfg.eval_split or ("" if cfg.eval_data else task.eval_split)
-    eval_split = eval_split or labelled.validation_split(source, task.config, cfg.test_split)
+    eval_split = eval_split or validation_split(source, task.config, cfg.test_split)
     eval_split = eval_split or ("train" if cfg.eval_data else "")
     cli.expect(not cfg.test_split or cfg.test_split != eval_split, "test_split", cfg.test_split, NO_CHOICE)
     chooses_by_own = source == task.data and eval_split == cfg.data_split  # by labels that are to be few as well

@@ -1,13 +1,15 @@
-"""Generate text from a run of pretrain.py, or from any causal language model's folder or Hub id, token by token.
+"""Generate text from a run of pretrain.py or finetune.py, or from any causal language model's folder or Hub id.
 
 python recipes/gpt/generate.py --model outputs/gpt --prompt "It was a truth"
+python recipes/gpt/generate.py --model outputs/gpt_finetuned --chat
+python recipes/gpt/generate.py --model outputs/gpt_finetuned --chat --prompt "What does cat mean?"
 python recipes/gpt/generate.py --model openai-community/gpt2 --max_new_tokens 200 --temperature 0.7
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
@@ -20,11 +22,13 @@ class Config:
     """What to generate."""
 
     # Data
-    prompt: str = "The President of the United States"  # Text to continue; may be empty.
+    prompt: str = "The President of the United States"
+    """Text to continue; may be empty. With chat a question; where it is not given, what is typed, to an empty line."""
     max_new_tokens: Count = 128  # Tokens to add at most; the end token ends earlier.
+    chat: bool = False  # Answer as the model's chat template has it; the conversation goes on.
 
     # Model
-    model: str = "outputs/gpt"  # Run folder, folder of save_pretrained, or Hub id.
+    model: str = "outputs/gpt"  # Run folder, folder of save_pretrained or of an adapter, or Hub id.
     temperature: Annotated[float, cli.Limit(lambda value: value >= 0, "0 or more")] = 0.8
     """Below 1 sharpens, above 1 flattens the distribution. 0 = always the likeliest token."""
     top_p: ShareAboveZero = 0.95  # Smallest probability mass to draw from (nucleus sampling). 1 = all.
@@ -39,29 +43,59 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
         CONFIG = cli.parse(Config)
 
 import torch
+from transformers import AutoModelForCausalLM, TextStreamer
 
-from shared.models.pretrained import load_pretrained
-from shared.text.generation import continue_prompt
+from shared.data.randomness import derive_seed
+from shared.models.adapters import load_with_adapter
+from shared.text.conversations import ids_before_answer
+from shared.text.generation import continue_ids, continue_prompt, room_for_prompt
 from shared.text.tokenization import load_tokenizer
 
 
-def main(cfg: Config) -> None:
-    """Load the model and stream a continuation to the terminal."""
-    cli.check_limits(cfg)
-    from transformers import AutoModelForCausalLM, TextStreamer
+def talk(cfg: Config, model: Any, tokenizer: Any, drawing: dict[str, Any]) -> None:
+    """Answer a question, or one after the other; where a conversation has no room its first turns are forgotten."""
+    messages: list[dict[str, str]] = []
+    is_typed = cfg.prompt == Config.prompt
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while question := read_line() if is_typed else cfg.prompt:
+        messages.append({"role": "user", "content": question})
+        ids = ids_before_answer(tokenizer, messages)
+        while len(ids) > room_for_prompt(model, cfg.max_new_tokens) and len(messages) > 1:
+            messages = messages[2:]
+            ids = ids_before_answer(tokenizer, messages)
+        ids = ids[-room_for_prompt(model, cfg.max_new_tokens) :]
+        seed = derive_seed(cfg.seed, "turn", len(messages))
+        answer = continue_ids(model, tokenizer, ids, seed, streamer=streamer, **drawing)
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
+        if not is_typed:
+            return
 
-    model = load_pretrained(AutoModelForCausalLM, cfg.model, "model")
+
+def read_line() -> str:
+    """What is typed; "" at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def main(cfg: Config) -> None:
+    """Load the model and stream a continuation, or answers, to the terminal."""
+    cli.check_limits(cfg)
+    model = load_with_adapter(AutoModelForCausalLM, cfg.model, "model")
     tokenizer = load_tokenizer(cfg.model)
+    has_template = bool(tokenizer.chat_template) or not cfg.chat
+    cli.expect(
+        has_template, "chat", True, f"a model with a chat template, as finetune.py leaves one; {cfg.model!r} has none"
+    )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = model.to(device)
+    drawing = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p}
+    if cfg.chat:
+        talk(cfg, model, tokenizer, drawing)
+        return
     continue_prompt(
-        model.to(device),
-        tokenizer,
-        cfg.prompt,
-        cfg.seed,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        model, tokenizer, cfg.prompt, cfg.seed, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **drawing
     )
 
 

@@ -42,8 +42,9 @@ class Config(fields.Corpus, fields.RunControl):
     data_weights: Several = ""  # Share of the rows from each of several data, such as 0.7,0.3. "" = equal shares.
     streaming: bool = False  # Read the data as it arrives instead of tokenising it once; see the README.
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a byte-level BPE trained on the data.
-    vocab_size: Annotated[int, fields.at_least(257)] = 4096
-    """Tokens of a tokenizer trained here, the 256 bytes and the end token first; the model's are padded to 64's."""
+    vocab_size: Annotated[int, fields.at_least(261)] = 4096
+    """Tokens of a tokenizer trained here: first the end token, four for conversations (which pre-training does not use)
+    and the 256 bytes; the model's are padded to 64's."""
     seq_length: Annotated[int, fields.at_least(2)] = 256  # Tokens of a row.
 
     # Model
@@ -95,8 +96,8 @@ from torch.nn.functional import cross_entropy
 from shared.data.batches import IGNORED, to_device
 from shared.data.randomness import derive_seed
 from shared.data.updates import Updates, load_updates
+from shared.models.causal_lm import load_causal_lm
 from shared.models.export import export_model
-from shared.models.pretrained import load_causal_lm
 from shared.optim import schedules
 from shared.optim.muon import MuonWithAdamW, for_engine
 from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter

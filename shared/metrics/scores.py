@@ -11,7 +11,8 @@ import numpy as np
 
 _CLASS = datasets.Value("int64")
 _NUMBER = datasets.Value("float64")
-_TAGS = datasets.List(datasets.Value("string"))
+_TEXT = datasets.Value("string")
+_TAGS = datasets.List(_TEXT)
 
 
 class _Score(evaluate.Metric):
@@ -246,3 +247,35 @@ def _area(scores: np.ndarray, is_positive: np.ndarray) -> float:
     number = int(is_positive.sum())
     above = float(_ranks(scores)[is_positive].sum()) - number * (number + 1) / 2
     return above / (number * (len(scores) - number))
+
+
+class ExactMatch(_Score):
+    """Share of answers that are the expected text, blanks around it and capitals aside.
+
+    >>> ExactMatch().compute(predictions=["A cat", "dog"], references=["a cat", "a dog"])["exact_match"]
+    0.5
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return self._of(_TEXT, _TEXT)
+
+    def _compute(self, *, predictions: list[str], references: list[str]) -> dict[str, float]:
+        plain = zip(*([text.strip().casefold() for text in texts] for texts in (predictions, references)), strict=True)
+        return {"exact_match": float(np.mean([given == expected for given, expected in plain]))}
+
+
+class RougeL(_Score):
+    """Mean F-measure of the longest common subsequence of words (Lin 2004, section 3), by torchmetrics.
+
+    >>> round(RougeL().compute(predictions=["the cat sat"], references=["the cat sat down"])["rouge_l"], 4)
+    0.8571
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return self._of(_TEXT, _TEXT)
+
+    def _compute(self, *, predictions: list[str], references: list[str]) -> dict[str, float]:
+        from torchmetrics.functional.text import rouge_score
+
+        found = rouge_score(predictions, references, rouge_keys=("rougeL",))
+        return {"rouge_l": float(found["rougeL_fmeasure"])}

@@ -33,7 +33,7 @@ def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) ->
         with _without_bar():
             bare.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
-        _move(aside, run_dir)
+        move_files(aside, run_dir)
     accelerator.wait_for_everyone()
 
 
@@ -68,7 +68,7 @@ def export_module(module: Any, run_dir: Path) -> None:
     aside = run_dir / ".export"
     shutil.rmtree(aside, ignore_errors=True)
     module.save_pretrained(aside)
-    _move(aside, run_dir)
+    move_files(aside, run_dir)
 
 
 def export_pipeline(pipeline: Any, run_dir: Path) -> None:
@@ -80,7 +80,7 @@ def export_pipeline(pipeline: Any, run_dir: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     with _without_bar():
         pipeline.save_pretrained(aside)
-    _move(aside, run_dir)
+    move_files(aside, run_dir)
 
 
 @contextlib.contextmanager
@@ -97,7 +97,8 @@ def _without_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _move(aside: Path, run_dir: Path) -> None:
+def move_files(aside: Path, run_dir: Path) -> None:
+    """Move the files of an export into the run folder, the weights last, and remove `aside`."""
     files = [path for path in aside.rglob("*") if path.is_file()]
     readable = next(path for path in files if path.suffix == ".json").stat().st_mode  # weights come out for their owner
     for path in sorted(files, key=lambda path: (path.suffix == ".safetensors", path)):

@@ -5,12 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 
 from shared.command_line import UsageError, expect
 from shared.text.vocabulary import num_ids
-
-_PROBED_TOKENS = 8  # of each of two documents
 
 
 def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> Any:
@@ -125,57 +122,6 @@ def load_errors(field: str, name: str) -> Iterator[None]:
         raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
 
 
-def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -> Any:
-    """The causal language model that `init` names, in float32.
-
-    Args:
-        name: see `load_pretrained`.
-        tokenizer: whose ids it will see.
-        seq_length: tokens of a row.
-        attention: transformers' name of the attention kernel.
-
-    Raises:
-        UsageError: it is not there, or the tokenizer or the rows do not fit it, or a token sees more than the ones
-            before it in its document.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = load_pretrained(AutoModelForCausalLM, name, "init", attn_implementation=attention)
-    longest = getattr(model.config, "max_position_embeddings", seq_length)
-    _check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
-    expect(seq_length <= longest, "seq_length", seq_length, f"at most {longest}, the longest row of init")
-    if not isinstance(model.get_input_embeddings().weight, FakeTensor):  # a dry run's, which has no values
-        _check_what_tokens_see(model, name)
-    return model
-
-
-@torch.no_grad()
-def _check_what_tokens_see(model: Any, name: str) -> None:
-    """Refuse a model in which documents of a packed row, or later tokens, change what an earlier token predicts.
-
-    Positions that begin anew part documents in most models of transformers; in those with recurrent or convolutional
-    layers, or with positions of their own, they do not.
-    """
-    length = min(_PROBED_TOKENS, getattr(model.config, "max_position_embeddings", _PROBED_TOKENS))
-    positions = torch.arange(length).repeat(2)[None]
-    ids = torch.arange(2 * length)[None]
-    others = [ids.index_fill(1, changed, 0) for changed in (torch.arange(length), torch.tensor([2 * length - 1]))]
-    attention = model.config._attn_implementation
-    with load_errors("init", name):  # one that takes no positions, or has no sdpa, or needs other inputs
-        model.set_attn_implementation("sdpa")  # flex_attention has no kernel for CPUs
-        logits, other_first, other_last = (
-            model(input_ids=row, position_ids=positions, use_cache=False).logits for row in (ids, *others)
-        )
-    model.set_attn_implementation(attention)
-    leaks = {
-        "documents of one row see each other in it": (other_first - logits)[:, length:],
-        "tokens see those behind them in it": (other_last - logits)[:, :-1],
-    }
-    for leak, differences in leaks.items():
-        is_apart = differences.abs().max() <= 1e-5 * logits.abs().max()
-        expect(bool(is_apart), "init", name, f"another architecture than {model.config.model_type}: {leak}")
-
-
 def label_numbers(class_names: Sequence[str]) -> dict[str, Any]:
     """What the configuration of a model that classifies says of its classes: id2label and label2id."""
     return {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
@@ -229,9 +175,10 @@ def check_saved_sizes(name: str, sizes: dict[str, Any], tokenizer: Any) -> None:
     with load_errors("init", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     check_sizes(name, "a model", config, sizes)
-    _check_tokenizer(tokenizer, config.vocab_size)
+    check_tokenizer(tokenizer, config.vocab_size)
 
 
-def _check_tokenizer(tokenizer: Any, known: int) -> None:
+def check_tokenizer(tokenizer: Any, known: int) -> None:
+    """Refuse a tokenizer with more ids than the `known` ones of `init`."""
     expected = f"at most the {known} tokens of init, not {num_ids(tokenizer)}"
     expect(num_ids(tokenizer) <= known, "tokenizer", tokenizer.name_or_path, expected)

@@ -34,19 +34,18 @@ TEXT = datasets.Value("string")
 
 def main(raw: Path) -> None:
     """Convert `raw` into Parquet files beside this script."""
-    with lzma.open(raw, "rt", encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
+    read = records(raw)
     features = datasets.Features(dict.fromkeys((*COLUMNS, "text"), TEXT))
     for source, folder in FOLDERS.items():
         splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-        for record in (record for record in records if record["source"] == source):
+        for record in (record for record in read if record["source"] == source):
             row = {name: record[name] for name in COLUMNS} | {"text": "\n\n".join(record["paragraphs"])}
-            splits["eval" if _is_multiple(record["id"], 20) else "train"].append(row)
+            splits["eval" if is_held_out(record["id"]) else "train"].append(row)
         _write(folder, splits, features)
 
     names = [f"{first}-{first + YEARS - 1}" for first in range(FIRST_YEAR, FIRST_YEAR + ERAS * YEARS, YEARS)]
     found: dict[tuple[str, int], list[str]] = {(split, era): [] for split in OF_EACH_ERA for era in range(ERAS)}
-    for record in (record for record in records if record["source"] == "sotu"):
+    for record in (record for record in read if record["source"] == "sotu"):
         era = (int(record["title"].split()[-1]) - FIRST_YEAR) // YEARS
         split = "test" if _is_multiple(record["id"], 4) else "train"
         found[split, era] += [passage for paragraph in record["paragraphs"] for passage in _passages(paragraph)]
@@ -57,6 +56,17 @@ def main(raw: Path) -> None:
     for rows in splits.values():
         draw.shuffle(rows)
     _write("eras", splits, datasets.Features({"text": TEXT, "label": datasets.ClassLabel(names=names)}))
+
+
+def records(raw: Path) -> list[dict[str, Any]]:
+    """The documents of the raw file."""
+    with lzma.open(raw, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the document of this id belongs to the eval split."""
+    return _is_multiple(name, 20)
 
 
 def _is_multiple(name: str, of: int) -> bool:

@@ -28,28 +28,43 @@ TEXT = datasets.Value("string")
 def main(raw: Path) -> None:
     """Convert the files of `raw` into Parquet files beside this script."""
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-    entries = _lines(raw / "wordnet_glosses.jsonl.xz", lzma.open)
+    listed = entries(raw)
     for number in itertools.count():
-        some = list(itertools.islice(entries, ENTRIES))
+        some = list(itertools.islice(listed, ENTRIES))
         if not some:
             break
-        row = {"id": f"dictionary-{number:04d}", "text": "\n".join(map(_entry, some))}
-        is_held_out = int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 20 == 0
-        splits["eval" if is_held_out else "train"].append(row)
+        row = {"id": _id_of(number), "text": "\n".join(map(_entry, some))}
+        splits["eval" if is_held_out(number) else "train"].append(row)
     _write("dictionary", splits, datasets.Features({"id": TEXT, "text": TEXT}))
 
-    splits = {
-        split: list(_lines(raw / f"wordnet_supersense_{split}.jsonl.gz", gzip.open)) for split in ("train", "test")
-    }
+    splits = {split: rows_of(raw, "supersense", split) for split in ("train", "test")}
     tested = {row["text"] for row in splits["test"]}  # WordNet has a few definitions twice
     splits["train"] = [row for row in splits["train"] if row["text"] not in tested]
     names = sorted({row["label"] for row in splits["train"]})
     _write("supersenses", splits, datasets.Features({"text": TEXT, "label": datasets.ClassLabel(names=names)}))
 
-    name = "wordnet_hypernym_pairs"
-    splits = {split: list(_lines(raw / f"{name}_{split}.jsonl.gz", gzip.open)) for split in ("train", "test")}
+    splits = {split: rows_of(raw, "hypernym_pairs", split) for split in ("train", "test")}
     label = datasets.ClassLabel(names=["another", "a kind of"])
     _write("hypernyms", splits, datasets.Features({"sentence1": TEXT, "sentence2": TEXT, "label": label}))
+
+
+def entries(raw: Path) -> Iterator[dict[str, Any]]:
+    """The dictionary's entries in alphabetical order."""
+    return _lines(raw / "wordnet_glosses.jsonl.xz", lzma.open)
+
+
+def rows_of(raw: Path, name: str, split: str) -> list[dict[str, Any]]:
+    """A split of supersense or hypernym_pairs."""
+    return list(_lines(raw / f"wordnet_{name}_{split}.jsonl.gz", gzip.open))
+
+
+def is_held_out(document: int) -> bool:
+    """Whether a document of the dictionary belongs to the eval split."""
+    return int(hashlib.sha256(_id_of(document).encode()).hexdigest(), 16) % 20 == 0
+
+
+def _id_of(document: int) -> str:
+    return f"dictionary-{document:04d}"
 
 
 def _lines(file: Path, opened: Callable[..., Any]) -> Iterator[dict[str, Any]]:

@@ -15,11 +15,9 @@ import numpy as np
 from shared.command_line import UsageError, expect
 from shared.data.batches import IGNORED
 from shared.data.subsets import few_of_each, held_out_of_each
-from shared.text.documents import hub_errors
+from shared.text.tables import load_splits
 
 SAMPLES = Path(__file__).parents[1] / "samples"
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_COMPRESSED = (".gz", ".xz", ".zst")
 
 Problem = Literal["classes", "numbers", "tags"]
 
@@ -67,16 +65,6 @@ class LabelledTexts:
         return dataclasses.replace(self, texts=[self.texts[place] for place in places], pairs=pairs, labels=labels)
 
 
-def validation_split(data: str, config: str, test_split: str = "") -> str:
-    """Name of the first split but `test_split` whose name begins with validation, val, dev or test; "" = none.
-
-    Raises:
-        UsageError: the data set cannot be read.
-    """
-    names = [name for name in _load(data, config) if name != test_split]
-    return next((name for kind in ("validation", "val", "dev", "test") for name in names if name.startswith(kind)), "")
-
-
 def open_labelled(
     data: str,
     *,
@@ -102,7 +90,7 @@ def open_labelled(
     Raises:
         UsageError: something is not there, or not what it must be; it names column, row and what was expected.
     """
-    splits = _load(data, config)
+    splits = load_splits(data, config)
     expect(split in splits, field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
     table = splits[split]
     for field, column in (
@@ -148,55 +136,6 @@ def few_of_each_class(samples: LabelledTexts, number: int, seed: int) -> Labelle
         seed: of the choice.
     """
     return samples.subset(few_of_each(samples.labels, number, seed))
-
-
-def _load(data: str, config: str) -> dict[str, Any]:
-    """The splits of a data set, by name."""
-    import datasets
-
-    path = Path(data).expanduser()
-    if path.is_dir() or path.is_file():
-        files = _local(path)
-        try:
-            found = datasets.load_dataset(**files)
-        except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
-            raise UsageError(f"data: {data!r}: expected files that can be read: {_one_line(error)}") from error
-    else:
-        with hub_errors(data):
-            found = datasets.load_dataset(data, config or None)
-    return dict(found)
-
-
-def _local(path: Path) -> dict[str, Any]:
-    """What `datasets.load_dataset` takes for a file or a folder."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    kinds = {file: _builder_of(file) for file in files if _builder_of(file)}
-    known = " ".join(_BUILDERS)
-    expect(bool(kinds), "data", str(path), f"a file, or a folder of files, that end in one of {known}")
-    expect(
-        len(set(kinds.values())) == 1,
-        "data",
-        str(path),
-        f"files of one format, got {', '.join(sorted({file.name for file in kinds}))}",
-    )
-    [builder] = set(kinds.values())
-    splits: dict[str, list[str]] = {}
-    for file in kinds:
-        splits.setdefault("train" if path.is_file() else _split_of(file), []).append(str(file))
-    options: dict[str, Any] = {"sep": "\t"} if any(".tsv" in file.suffixes for file in kinds) else {}
-    return {"path": builder, "data_files": splits, **options}
-
-
-def _builder_of(file: Path) -> str:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes = suffixes[:-1]
-    return _BUILDERS.get(suffixes[-1], "") if suffixes and not file.name.startswith(".") else ""
-
-
-def _split_of(file: Path) -> str:
-    """The beginning of the file's name: train-00000-of-00001.parquet is of train."""
-    return file.name.partition(".")[0].partition("-")[0]
 
 
 def _problem_of(feature: Any, table: Any, label_column: str) -> tuple[Problem, tuple[str, ...]]:
@@ -266,7 +205,3 @@ def _check_every_class(samples: LabelledTexts, column: str, where: str) -> None:
     missing = ", ".join(samples.class_names[label] for label in np.flatnonzero(counts == 0)[:5].tolist())
     expect(not missing, "label_column", column, f"a sample of every class {where}, there is none of {missing}")
     expect(len(samples.class_names) > 1, "label_column", column, f"two classes at least {where}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

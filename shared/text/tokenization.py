@@ -17,6 +17,7 @@ from shared.text.documents import Beginning, Texts
 from shared.text.vocabulary import special_ids
 
 END_OF_TEXT = "<|endoftext|>"
+CONVERSATION_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 TRAINING_CHARACTERS = 1 << 28  # of the corpora that the merges are counted on; more changes them little
 _BLOCK_CHARACTERS = 1 << 17  # long texts go in blocks: encoding needs 100 bytes a character, and slows down
 _ESCAPED_BYTES = re.compile("([\udc80-\udcff]+)")  # how PEP 383 writes bytes that are not UTF-8
@@ -26,7 +27,8 @@ _OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # JSON can spell
 def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, seq_length: int) -> Any:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in Radford et al. 2019, section 2.2).
 
-    The alphabet holds all 256 bytes, so nothing is ever unknown; one special token begins and ends a document.
+    The alphabet holds all 256 bytes, so nothing is ever unknown; one special token begins and ends a document. Those of
+    a conversation are there from the start (Karpathy 2025, nanochat), so that fine-tuning adds no rows to the model.
 
     Args:
         documents: the text to count on.
@@ -44,7 +46,7 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, seq_length: 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *CONVERSATION_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -77,7 +79,7 @@ def load_or_train(name: str, sources: Sequence[Texts], *, vocab_size: int, seq_l
 
     if name:
         return load_tokenizer(name)
-    key = repr(([source.fingerprint for source in sources], vocab_size, seq_length))
+    key = repr(([source.fingerprint for source in sources], vocab_size, seq_length, CONVERSATION_TOKENS))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
         beginnings = [Beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from shared.command_line import UsageError
-from shared.text.labelled import LabelledTexts, few_of_each_class, hold_out, open_labelled, validation_split
+from shared.text.labelled import LabelledTexts, few_of_each_class, hold_out, open_labelled
+from shared.text.tables import validation_split
 
 ROWS = [{"text": f"text {number}", "label": ["b", "a", "c"][number % 3]} for number in range(9)]
 

@@ -1,0 +1,435 @@
+r"""Fine-tune a GPT to answer: supervised fine-tuning on conversations, prompts with completions, or plain texts.
+
+Papers: Ouyang et al. 2022 (section 3.5, the supervised stage), Hu et al. 2021 (LoRA), Karpathy 2025 (nanochat: tokens
+of a conversation that pre-training keeps free). With no arguments it starts from outputs/gpt and learns to define
+words, to name and to class things, and to summarise. recipes/gpt/README.md has what pre-training is worth here.
+
+    accelerate launch recipes/gpt/finetune.py
+    accelerate launch recipes/gpt/finetune.py --init HuggingFaceTB/SmolLM2-135M --data HuggingFaceTB/smoltalk \
+        --data_config all --lora_rank 16 --seq_length 2048
+    python recipes/gpt/generate.py --model outputs/gpt_finetuned --chat
+"""
+
+# Shapes: B rows of a micro-batch, T tokens of a row, N targets, V vocabulary.
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
+
+from shared import command_line as cli
+from shared import fields
+from shared.fields import Amount, Count, Natural, Share, ShareAboveZero, ShareInside
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(fields.RunControl):
+    """Fields of the method; RunControl has what every training stage has."""
+
+    output_dir: str = "outputs/gpt_finetuned"
+    eval_every: Natural = 0
+    save_every: Natural = 250
+
+    # Data
+    data: str = "answers"
+    """answers (embedded), a .jsonl, .json or .parquet file, a folder of them that are named after splits, or a Hub data
+    set id, with a column messages, or prompt and completion, or text."""
+    data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
+    data_split: str = "train"  # Split to train on.
+    train_fraction: ShareAboveZero = 1.0  # Share of the examples to train on, chosen by the seed. 1 = all.
+    tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`.
+    chat_template: str = ""
+    """File with a chat template (Jinja) that marks with generation what the assistant says. "" = the tokenizer's own,
+    or where it has none that of this repository."""
+    seq_length: Annotated[int, fields.at_least(2)] = 256  # Tokens of a row; an example's end beyond it is left out.
+
+    # Model
+    init: str = "outputs/gpt"
+    """Run folder or Hub id of the model to start from; or scratch: new weights, of the sizes that the configuration
+    beside `tokenizer` says."""
+    dropout: Share = 0.0  # Dropout probability, where the model has dropout. 0 = none.
+    attention: Literal["sdpa", "flex_attention"] = "sdpa"
+    """Attention kernel; flex_attention, for GPUs, skips what other examples of a row hold."""
+    lora_rank: Natural = (
+        0  # Rank of an adapter that is trained beside the frozen model. 0 = the model itself is trained.
+    )
+    lora_alpha: Natural = 0  # The adapter's product is scaled by lora_alpha / lora_rank. 0 = 2 x lora_rank.
+    lora_dropout: Share = 0.0  # Probability with which an input of the adapter is dropped. 0 = none.
+    lora_targets: str = "all-linear"
+    """Layers that get an adapter, by name, with commas; all-linear = all but embeddings and head."""
+    merge: bool = True  # Export the whole model, the adapter added to its matrices; else the adapter alone.
+
+    # Optimization
+    global_batch_size: Count = 16  # Rows of one update, over all processes and micro-batches.
+    max_steps: Count = 400
+    max_grad_norm: Amount = 1.0
+    learning_rate: Amount = 0.0
+    """Peak rate of AdamW. 0 = 2e-5 as for published models and 2e-4 for an adapter, but 2e-3 for scratch and for a run
+    folder that Muon trained, whose weights are large."""
+    weight_decay: Amount = 0.0  # Decoupled weight decay of all but biases and norms. 0 = none.
+    warmup_steps: Natural = 20  # Updates over which the rate rises; then it falls linearly to 0.
+
+    # Evaluation
+    eval_data: str = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
+    eval_split: str = ""
+    """Split to evaluate on. "" = the first whose name begins with validation, val, dev or test, else all of eval_data,
+    else eval_fraction."""
+    eval_fraction: ShareInside = 0.05  # Share of the examples held out where there is no split to evaluate on.
+    eval_answers: Natural = 200  # Held-out questions that are answered, the first ones. 0 = none.
+    max_new_tokens: Count = 64  # Tokens of an answer at most.
+    seeds: Count = 1  # Runs, with seeds from `seed` on, whose mean and standard error are told.
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
+    with cli.exit_codes():
+        CONFIG = cli.parse(Config)
+
+import math
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from shared.data.batches import IGNORED, to_device
+from shared.data.randomness import derive_seed, shuffled_indices
+from shared.data.updates import Updates, load_updates
+from shared.metrics.scores import ExactMatch, RougeL
+from shared.models.adapters import add_lora, export_adapter, export_merged
+from shared.models.causal_lm import load_causal_lm, set_dropout
+from shared.models.export import export_model
+from shared.models.pretrained import load_errors
+from shared.models.target_head import head_at_targets
+from shared.optim import schedules
+from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.performance import dry_run
+from shared.performance.flops import training_flops
+from shared.run import summary
+from shared.run.seeds import each_seed, report_seeds
+from shared.run.training_run import Run, start
+from shared.runtime.collectives import equal_share, gather_objects, node_main_first, rank_of
+from shared.text import conversations
+from shared.text.conversations import Conversations
+from shared.text.generation import answer_prompts
+from shared.text.packing import in_batches
+from shared.text.tables import validation_split
+from shared.text.target_rows import TargetRows, pack_examples
+from shared.text.tokenization import load_tokenizer
+
+# What people use for published models, all weights and adapters; weights that Muon trained are larger.
+PUBLISHED_RATE, ADAPTER_RATE, LARGE_RATE = 2e-5, 2e-4, 2e-3
+SHOWN_ANSWERS = 5
+USAGE = """from transformers import pipeline
+
+answer = pipeline("text-generation", "path/of/this/folder")
+print(answer({!r}, max_new_tokens={}))"""
+USAGE_OF_ADAPTER = """from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")"""
+NEXT = "talk to it: python recipes/gpt/generate.py --model {} --chat"
+
+
+class Answers(NamedTuple):
+    """Held-out questions as tokens, what was expected, and how the questions read."""
+
+    prompts: list[np.ndarray]
+    expected: list[str]
+    questions: list[str]
+
+
+def check_config(cfg: Config) -> None:
+    """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
+    fields.check_run_control(cfg)
+    has_sizes = cfg.init != "scratch" or bool(cfg.tokenizer)
+    cli.expect(has_sizes, "tokenizer", cfg.tokenizer, "the folder or Hub id of a causal model, for init scratch")
+    adapts = cfg.init != "scratch" or not cfg.lora_rank
+    cli.expect(adapts, "lora_rank", cfg.lora_rank, "0 for init scratch, in which there is nothing to adapt")
+    cli.expect(cfg.merge or cfg.lora_rank > 0, "merge", cfg.merge, "True without lora_rank, which makes an adapter")
+    fits = cfg.max_new_tokens < cfg.seq_length or not cfg.eval_answers
+    cli.expect(fits, "max_new_tokens", cfg.max_new_tokens, f"less than seq_length, {cfg.seq_length}")
+
+
+def check_engine(cfg: Config, accelerator: Any) -> None:
+    """Raise `UsageError` for what this engine or device cannot do."""
+    has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
+    cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_data(cfg: Config) -> tuple[Conversations, Conversations]:
+    """The examples to train on, and those to evaluate on."""
+    data = str(conversations.SAMPLES / "answers") if cfg.data == "answers" else cfg.data
+    train = conversations.open_conversations(data, config=cfg.data_config, split=cfg.data_split)
+    source = cfg.eval_data or data
+    eval_split = cfg.eval_split or validation_split(source, cfg.data_config) or ("train" if cfg.eval_data else "")
+    if eval_split:
+        options = {"config": cfg.data_config, "split": eval_split, "field": "eval_split"}
+        held_out = conversations.open_conversations(source, **options)
+    else:
+        train, held_out = conversations.hold_out(train, cfg.eval_fraction)
+    order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(cfg.seed, "few examples"))
+    return train.subset(np.sort(order[: math.ceil(cfg.train_fraction * len(train))])), held_out
+
+
+def open_tokenizer(cfg: Config, samples: Conversations) -> Any:
+    """The tokenizer of the model, with a chat template where the examples are messages."""
+    tokenizer = load_tokenizer(cfg.tokenizer or cfg.init)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is never a target
+    template = conversations.read_template(cfg.chat_template) if cfg.chat_template else ""
+    return conversations.with_template(tokenizer, template) if template or samples.talks() else tokenizer
+
+
+def open_answers(cfg: Config, samples: Conversations, tokenizer: Any) -> Answers:
+    """The first questions of `samples`, as many as are to be answered."""
+    asked = [] if samples.form == "text" else list(samples.records[: cfg.eval_answers])
+    prompts = [conversations.prompt_ids(tokenizer, record) for record in asked]
+    room = cfg.seq_length - cfg.max_new_tokens
+    fitting = [place for place, prompt in enumerate(prompts) if len(prompt) <= room]
+    expected = [conversations.answer_of(asked[place]) for place in fitting]
+    questions = [conversations.question_of(asked[place]) for place in fitting]
+    return Answers([prompts[place] for place in fitting], expected, questions)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def build_model(cfg: Config, tokenizer: Any) -> Any:
+    """The model in float32, with an adapter or without, whose head is computed at targets only."""
+    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    if cfg.init == "scratch":
+        with load_errors("tokenizer", cfg.tokenizer):
+            config = transformers.AutoConfig.from_pretrained(cfg.tokenizer, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=cfg.attention
+        )
+    else:
+        model = load_causal_lm(cfg.init, tokenizer, cfg.seq_length, cfg.attention)
+    set_dropout(model, cfg.dropout)
+    if cfg.lora_rank:
+        options = {"alpha": cfg.lora_alpha or 2 * cfg.lora_rank, "dropout": cfg.lora_dropout}
+        add_lora(model, cfg.init, rank=cfg.lora_rank, targets=cfg.lora_targets, **options)
+    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, conversations.stop_token(tokenizer)})
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return head_at_targets(model)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective
+
+
+def nll_sum(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Negative log-likelihood of all targets of a batch in nats.
+
+    Positions restart at each example: with neither mask nor cache, none attends to another.
+    """
+    labels = batch["labels"].flatten()
+    places = (labels != IGNORED).nonzero().squeeze(-1)  # (N,)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    logits = model(**inputs, use_cache=False, target_positions=places).logits  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits, labels[places], reduction="sum")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    cfg: Config, accelerator: Any, model: Any, rows: TargetRows, answers: Answers, tokenizer: Any, size: int
+) -> tuple[dict[str, float], str, list[str]]:
+    """Loss a target in nats over every example once; answers given greedily against those expected; some of them."""
+    model.eval()
+    found = np.zeros(2)
+    for batch in in_batches(rows, size, accelerator.process_index, accelerator.num_processes):
+        batch = to_device(batch, accelerator.device)
+        found += [nll_sum(model, batch).item(), int((batch["labels"] != IGNORED).sum())]
+    model.train()
+    nats, targets = np.sum(gather_objects(accelerator, found), axis=0).tolist()
+    metrics = {"eval/loss": nats / targets}
+    if not answers.prompts:
+        return metrics, "", []
+    given: dict[int, str] = {}
+    bare = accelerator.unwrap_model(model)
+    for number in equal_share(accelerator, math.ceil(len(answers.prompts) / size)):
+        mine = range(number * size, len(answers.prompts))[:size]
+        prompts = [answers.prompts[place] for place in mine or [0]]  # all must run equally often
+        texts = answer_prompts(bare, tokenizer, prompts, max_new_tokens=cfg.max_new_tokens)
+        given |= dict(zip(mine, texts, strict=False))
+    everything = {place: text for part in gather_objects(accelerator, given) for place, text in part.items()}
+    texts = [everything[place] for place in range(len(everything))]
+    pairs = {"predictions": texts, "references": answers.expected}
+    metrics |= {f"eval/{name}": value for name, value in ExactMatch().compute(**pairs).items()}
+    metrics |= {f"eval/{name}": value for name, value in RougeL().compute(**pairs).items()}
+    rows_shown = zip(answers.questions, texts, answers.expected, strict=True)
+    shown = [f"{asked}\n> {given}\nexpected: {wanted}" for asked, given, wanted in rows_shown][:SHOWN_ANSWERS]
+    return metrics, "\n\n".join(shown), texts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate_of(cfg: Config) -> float:
+    """The peak rate; see the field."""
+    record = Path(cfg.init) / "config.yaml"
+    is_large = cfg.init == "scratch" or (
+        record.is_file() and (yaml.safe_load(record.read_text()) or {}).get("optimizer") == "muon"
+    )
+    usual = LARGE_RATE if is_large else ADAPTER_RATE if cfg.lora_rank else PUBLISHED_RATE
+    return cfg.learning_rate or usual
+
+
+def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+    """AdamW for all that is trained; biases and gains of norms do not decay."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trained if weight.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [weight for weight in trained if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    kept = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(kept, lr=learning_rate_of(cfg), betas=(0.9, 0.95), fused=True)
+
+
+def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any], step: int) -> Any:
+    """One optimizer update: its mean loss a target (nats) over processes and micro-batches, and its gradient norm."""
+    num_targets = accelerator.reduce(sum((batch["labels"] != IGNORED).sum() for batch in batches), "sum")
+    # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets
+    nlls = []
+    for micro_step, batch in enumerate(batches):
+        torch.manual_seed(derive_seed(cfg.seed, "dropout", step, micro_step, accelerator.process_index))
+        with accelerator.accumulate(model):
+            micro_nll = nll_sum(model, batch)
+            accelerator.backward(micro_nll * scale)
+        nlls.append(micro_nll.detach())
+    grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
+    return accelerator.reduce(torch.stack(nlls).sum(), "sum") / num_targets, grad_norm
+
+
+def export(cfg: Config, accelerator: Any, model: Any, tokenizer: Any, folder: Path) -> None:
+    """The model for `from_pretrained`, or the adapter for peft."""
+    of_adapter = export_merged if cfg.merge else export_adapter
+    write = of_adapter if cfg.lora_rank else export_model
+    write(accelerator, model, tokenizer, folder)
+
+
+def main(cfg: Config) -> None:
+    """Train, evaluate, save, and leave a model that `from_pretrained` loads and that answers by its chat template."""
+    check_config(cfg)
+    accelerator, micro_batch_size = start(cfg)
+    check_engine(cfg, accelerator)
+    with node_main_first(accelerator):
+        train, held_out = open_data(cfg)
+        tokenizer = open_tokenizer(cfg, train)
+    rows, eval_rows = (pack_examples(samples, tokenizer, cfg.seq_length) for samples in (train, held_out))
+    for name, packed in (("data", rows), ("eval_data", eval_rows)):
+        cli.expect(len(packed) > 0, name, cfg.data, f"an example with a target within {cfg.seq_length} tokens")
+    answers = open_answers(cfg, held_out, tokenizer)
+    order = {"weights": [1.0], "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
+    updates = Updates([rows], micro_batch_size, order)
+    if cfg.dry_run:
+        report_costs(cfg, accelerator, tokenizer, rows, updates)
+        return
+    model = build_model(cfg, tokenizer)
+    facts = describe(cfg, accelerator, model, rows)
+    accelerator.print(summary.table(facts))
+    if cfg.compile:
+        model.compile()
+    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+
+    run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
+    fingerprints = [train.fingerprint(), held_out.fingerprint()]
+    run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
+    model.train()
+    shown = ""
+    for step, (batches, _) in run.updates(loader, facts["flops_per_row"]):
+        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, 1.0)
+        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+        batches = [to_device(batch, accelerator.device) for batch in batches]
+        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
+
+        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
+        metrics = {}
+        if due.log:
+            metrics = {"train/loss": loss.item(), "train/learning_rate": learning_rate_of(cfg) * factor}
+            metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
+        with run.pause():
+            if due.evaluate:
+                found, shown, texts = evaluate(cfg, accelerator, model, eval_rows, answers, tokenizer, micro_batch_size)
+                metrics |= found
+                run.write_samples(shown)
+                run.write_predictions(answers.expected, texts)
+            run.write(metrics)
+            if due.save:
+                run.save({"shown": shown})
+            if due.push:
+                export(cfg, accelerator, model, tokenizer, run.folder)
+                run.push()
+
+    export(cfg, accelerator, model, tokenizer, run.folder)
+    results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
+    usage = USAGE_OF_ADAPTER if cfg.lora_rank and not cfg.merge else usage_of(held_out, cfg.max_new_tokens)
+    next_command = NEXT.format(shlex.quote(str(run.folder)))
+    shown = shown or run.state.get("shown", "")
+    run.finish("text-generation", usage, results=results, samples=shown, figures={}, next_command=next_command)
+
+
+def usage_of(samples: Conversations, max_new_tokens: int) -> str:
+    """Python that loads the model and asks it what the first example asks."""
+    return USAGE.format(conversations.example_of(samples), max_new_tokens)
+
+
+def describe(cfg: Config, accelerator: Any, model: Any, rows: TargetRows) -> dict[str, Any]:
+    """The numbers that follow from configuration and data, for the table at the start and run.json."""
+    row = torch.zeros(1, cfg.seq_length, dtype=torch.int64)
+    return {
+        "parameters": model.num_parameters(),
+        "trained_parameters": model.num_parameters(only_trainable=True),
+        "flops_per_row": training_flops(model, {"input_ids": row, "use_cache": False}),
+        "rows": len(rows),
+        "targets_per_row": round(rows.num_targets / len(rows), 1),
+        "examples_cut": rows.num_cut,
+        "examples_left_out": rows.num_left_out,
+        "rows_per_update": cfg.global_batch_size,
+        "updates_per_epoch": round(len(rows) / cfg.global_batch_size, 1),
+        **summary.describe_engine(accelerator),
+    }
+
+
+def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, rows: TargetRows, updates: Updates) -> None:
+    """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
+    [batch, *_], _ = updates[0]
+    batch = to_device(batch, accelerator.device)
+    inputs, seconds = {**batch, "use_cache": False}, None
+    with dry_run.without_memory():
+        model = build_model(cfg, tokenizer)
+        facts = describe(cfg, accelerator, model, rows)
+        costs = dry_run.costs(accelerator, model, inputs, state_bytes_per_parameter(build_optimizer(cfg, model)))
+    if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
+        model = build_model(cfg, tokenizer)
+        seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
+    table = summary.table({**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)})
+    accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{table}")
+
+
+if __name__ == "__main__":
+    with cli.exit_codes():
+        for config in each_seed(CONFIG, CONFIG.seeds):
+            main(config)
+        report_seeds(CONFIG, CONFIG.seeds)

@@ -1,0 +1,293 @@
+"""What an assistant learns from: conversations, prompts with completions, and plain texts, each as tokens and targets.
+
+The three forms are those of trl: a column `messages` (a list of `role` and `content`); `prompt` and `completion`, both
+texts or both lists of messages; or `text`. Conversations are written by the tokenizer's chat template, whose
+`{% generation %}` marks say what the assistant says. Only that is learnt, its stop token included, or an answer would
+never end. Of a prompt with a completion the completion and the end token are learnt, of a text everything.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from shared.command_line import UsageError, expect
+from shared.data.subsets import held_out_of_each
+from shared.text import tokenization
+from shared.text.tables import load_splits
+from shared.text.tokenization import CONVERSATION_TOKENS
+from shared.text.vocabulary import special_ids
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+FORMS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
+Form = Literal["messages", "prompt and completion", "text"]
+Message = dict[str, str]
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TURNS = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- ASSISTANT }}{% generation %}{{ message['content'] | trim + END }}{% endgeneration %}
+    {%- elif message['role'] == 'user' %}
+        {{- USER + message['content'] | trim + END_OF_OTHERS }}
+    {%- else %}
+        {{- SYSTEM + message['content'] | trim + END_OF_OTHERS }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- ASSISTANT }}
+{%- endif %}"""
+
+_TRIAL = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+class Example(NamedTuple):
+    """Tokens of one example and which of them are targets; int64 and bool, both (tokens,)."""
+
+    ids: np.ndarray
+    is_target: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conversations:
+    """N examples of one form.
+
+    Attributes:
+        form: which columns they have.
+        records: of each example those columns.
+    """
+
+    form: Form
+    records: Sequence[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def fingerprint(self) -> str:
+        """Changes when an example does."""
+        digest = hashlib.sha256(self.form.encode())
+        for record in self.records:
+            digest.update(json.dumps(record, sort_keys=True).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
+
+    def subset(self, chosen: np.ndarray) -> "Conversations":
+        """Those at the given positions."""
+        return dataclasses.replace(self, records=[self.records[place] for place in chosen.tolist()])
+
+    def talks(self) -> bool:
+        """Whether the examples are messages, which a chat template writes."""
+        first = self.records[0]
+        return self.form == "messages" or (self.form != "text" and isinstance(first["prompt"], list))
+
+
+def open_conversations(data: str, *, config: str, split: str, field: str = "data_split") -> Conversations:
+    """Read and check one split.
+
+    Args:
+        data: see `load_splits`.
+        config: configuration of a Hub data set; "" = its only one.
+        split: name of the split; a single file has train alone.
+        field: that names the split, for the message.
+
+    Raises:
+        UsageError: something is not there, or not what it must be; it names column, row and what was expected.
+    """
+    splits = load_splits(data, config)
+    expect(split in splits, field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
+    table = splits[split]
+    there = [form for form, columns in FORMS.items() if set(columns) <= set(table.column_names)]
+    wanted = "a column messages, or prompt and completion, or text, got"
+    expect(bool(there), "data", data, f"{wanted} {', '.join(table.column_names)}")
+    expect(len(table) > 0, "data", data, f"at least one example in the split {split}")
+    form: Form = there[0]  # type: ignore[assignment]
+    records = table.select_columns(list(FORMS[form])).to_list()
+    for row, record in enumerate(records):
+        _check(record, f"row {row} of the split {split} of {data!r}")
+    return Conversations(form, records)
+
+
+def hold_out(samples: Conversations, fraction: float) -> tuple[Conversations, Conversations]:
+    """Part examples in those to train on and a share to evaluate on.
+
+    Raises:
+        UsageError: too few are left for one of both.
+    """
+    is_held_out = held_out_of_each(np.zeros(len(samples), dtype=np.int64), fraction)
+    both = 0 < is_held_out.sum() < len(samples)
+    expect(both, "eval_fraction", fraction, "a share that leaves examples on both sides")
+    return samples.subset(np.flatnonzero(~is_held_out)), samples.subset(np.flatnonzero(is_held_out))
+
+
+def read_template(file: str) -> str:
+    """A chat template from a file.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"chat_template: {file!r}: expected a file with a template: {error}") from error
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """The tokenizer with a chat template that marks what the assistant says, and the token that ends an answer.
+
+    Args:
+        tokenizer: a fast transformers tokenizer; one that has a template keeps it.
+        template: Jinja that replaces it; "" = the tokenizer's own, or where it has none the one of this module, which
+            takes the tokens that `train_byte_level_bpe` keeps for it, else plain words and the end token.
+
+    Raises:
+        UsageError: the template does not mark what the assistant says, or cannot write a conversation.
+    """
+    tokenizer.chat_template = template or tokenizer.chat_template or _own_template(tokenizer)
+    name = "chat_template" if template else "tokenizer"
+    expected = "a chat template with {% generation %} and {% endgeneration %} around what the assistant says"
+    expect(bool(_MARKS.search(str(tokenizer.chat_template))), name, tokenizer.name_or_path, expected)
+    try:
+        _, is_target = _write(tokenizer, _TRIAL)
+    except Exception as error:  # Jinja's errors, and what templates raise, have no common class
+        raise UsageError(
+            f"{name}: {tokenizer.name_or_path!r}: expected a chat template that can be filled in: {error}"
+        ) from error
+    expect(bool(is_target.any()), name, tokenizer.name_or_path, expected)
+    return tokenizer
+
+
+def stop_token(tokenizer: Any) -> int:
+    """The token with which an answer ends, by the chat template; the end token where that writes none."""
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id
+    ids, is_target = _write(tokenizer, _TRIAL)
+    last = int(ids[np.flatnonzero(is_target)[-1]])
+    special = {*tokenizer.added_tokens_decoder}
+    return last if last in special else tokenizer.eos_token_id
+
+
+def encode_example(tokenizer: Any, record: dict[str, Any]) -> Example:
+    """Tokens and targets of one example, special tokens included."""
+    begin, end = special_ids(tokenizer)
+    if "messages" in record:
+        return _write(tokenizer, record["messages"])
+    if "text" in record:
+        ids = np.concatenate([[begin], tokenization.encode(tokenizer.backend_tokenizer, record["text"]), [end]])
+        return Example(ids, np.arange(len(ids)) > 0)
+    if isinstance(record["prompt"], list):
+        ids, is_target = _write(tokenizer, [*record["prompt"], *record["completion"]])
+        return Example(ids, is_target & (np.arange(len(ids)) >= len(prompt_ids(tokenizer, record))))
+    asked, answer = (
+        tokenization.encode(tokenizer.backend_tokenizer, record[side]) for side in ("prompt", "completion")
+    )
+    ids = np.concatenate([[begin], asked, answer, [end]])
+    return Example(ids, np.arange(len(ids)) > len(asked))
+
+
+def prompt_ids(tokenizer: Any, record: dict[str, Any]) -> np.ndarray:
+    """What comes before the last answer of an example, int64 (tokens,), as the model is asked for one."""
+    asked = _asked(record)
+    if isinstance(asked, str):
+        ids = tokenization.encode(tokenizer.backend_tokenizer, asked)
+        return np.concatenate([[special_ids(tokenizer)[0]], ids])
+    return np.array(ids_before_answer(tokenizer, asked), dtype=np.int64)
+
+
+def ids_before_answer(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """What the chat template puts before an answer to `messages`; words that spell a special token stay words."""
+    options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
+    return tokenizer.apply_chat_template(list(messages), **options)
+
+
+def question_of(record: dict[str, Any]) -> str:
+    """What the last answer of an example answers."""
+    asked = _asked(record)
+    return asked if isinstance(asked, str) else asked[-1]["content"]
+
+
+def example_of(samples: Conversations) -> Any:
+    """What the first example asks, as a pipeline takes it."""
+    if samples.form == "text":
+        return samples.records[0]["text"][:40]
+    asked = _asked(samples.records[0])
+    return asked if isinstance(asked, str) else [{key: turn[key] for key in ("role", "content")} for turn in asked]
+
+
+def answer_of(record: dict[str, Any]) -> str:
+    """The last answer of an example with a question."""
+    if "messages" in record:
+        return next(turn["content"] for turn in reversed(record["messages"]) if turn["role"] == "assistant")
+    completion = record["completion"]
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _asked(record: dict[str, Any]) -> Any:
+    """The text or the messages before the last answer."""
+    if "prompt" in record:
+        return (
+            [*record["prompt"], *record["completion"][:-1]] if isinstance(record["prompt"], list) else record["prompt"]
+        )
+    turns = record["messages"]
+    return turns[: max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")]
+
+
+def _check(record: dict[str, Any], where: str) -> None:
+    """Raise `UsageError` for an example from which nothing can be learnt."""
+    for column, value in record.items():
+        kinds = {"messages": (list,), "text": (str,)}.get(column, (str, list))
+        wanted = " or ".join("a list of messages" if kind is list else "a text" for kind in kinds)
+        expect(isinstance(value, kinds), column, _short(value), f"{wanted} in {where}")
+    if "text" in record:
+        expect(bool(record["text"]), "text", "", f"some text in {where}")
+    elif "messages" in record:
+        _check_turns(record["messages"], "messages", where)
+    else:
+        prompt, completion = record["prompt"], record["completion"]
+        same = type(prompt) is type(completion)
+        expect(same, "completion", _short(completion), f"a text or messages, as the prompt is, in {where}")
+        if isinstance(prompt, list):
+            _check_turns([*prompt, *completion], "prompt, completion", where)
+            answers = bool(completion) and completion[-1]["role"] == "assistant"
+            expect(answers, "completion", _short(completion), f"a message of the assistant in {where}")
+        else:
+            expect(bool(completion), "completion", "", f"some text in {where}")
+
+
+def _check_turns(messages: list[Any], column: str, where: str) -> None:
+    for turn in messages:
+        is_message = isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+        expect(is_message, column, _short(turn), f"role and content, both texts, in {where}")
+    roles = [turn["role"] for turn in messages]
+    expect("assistant" in roles, column, ", ".join(roles), f"a message of the assistant in {where}")
+    talk = roles[roles[:1] == ["system"] :]
+    in_turn = all(role == ("user", "assistant")[place % 2] for place, role in enumerate(talk))
+    expect(in_turn, column, ", ".join(roles), f"system or nothing, then user and assistant in turn, in {where}")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _own_template(tokenizer: Any) -> str:
+    """Turns between the tokens that are kept for them; for a tokenizer without these, words on lines of their own."""
+    known = tokenizer.get_vocab()
+    end = tokenizer.eos_token
+    if all(token in known for token in CONVERSATION_TOKENS):
+        system, user, assistant, end = CONVERSATION_TOKENS
+        after = end
+    else:
+        # A line's end, since a blank would become a part of the answer's first token.
+        system, user, assistant, after = "", "User:\n", "Assistant:\n", "\n"
+    parts = {"SYSTEM": system, "USER": user, "ASSISTANT": assistant, "END_OF_OTHERS": after, "END": end}
+    named = re.compile(rf"\b({'|'.join(parts)})\b")
+    return named.sub(lambda match: json.dumps(parts[match[0]]), _TURNS)
+
+
+def _write(tokenizer: Any, messages: list[Message]) -> Example:
+    """A conversation by the tokenizer's template."""
+    written = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    return Example(np.array(written["input_ids"]), np.array(written["assistant_masks"], dtype=bool))

@@ -1,0 +1,82 @@
+"""Records with columns, in splits: local files of one format, or a Hub data set."""
+
+from pathlib import Path
+from typing import Any
+
+from shared.command_line import UsageError, expect
+from shared.text.documents import hub_errors
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_COMPRESSED = (".gz", ".xz", ".zst")
+
+
+def load_splits(data: str, config: str) -> dict[str, Any]:
+    """The splits of a data set, by name.
+
+    Args:
+        data: a .jsonl, .json, .csv, .tsv or .parquet file, also compressed, which has train alone; a folder of them
+            whose names begin with a split; or a Hub id.
+        config: configuration of a Hub data set; "" = its only one.
+
+    Raises:
+        UsageError: it is not there, or cannot be read.
+    """
+    import datasets
+
+    path = Path(data).expanduser()
+    if path.is_dir() or path.is_file():
+        files = _local(path)
+        try:
+            found = datasets.load_dataset(**files)
+        except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
+            raise UsageError(f"data: {data!r}: expected files that can be read: {_one_line(error)}") from error
+    else:
+        with hub_errors(data):
+            found = datasets.load_dataset(data, config or None)
+    return dict(found)
+
+
+def _local(path: Path) -> dict[str, Any]:
+    """What `datasets.load_dataset` takes for a file or a folder."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    kinds = {file: _builder_of(file) for file in files if _builder_of(file)}
+    known = " ".join(_BUILDERS)
+    expect(bool(kinds), "data", str(path), f"a file, or a folder of files, that end in one of {known}")
+    expect(
+        len(set(kinds.values())) == 1,
+        "data",
+        str(path),
+        f"files of one format, got {', '.join(sorted({file.name for file in kinds}))}",
+    )
+    [builder] = set(kinds.values())
+    splits: dict[str, list[str]] = {}
+    for file in kinds:
+        splits.setdefault("train" if path.is_file() else _split_of(file), []).append(str(file))
+    options: dict[str, Any] = {"sep": "\t"} if any(".tsv" in file.suffixes for file in kinds) else {}
+    return {"path": builder, "data_files": splits, **options}
+
+
+def _builder_of(file: Path) -> str:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes = suffixes[:-1]
+    return _BUILDERS.get(suffixes[-1], "") if suffixes and not file.name.startswith(".") else ""
+
+
+def _split_of(file: Path) -> str:
+    """The beginning of the file's name: train-00000-of-00001.parquet is of train."""
+    return file.name.partition(".")[0].partition("-")[0]
+
+
+def validation_split(data: str, config: str, test_split: str = "") -> str:
+    """Name of the first split but `test_split` whose name begins with validation, val, dev or test; "" = none.
+
+    Raises:
+        UsageError: the data set cannot be read.
+    """
+    names = [name for name in load_splits(data, config) if name != test_split]
+    return next((name for kind in ("validation", "val", "dev", "test") for name in names if name.startswith(kind)), "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

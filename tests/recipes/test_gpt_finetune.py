@@ -1,0 +1,369 @@
+"""Supervised fine-tuning: answers are learnt and end by themselves, in every form of data, whole or by an adapter."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from shared import command_line as cli
+from shared.run.predictions import read_predictions
+from tests.conftest import ROOT
+from tests.launching import assert_no_traceback
+from tests.recipes import test_gpt_pretrain
+from tests.recipes.runs import Runs, assert_same, metric, push_and_load, results_of, run, run_card, state_at, weights
+
+TINY: dict[str, Any] = {
+    "global_batch_size": 4,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "learning_rate": 0.003,
+    "log_every": 1,
+    "save_every": 4,
+    "seq_length": 32,
+    "eval_answers": 6,
+    "max_new_tokens": 8,
+}
+KINDS = {"cat": "animal", "dog": "animal", "tree": "plant", "house": "thing"}
+
+
+@pytest.fixture(scope="session")
+def causal(gpt: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of pre-training."""
+    run_dir = tmp_path_factory.mktemp("causal") / "run"
+    run(gpt, test_gpt_pretrain.config_of(gpt, corpus, run_dir, vocab_size=400, max_steps=40))
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions of which one word tells the answer, in all three forms."""
+    folder, draw = tmp_path_factory.mktemp("talks"), random.Random(0)
+    for form in ("messages", "prompts", "texts"):
+        (folder / form).mkdir()
+        for split, number in (("train", 80), ("test", 20)):
+            rows = [example(form, *asked(draw)) for _ in range(number)]
+            (folder / form / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def asked(draw: random.Random) -> tuple[str, str]:
+    word = draw.choice(list(KINDS))
+    return f"{draw.choice(['the', 'a'])} {draw.choice(['big', 'red', 'small'])} {word}", KINDS[word]
+
+
+def example(form: str, question: str, answer: str) -> dict[str, Any]:
+    if form == "messages":
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {"prompt": question, "completion": f" {answer}"} if form == "prompts" else {"text": f"{question} {answer}"}
+
+
+def config_of(finetune: ModuleType, causal: Path, data: Path, run_dir: Path, **fields: Any) -> Any:
+    return finetune.Config(**{**TINY, "init": str(causal), "data": str(data), "output_dir": str(run_dir), **fields})
+
+
+@pytest.fixture(scope="module")
+def reference(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run that kept every checkpoint."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    fields = {"save_every": 1, "keep_checkpoints": 99}
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", run_dir, **fields))
+    return run_dir
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "fields"),
+    [
+        ("messages", {}),
+        ("prompts", {}),
+        ("messages", {"lora_rank": 8, "learning_rate": 0.02}),
+        ("messages", {"init": "scratch", "learning_rate": 0.01}),
+    ],
+    ids=["messages", "prompts", "adapter", "scratch"],
+)
+def test_answers_are_learnt_and_end_by_themselves(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path, form: str, fields: dict[str, Any]
+) -> None:
+    usual = {"max_steps": 120, "learning_rate": 0.01, "warmup_steps": 10, "save_every": 0, "eval_answers": 20}
+    fields = {**usual, "tokenizer": str(causal), **fields}
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / form, tmp_path, **fields))
+    assert metric(tmp_path, "eval/exact_match") == [1.0]
+    assert metric(tmp_path, "eval/rouge_l") == [1.0]
+    expected, given = read_predictions(tmp_path)
+    assert given == expected
+    program = transformers.pipeline("text-generation", str(tmp_path), do_sample=False)
+    if form == "messages":
+        said = program([{"role": "user", "content": "the red dog"}], max_new_tokens=20)[0]["generated_text"][-1]
+        assert said == {"role": "assistant", "content": "animal"}
+    else:
+        assert program("the red dog", max_new_tokens=20)[0]["generated_text"] == "the red dog animal"
+    card = (tmp_path / "README.md").read_text()
+    assert "| `eval/exact_match` | 1.0000 |" in card
+    assert "expected: " in card
+
+
+def test_the_loss_is_the_librarys_over_what_the_assistant_says(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, reference: Path
+) -> None:
+    """Against the library's model, one conversation at a time and logits everywhere."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(reference).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reference)
+    nats, targets = 0.0, 0
+    for line in (talks / "messages" / "test.jsonl").read_text().splitlines():
+        options = {"return_dict": True, "return_assistant_tokens_mask": True, "return_tensors": "pt"}
+        written = tokenizer.apply_chat_template(json.loads(line)["messages"], **options)
+        mask = torch.tensor(written["assistant_masks"]).reshape(-1).bool()
+        with torch.no_grad():
+            logits = model(input_ids=written["input_ids"]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, written["input_ids"][0, 1:], reduction="none")
+        nats, targets = nats + losses[mask[1:]].sum().item(), targets + int(mask[1:].sum())
+    assert metric(reference, "eval/loss") == pytest.approx([nats / targets], rel=1e-5)
+
+
+def test_plain_texts_are_learnt_as_in_pre_training(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path
+) -> None:
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / "texts", tmp_path))
+    assert metric(tmp_path, "train/loss")[-1] < metric(tmp_path, "train/loss")[0]
+    assert not metric(tmp_path, "eval/exact_match")
+
+
+@pytest.mark.parametrize(("share", "number"), [(1.0, 80), (0.05, 4), (0.01, 1)])
+def test_a_share_of_the_examples_is_chosen_by_the_seed(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, share: float, number: int
+) -> None:
+    few = config_of(gpt_finetune, causal, talks / "messages", causal, train_fraction=share)
+    train, held_out = gpt_finetune.open_data(few)
+    assert (len(train), len(held_out)) == (number, 20)
+    more, _ = gpt_finetune.open_data(
+        config_of(gpt_finetune, causal, talks / "messages", causal, train_fraction=min(1, 2 * share))
+    )
+    assert all(record in more.records for record in train.records)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_rate_that_is_not_given_suits_what_is_loaded(
+    gpt_finetune: ModuleType, tmp_path: Path, optimizer: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"optimizer: {optimizer}\n")
+    rates = [
+        gpt_finetune.learning_rate_of(gpt_finetune.Config(**fields))
+        for fields in (
+            {"init": str(tmp_path)},
+            {"init": "openai-community/gpt2"},
+            {"init": "openai-community/gpt2", "lora_rank": 8},
+            {"init": str(tmp_path), "learning_rate": 0.5},
+        )
+    ]
+    assert rates == [{"muon": gpt_finetune.LARGE_RATE, "adamw": 2e-5}[optimizer], 2e-5, 2e-4, 0.5]
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [1, 7])
+def test_resuming_is_exact(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, reference: Path, tmp_path: Path, stop: int
+) -> None:
+    run_dir = state_at(reference, stop, tmp_path / "run")
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", run_dir, num_workers=stop % 2))
+    assert_same(run_dir, reference)
+
+
+def test_an_adapter_resumes_exactly_and_is_exported_alone(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path
+) -> None:
+    fields = {"lora_rank": 4, "lora_dropout": 0.1, "merge": False}
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", tmp_path / "whole", **fields))
+    names = weights(tmp_path / "whole").keys()
+    assert all(".lora_" in name for name in names)
+    resumed = state_at(tmp_path / "whole", 8, tmp_path / "resumed")
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", resumed, **fields))
+    assert_same(resumed, tmp_path / "whole")
+    frozen = "model.embed_tokens.weight"
+    from shared.models.adapters import load_with_adapter
+
+    merged = load_with_adapter(transformers.AutoModelForCausalLM, str(resumed), "init").state_dict()
+    assert torch.equal(merged[frozen], weights(causal)[frozen])
+    run(gpt_finetune, config_of(gpt_finetune, resumed, talks / "messages", tmp_path / "on", max_steps=2))
+    assert metric(tmp_path / "on", "train/loss")[0] == pytest.approx(
+        metric(tmp_path / "whole", "train/loss")[-1], rel=0.3
+    )
+
+
+def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
+    run_card(reference, tmp_path)
+
+
+def test_the_code_of_an_adapters_card_runs(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path) -> None:
+    fields = {"lora_rank": 2, "merge": False, "max_steps": 2, "eval_answers": 0}
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / "prompts", tmp_path / "run", **fields))
+    run_card(tmp_path / "run", tmp_path)
+
+
+def test_dry_run_leaves_nothing(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for fields in ({}, {"lora_rank": 2}):
+        cfg = config_of(gpt_finetune, causal, talks / "messages", tmp_path / "run", dry_run=True, **fields)
+        run(gpt_finetune, cfg)
+        printed = capsys.readouterr().out
+        for expected in ("first row: <|endoftext|><|user|>", "memory: activations", "one update", "trained_parameters"):
+            assert expected in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_models_of_the_hub_are_tuned(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path, kind: str
+) -> None:
+    """Without a chat template and without tokens for one: turns are words on lines of their own."""
+    from tests.shared.text.test_conversations import tokenizer_of
+
+    tokenizer = tokenizer_of("plain")
+    tokenizer.chat_template = None
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = transformers.AutoConfig.for_model(kind, **sizes, vocab_size=400, max_position_embeddings=64)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    fields = {"init": str(tmp_path / "model"), "max_steps": 3, "seq_length": 48, "gradient_checkpointing": True}
+    for rank in (0, 2):
+        run_dir = tmp_path / f"rank_{rank}"
+        run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", run_dir, **fields, lora_rank=rank))
+        tuned = transformers.AutoModelForCausalLM.from_pretrained(run_dir)
+        assert tuned.config.model_type == kind
+        assert "User:" in (run_dir / "chat_template.jinja").read_text()
+
+
+@pytest.fixture(scope="module")
+def runs(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two micro-batches a process."""
+    fields = {**TINY, "init": str(causal), "max_steps": 6, "per_device_batch_size": 1, "save_every": 3}
+    kinds = {"whole": fields, "adapter": {**fields, "lora_rank": 4}}
+    return Runs(gpt_finetune, kinds, talks / "messages", tmp_path_factory.mktemp("engines"))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        ("multi_cpu", "whole"),
+        *(
+            pytest.param(engine, kind, marks=pytest.mark.slow)
+            for engine in ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+            for kind in ("whole", "adapter")
+        ),
+    ],
+)
+def test_engine_equals_one_process(runs: Runs, engine: str, kind: str) -> None:
+    run_dir, other = runs.of_engine(engine, kind), runs.of_one_process(kind)
+    assert metric(run_dir, "step") == metric(other, "step")
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
+    assert read_predictions(run_dir) == read_predictions(other)
+    for name, value in weights(run_dir).items():
+        torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stopping_two_processes_and_going_on_is_exact(runs: Runs, tmp_path: Path) -> None:
+    fields = {**runs.fields["whole"], "save_every": 0}
+    status, output = runs.run("multi_cpu", tmp_path / "run", fields, SIGTERM_AT="2:1")
+    assert status == 1, output  # of the launcher
+    assert "stopped: saved at step 3 of 6" in output
+    assert_no_traceback(output)
+    status, output = runs.run("multi_cpu", tmp_path / "run", fields)
+    assert status == 0, output
+    assert results_of(tmp_path / "run") == results_of(runs.of_engine("multi_cpu", "whole"))
+
+
+@pytest.mark.slow
+def test_push_reaches_the_hub_and_answers_in_a_clean_process(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path
+) -> None:
+    fields = {**TINY, "init": causal, "data": talks / "messages", "push_every": 6}
+    program = "print(pipeline('text-generation', 'tester/mine')([{'role': 'user', 'content': 'a cat'}])[0].keys())"
+    answer, pushed = push_and_load(gpt_finetune, fields, program, tmp_path)
+    assert "generated_text" in answer
+    assert {"model.safetensors", "chat_template.jinja", "tokenizer.json", "README.md", "figures/loss.png"} <= pushed
+
+
+# -- talking -----------------------------------------------------------------------------------------------------------
+
+
+def test_generate_talks_until_an_empty_line(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, reference: Path, tmp_path: Path
+) -> None:
+    program = [sys.executable, str(ROOT / "recipes" / "gpt" / "generate.py"), "--model", str(reference), "--chat"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path}
+    one = subprocess.run([*program, "--prompt", "the red dog", "--temperature", "0"], **options)
+    assert one.returncode == 0, one.stderr
+    typed = subprocess.run([*program, "--temperature", "0"], input="the red dog\na cat\n\n", **options)
+    assert typed.returncode == 0, typed.stderr
+    answer = one.stdout.strip()
+    assert typed.stdout.startswith(f"> {answer}")
+    assert typed.stdout.count("> ") == 3
+    bare = subprocess.run([*program[:-3], "--model", str(causal), "--chat"], **options)
+    assert bare.returncode == 2
+    assert bare.stderr.splitlines()[-1].startswith("chat: True: expected a model with a chat template")
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_gets_one_line_and_writes_nothing(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, reference: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "unmarked.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "long").mkdir()
+    question = {"role": "user", "content": "the cat " * 60}
+    row = {"messages": [question, {"role": "assistant", "content": "a dog"}]}
+    (tmp_path / "long" / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    (tmp_path / "adapter").mkdir()
+    base = {"peft_type": "LORA", "base_model_name_or_path": "/no/such/base", "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(base))
+    cases: dict[str, dict[str, Any]] = {
+        "data: '/no/such.jsonl'": {"data": "/no/such.jsonl"},
+        "tokenizer: ''": {"init": "scratch"},
+        "init: '/no/such/model': expected": {"init": "/no/such/model", "tokenizer": str(causal)},
+        "expected a model, or an adapter whose base is there": {
+            "init": str(tmp_path / "adapter"),
+            "tokenizer": str(causal),
+        },
+        "lora_targets: 'query': expected all-linear, or layers of init: q_proj": {
+            "lora_rank": 2,
+            "lora_targets": "query",
+        },
+        "lora_rank: 2: expected 0 for init scratch": {"init": "scratch", "tokenizer": str(causal), "lora_rank": 2},
+        "merge: False: expected True without lora_rank": {"merge": False},
+        "chat_template: '/no/such/file'": {"chat_template": "/no/such/file"},
+        "expected a chat template with {% generation %}": {"chat_template": str(tmp_path / "unmarked.jinja")},
+        "expected an example with a target within 32 tokens": {"data": str(tmp_path / "long")},
+        "seq_length: 64: expected at most 32": {"seq_length": 64},
+        "max_new_tokens: 40: expected less than seq_length": {"max_new_tokens": 40},
+        "eval_split: 'dev': expected one of the splits": {"eval_split": "dev"},
+        "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
+        "global_batch_size: 4: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},
+    }
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for message, fields in cases.items():
+        with pytest.raises(cli.UsageError) as caught:
+            run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", tmp_path / "run", **fields))
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
