@@ -41,6 +41,7 @@ SAMPLES = {
         "sample": ("prose", "dictionary"),
         "prose": ("prose",),
         "books": ("novels", "dictionary"),
+        "dictionary": ("dictionary",),
     }.items()
     for ending, split in (("", "train"), ("_eval", "eval"))
 }
@@ -181,8 +182,9 @@ def open_held_out(corpus: Corpus) -> tuple[list[LocalTexts | HubTexts], float]:
     columns = {"config": corpus.data_config, "text_column": corpus.text_column}
     if corpus.eval_data:
         return open_corpora(corpus.eval_data, split=corpus.eval_split, **columns), 0.0
-    if corpus.data in SAMPLES:
-        sources = SAMPLES[f"{corpus.data}_eval"]
+    names = [name.strip() for name in corpus.data.split(",")]
+    if set(names) <= SAMPLES.keys():
+        sources = {source: files for name in names for source, files in SAMPLES[f"{name}_eval"].items()}
         return [LocalTexts(name, files, corpus.text_column or "text") for name, files in sources.items()], 0.0
     return [], corpus.eval_fraction
 
