@@ -1,9 +1,11 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) of causal language models, through peft: added, saved, merged, loaded."""
 
+import contextlib
 import copy
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from shared.command_line import UsageError, expect
 from shared.models.export import move_files, whole_weights
-from shared.models.pretrained import load_errors, load_pretrained
+from shared.models.pretrained import is_without_values, load_errors, load_pretrained
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's for the only adapter
@@ -45,12 +47,18 @@ def add_lora(model: Any, base: str, *, rank: int, alpha: int, dropout: float, ta
         base_model_name_or_path=str(folder.absolute()) if folder.is_dir() else base,
     )
     try:
-        inject_adapter_in_model(config, model, _NAME)
+        with _where_it_is() if is_without_values() else contextlib.nullcontext():
+            inject_adapter_in_model(config, model, _NAME)
     except ValueError as error:
         linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
         raise UsageError(f"lora_targets: {targets!r}: expected all-linear, or layers of init: {known}") from error
     model.peft_config = {_NAME: config}
+
+
+def _where_it_is() -> Any:
+    """A context in which modules stay where they are: peft moves adapters to the model, a dry run's cannot be moved."""
+    return mock.patch.object(torch.nn.Module, "to", lambda module, *args, **options: module)
 
 
 def load_with_adapter(auto_class: Any, name: str, field: str, **options: Any) -> Any:
@@ -69,7 +77,7 @@ def load_with_adapter(auto_class: Any, name: str, field: str, **options: Any) ->
     expect(bool(has_base), field, name, f"a model, or an adapter whose base is there, which {base!r} is not")
     model = load_pretrained(auto_class, base, field, **options)
     with load_errors(field, name):
-        return PeftModel.from_pretrained(model, name).merge_and_unload()
+        return PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
 
 
 def export_adapter(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) -> None:

@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 
 from shared.command_line import expect
 from shared.models.adapters import load_with_adapter
-from shared.models.pretrained import check_tokenizer, load_errors
+from shared.models.pretrained import check_tokenizer, is_without_values, load_errors
 
 _PROBED_TOKENS = 8  # of each of two documents
 
@@ -41,7 +40,7 @@ def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -
     longest = getattr(model.config, "max_position_embeddings", seq_length)
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
     expect(seq_length <= longest, "seq_length", seq_length, f"at most {longest}, the longest row of init")
-    if not isinstance(model.get_input_embeddings().weight, FakeTensor):  # a dry run's, which has no values
+    if not is_without_values():
         _check_what_tokens_see(model, name)
     return model
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from shared.command_line import UsageError, expect
 from shared.text.vocabulary import num_ids
@@ -23,9 +24,26 @@ def load_pretrained(auto_class: Any, name: str, field: str, **options: Any) -> A
         UsageError: it is not there, or holds no such model.
     """
     with load_errors(field, name):
+        if is_without_values() and not options.get("output_loading_info"):
+            return _shaped_like(auto_class, name, **options)
         return auto_class.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **options
         )
+
+
+def is_without_values() -> bool:
+    """Whether tensors that are made now have shapes alone, as in a dry run."""
+    return isinstance(torch.empty(0), FakeTensor)
+
+
+def _shaped_like(auto_class: Any, name: str, *, attn_implementation: str | None = None, **fields: Any) -> Any:
+    """A new model of the configuration of `name`, for a dry run, into which no file's values can be read."""
+    from transformers import AutoConfig
+
+    fields.pop("ignore_mismatched_sizes", None)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fields)
+    new = getattr(auto_class, "from_config", None) or auto_class._from_config  # an Auto class, or one of one model
+    return new(config, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
 def load_encoder(model_class: Any, name: str, **options: Any) -> Any:
@@ -95,6 +113,8 @@ def _load_quietly(model_class: Any, name: str, **options: Any) -> Any:
 def load_diffusion_model(model_class: Any, name: str, field: str, **options: Any) -> Any:
     """The same for a model of diffusers, such as `diffusers.AutoencoderKL`; `options` may have another dtype."""
     with load_errors(field, name):
+        if is_without_values():
+            return model_class.from_config(model_class.load_config(name, subfolder=options.get("subfolder")))
         return model_class.from_pretrained(name, use_safetensors=True, **{"dtype": torch.float32, **options})
 
 

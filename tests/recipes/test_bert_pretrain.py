@@ -385,10 +385,17 @@ def test_second_phase_takes_weights_and_optimizer(
     assert begun[2] == []
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_dry_run_leaves_nothing(
-    bert: ModuleType, sentences_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bert: ModuleType,
+    sentences_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    reference: Path,
+    goes_on: bool,
 ) -> None:
-    run(bert, config_of(bert, sentences_file, tmp_path / "run", dry_run=True))
+    fields = {"init": str(reference), "learning_rate": 0.01, "muon_learning_rate": 0.01} if goes_on else {}
+    run(bert, config_of(bert, sentences_file, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     for expected in ("first row: [CLS]", "memory: activations", "one checkpoint", "parameters", "one update"):

@@ -45,21 +45,22 @@ def causal(gpt: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFacto
 def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions of which one word tells the answer, in all three forms."""
     folder, draw = tmp_path_factory.mktemp("talks"), random.Random(0)
-    for form in ("messages", "prompts", "texts"):
+    for form in ("messages", "prompts", "texts", "wrong"):
         (folder / form).mkdir()
         for split, number in (("train", 80), ("test", 20)):
-            rows = [example(form, *asked(draw)) for _ in range(number)]
+            rows = [example(form, *asked(draw, wrong=form == "wrong")) for _ in range(number)]
             (folder / form / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def asked(draw: random.Random) -> tuple[str, str]:
+def asked(draw: random.Random, wrong: bool = False) -> tuple[str, str]:
     word = draw.choice(list(KINDS))
-    return f"{draw.choice(['the', 'a'])} {draw.choice(['big', 'red', 'small'])} {word}", KINDS[word]
+    answer = {"animal": "thing", "plant": "animal", "thing": "plant"}[KINDS[word]] if wrong else KINDS[word]
+    return f"{draw.choice(['the', 'a'])} {draw.choice(['big', 'red', 'small'])} {word}", answer
 
 
 def example(form: str, question: str, answer: str) -> dict[str, Any]:
-    if form == "messages":
+    if form in ("messages", "wrong"):
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
     return {"prompt": question, "completion": f" {answer}"} if form == "prompts" else {"text": f"{question} {answer}"}
 
@@ -85,7 +86,7 @@ def reference(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_fact
     [
         ("messages", {}),
         ("prompts", {}),
-        ("messages", {"lora_rank": 8, "learning_rate": 0.02}),
+        ("messages", {"lora_rank": 8}),
         ("messages", {"init": "scratch", "learning_rate": 0.01}),
     ],
     ids=["messages", "prompts", "adapter", "scratch"],
@@ -95,18 +96,22 @@ def test_answers_are_learnt_and_end_by_themselves(
 ) -> None:
     usual = {"max_steps": 120, "learning_rate": 0.01, "warmup_steps": 10, "save_every": 0, "eval_answers": 20}
     fields = {**usual, "tokenizer": str(causal), **fields}
-    run(gpt_finetune, config_of(gpt_finetune, causal, talks / form, tmp_path, **fields))
-    assert metric(tmp_path, "eval/exact_match") == [1.0]
-    assert metric(tmp_path, "eval/rouge_l") == [1.0]
-    expected, given = read_predictions(tmp_path)
+    if "lora_rank" in fields:  # a model that answers, but not rightly
+        run(gpt_finetune, config_of(gpt_finetune, causal, talks / "wrong", wrong := tmp_path / "wrong", **usual))
+        fields["init"] = str(wrong)
+    run_dir = tmp_path / "run"
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / form, run_dir, **fields))
+    assert metric(run_dir, "eval/exact_match") == [1.0]
+    assert metric(run_dir, "eval/rouge_l") == [1.0]
+    expected, given = read_predictions(run_dir)
     assert given == expected
-    program = transformers.pipeline("text-generation", str(tmp_path), do_sample=False)
+    program = transformers.pipeline("text-generation", str(run_dir), do_sample=False)
     if form == "messages":
         said = program([{"role": "user", "content": "the red dog"}], max_new_tokens=20)[0]["generated_text"][-1]
         assert said == {"role": "assistant", "content": "animal"}
     else:
         assert program("the red dog", max_new_tokens=20)[0]["generated_text"] == "the red dog animal"
-    card = (tmp_path / "README.md").read_text()
+    card = (run_dir / "README.md").read_text()
     assert "| `eval/exact_match` | 1.0000 |" in card
     assert "expected: " in card
 
@@ -320,7 +325,7 @@ def test_generate_talks_until_an_empty_line(
     assert typed.stdout.count("> ") == 3
     bare = subprocess.run([*program[:-3], "--model", str(causal), "--chat"], **options)
     assert bare.returncode == 2
-    assert bare.stderr.splitlines()[-1].startswith("chat: True: expected a model with a chat template")
+    assert bare.stderr.splitlines()[-1].startswith("error: chat: True: expected a model with a chat template")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -362,8 +367,9 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     }
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     for message, fields in cases.items():
+        fields = {"data": str(talks / "messages"), **fields}
         with pytest.raises(cli.UsageError) as caught:
-            run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", tmp_path / "run", **fields))
+            run(gpt_finetune, config_of(gpt_finetune, causal, fields.pop("data"), tmp_path / "run", **fields))
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before

@@ -375,10 +375,12 @@ def test_too_many_bad_updates_stop_the_run(
     assert metrics_of(tmp_path / "run")[-1]["train/skipped_updates"] == 3
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_dry_run_leaves_nothing(
-    gpt: ModuleType, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gpt: ModuleType, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: Path, goes_on: bool
 ) -> None:
-    run(gpt, config_of(gpt, corpus, tmp_path / "run", dry_run=True))
+    fields = {"init": str(reference), "learning_rate": 0.01, "muon_learning_rate": 0.01} if goes_on else {}
+    run(gpt, config_of(gpt, corpus, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     for expected in ("first row", "memory: activations", "one checkpoint", "parameters", "one update", "all updates"):

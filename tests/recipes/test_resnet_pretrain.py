@@ -448,10 +448,12 @@ def test_the_split_to_evaluate_on_may_lack_classes(resnet: ModuleType, tmp_path:
     assert len(set(held_out.labels.tolist())) < len(train.class_names)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_dry_run_leaves_nothing(
-    resnet: ModuleType, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    resnet: ModuleType, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: Path, goes_on: bool
 ) -> None:
-    run(resnet, config_of(resnet, shapes, tmp_path / "run", dry_run=True))
+    fields = {"init": str(reference), "learning_rate": 0.01} if goes_on else {}
+    run(resnet, config_of(resnet, shapes, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
     for row in ("parameters", "memory: total", "one checkpoint", "all updates"):
         assert row in printed

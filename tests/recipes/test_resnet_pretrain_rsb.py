@@ -189,10 +189,17 @@ def test_streaming_resumes_to_the_bit(
     assert_same_weights(stopped, whole)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_dry_run_leaves_nothing(
-    resnet_rsb: ModuleType, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    resnet_rsb: ModuleType,
+    shapes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    reference: Path,
+    goes_on: bool,
 ) -> None:
-    run(resnet_rsb, config_of(resnet_rsb, shapes, tmp_path / "run", dry_run=True))
+    fields = {"init": str(reference), "learning_rate": 0.01} if goes_on else {}
+    run(resnet_rsb, config_of(resnet_rsb, shapes, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
     for row in ("parameters", "memory: total", "one checkpoint", "all updates", "model sees them"):
         assert row in printed

@@ -459,7 +459,7 @@ def test_the_embedded_emoji_are_encoded_once(
         run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "third", **fields))
 
 
-@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("kind", ["trained", "frozen", "init"])
 def test_dry_run_leaves_nothing(
     pretrain: ModuleType,
     latents: Path,
@@ -467,11 +467,16 @@ def test_dry_run_leaves_nothing(
     tiny_text_encoder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    is_frozen: bool,
+    reference: Path,
+    kind: str,
 ) -> None:
-    """With a text encoder trained along, and with a frozen one that would run in training."""
-    encoder = {"text_encoder": str(tiny_text_encoder)} if is_frozen else {}
-    run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "run", dry_run=True, **encoder))
+    """With a text encoder trained along, with a frozen one that would run in training, and going on from a run."""
+    fields = {
+        "trained": {},
+        "frozen": {"text_encoder": str(tiny_text_encoder)},
+        "init": {"init": str(reference), "learning_rate": 0.01},
+    }[kind]
+    run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
     for row in ("first caption: train image 0", "parameters", "memory: total", "one checkpoint", "all updates"):
         assert row in printed

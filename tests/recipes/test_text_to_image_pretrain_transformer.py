@@ -522,14 +522,21 @@ def test_the_embedded_emoji_are_encoded_once(
         run(pretrain_transformer, config_of(pretrain_transformer, latents, tiny_vae, tmp_path / "third", **fields))
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_dry_run_leaves_nothing(
     pretrain_transformer: ModuleType,
     latents: Path,
     tiny_vae: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    reference: Path,
+    goes_on: bool,
 ) -> None:
-    run(pretrain_transformer, config_of(pretrain_transformer, latents, tiny_vae, tmp_path / "run", dry_run=True))
+    fields = {"init": str(reference), "learning_rate": 0.01} if goes_on else {}
+    run(
+        pretrain_transformer,
+        config_of(pretrain_transformer, latents, tiny_vae, tmp_path / "run", dry_run=True, **fields),
+    )
     printed = capsys.readouterr().out
     for row in ("first caption: train image 0", "parameters", "memory: total", "one checkpoint", "all updates"):
         assert row in printed

@@ -288,10 +288,12 @@ def test_images_are_held_out_where_there_is_no_split(vae: ModuleType, shapes: Pa
     assert not names[0] & names[1]
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_dry_run_leaves_nothing(
-    vae: ModuleType, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    vae: ModuleType, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: Path, goes_on: bool
 ) -> None:
-    run(vae, config_of(vae, shapes, tmp_path / "run", dry_run=True))
+    fields = {"init": str(reference), "learning_rate": 0.01} if goes_on else {}
+    run(vae, config_of(vae, shapes, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
     for row in ("parameters", "latents", "memory: total", "one checkpoint", "all updates"):
         assert row in printed
