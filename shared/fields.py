@@ -109,9 +109,10 @@ class Corpus:
 
     # Data
     data: Several = "sample"
-    """sample (prose and dictionary), prose (presidents' messages and novels), books (novels and dictionary), a
-    .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas, in YAML as a list. One may
-    have its own config, split or text_column: wikimedia/wikipedia:config=20231101.en,my_books:text_column=body."""
+    """sample (prose and dictionary), prose (presidents' messages and novels), dictionary, books (novels and
+    dictionary), a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas, in YAML as a
+    list. One may have its own config, split or text_column:
+    wikimedia/wikipedia:config=20231101.en,my_books:text_column=body."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     data_split: str = "train"

@@ -62,7 +62,7 @@ def test_commands_of_the_gpt_readme_run_in_order(tmp_path: Path, whole: bool) ->
     """The first must reach the README's goal; a general-purpose compressor, `xz -9e`, needs 1.89 bits a byte."""
     entries = run_commands("gpt", tmp_path, whole)
     skip_goals_unless(whole)
-    assert entries[-1]["eval/bits_per_byte"] <= 1.45
+    assert entries[-1]["eval/prose/bits_per_byte"] <= 1.45
 
 
 @pytest.mark.slow

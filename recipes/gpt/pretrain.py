@@ -38,8 +38,9 @@ class Config(fields.Corpus, fields.RunControl):
     save_every: Natural = 250
 
     # Data
-    data: Several = "prose"
-    data_weights: Several = ""  # Share of the rows from each of several data, such as 0.7,0.3. "" = equal shares.
+    data: Several = "prose,dictionary"
+    data_weights: Several = ""
+    """Share of the rows from each of several data, such as 0.7,0.3. "" = 0.8,0.2 of the default, else equal shares."""
     streaming: bool = False  # Read the data as it arrives instead of tokenising it once; see the README.
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a byte-level BPE trained on the data.
     vocab_size: Annotated[int, fields.at_least(261)] = 4096
@@ -63,7 +64,7 @@ class Config(fields.Corpus, fields.RunControl):
 
     # Optimization
     global_batch_size: Count = 16  # Rows of one update, over all processes and micro-batches.
-    max_steps: Count = 640
+    max_steps: Count = 800
     max_grad_norm: Amount = 1.0
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all."""
@@ -126,7 +127,7 @@ def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
     fields.check_corpus(cfg)
-    cli.positive_numbers("data_weights", cfg.data_weights, len(cfg.data.split(",")))
+    weights_of(cfg)
     is_even = cfg.hidden_size % (2 * cfg.num_heads) == 0  # RoPE turns pairs
     cli.expect(is_even, "hidden_size", cfg.hidden_size, "a multiple of 2 x num_heads")
     divides = cfg.num_heads % (cfg.num_kv_heads or cfg.num_heads) == 0
@@ -146,6 +147,12 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
+
+
+def weights_of(cfg: Config) -> list[float]:
+    """How often rows come from each of `data`; the dictionary's are there for its words, not for its style."""
+    usual = "0.8,0.2" if cfg.data == Config.data else ""
+    return cli.positive_numbers("data_weights", cfg.data_weights or usual, len(cfg.data.split(",")))
 
 
 def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], dict[str, PackedRows]]:
@@ -177,8 +184,12 @@ def open_updates(
     cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any], batch_size: int, step: int, streams: list[Any]
 ) -> Any:
     """Updates from `step` on: each this process's micro-batches of at most (B, T), and its streams' states after it."""
-    weights = cli.positive_numbers("data_weights", cfg.data_weights, len(train))
-    order = {"weights": weights, "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
+    order = {
+        "weights": weights_of(cfg),
+        "seed": cfg.seed,
+        "global_batch_size": cfg.global_batch_size,
+        **rank_of(accelerator),
+    }
     if cfg.streaming:
         dataset = streaming.StreamedUpdates(train, tokenizer, cfg.seq_length, batch_size, order, step, streams)
         return load_updates(dataset, None, min(1, cfg.num_workers), accelerator.device)

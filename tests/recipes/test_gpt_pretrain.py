@@ -425,6 +425,8 @@ def test_continued_pretraining_starts_where_the_run_ended(
 
 
 def test_mixture_of_two_corpora(gpt: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    assert gpt.weights_of(gpt.Config()) == [0.8, 0.2]
+    assert gpt.weights_of(gpt.Config(data="prose")) == [1.0]
     cfg = config_of(gpt, corpus, tmp_path, data=f"{corpus},{corpus}", data_weights="3,1")
     accelerator = Accelerator(cpu=True)
     tokenizer, train, _ = gpt.open_data(cfg, accelerator)

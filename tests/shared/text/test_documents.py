@@ -138,6 +138,9 @@ def test_several_corpora_and_the_embedded_samples() -> None:
     assert fraction == 0
     [prose], fraction = open_held_out(Corpus(data="prose"))
     assert (prose.name, len(list(prose)), fraction) == ("prose", 25, 0)
+    sources, fraction = open_held_out(Corpus(data="prose, dictionary"))
+    assert ([source.name for source in sources], fraction) == (["prose", "dictionary"], 0)
+    assert open_held_out(Corpus(data="prose,mine.txt")) == ([], 0.05)
     sources, _ = open_held_out(Corpus(data="books"))
     assert [(source.name, len(list(source))) for source in sources] == [("novels", 16), ("dictionary", 153)]
 
