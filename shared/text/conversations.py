@@ -59,10 +59,12 @@ class Conversations:
     Attributes:
         form: which columns they have.
         records: of each example those columns.
+        tasks: of each example the name of its task; () = there are none.
     """
 
     form: Form
     records: Sequence[dict[str, Any]]
+    tasks: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -76,7 +78,9 @@ class Conversations:
 
     def subset(self, chosen: np.ndarray) -> "Conversations":
         """Those at the given positions."""
-        return dataclasses.replace(self, records=[self.records[place] for place in chosen.tolist()])
+        places = chosen.tolist()
+        tasks = [self.tasks[place] for place in places] if self.tasks else ()
+        return dataclasses.replace(self, records=[self.records[place] for place in places], tasks=tasks)
 
     def talks(self) -> bool:
         """Whether the examples are messages, which a chat template writes."""
@@ -84,13 +88,16 @@ class Conversations:
         return self.form == "messages" or (self.form != "text" and isinstance(first["prompt"], list))
 
 
-def open_conversations(data: str, *, config: str, split: str, field: str = "data_split") -> Conversations:
+def open_conversations(
+    data: str, *, config: str, split: str, task_column: str, field: str = "data_split"
+) -> Conversations:
     """Read and check one split.
 
     Args:
         data: see `load_splits`.
         config: configuration of a Hub data set; "" = its only one.
         split: name of the split; a single file has train alone.
+        task_column: of the names of tasks; "" = none.
         field: that names the split, for the message.
 
     Raises:
@@ -107,7 +114,9 @@ def open_conversations(data: str, *, config: str, split: str, field: str = "data
     records = table.select_columns(list(FORMS[form])).to_list()
     for row, record in enumerate(records):
         _check(record, f"row {row} of the split {split} of {data!r}")
-    return Conversations(form, records)
+    if task_column:
+        expect(task_column in table.column_names, "task_column", task_column, f"a column of {data!r}")
+    return Conversations(form, records, [str(task) for task in table[task_column]] if task_column else ())
 
 
 def hold_out(samples: Conversations, fraction: float) -> tuple[Conversations, Conversations]:

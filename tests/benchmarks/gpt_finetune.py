@@ -131,7 +131,7 @@ def run_trl(flags: list[str], updates: int, way: str, batch_size: int) -> dict[s
     memory = peak_bytes()
     model = recipe.head_at_targets(trainer.accelerator.unwrap_model(trainer.model))
     rows = recipe.pack_examples(held_out, tokenizer, cfg.seq_length)
-    nobody = recipe.Answers([], [], [])
+    nobody = recipe.Answers([], [], [], [])
     metrics, *_ = recipe.evaluate(cfg, accelerate.Accelerator(), model, rows, nobody, tokenizer, cfg.global_batch_size)
     return {**speed(clock.times), "bytes": memory, "loss": metrics["eval/loss"]}
 

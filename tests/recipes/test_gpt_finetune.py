@@ -23,7 +23,6 @@ TINY: dict[str, Any] = {
     "global_batch_size": 4,
     "max_steps": 12,
     "warmup_steps": 2,
-    "learning_rate": 0.003,
     "log_every": 1,
     "save_every": 4,
     "seq_length": 32,
@@ -86,15 +85,16 @@ def reference(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_fact
     [
         ("messages", {}),
         ("prompts", {}),
-        ("messages", {"lora_rank": 8}),
-        ("messages", {"init": "scratch", "learning_rate": 0.01}),
+        ("messages", {"optimizer": "adamw", "learning_rate": 0.01}),
+        ("messages", {"lora_rank": 8, "learning_rate": 0.01}),
+        ("messages", {"init": "scratch"}),
     ],
-    ids=["messages", "prompts", "adapter", "scratch"],
+    ids=["messages", "prompts", "adamw", "adapter", "scratch"],
 )
 def test_answers_are_learnt_and_end_by_themselves(
     gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path, form: str, fields: dict[str, Any]
 ) -> None:
-    usual = {"max_steps": 120, "learning_rate": 0.01, "warmup_steps": 10, "save_every": 0, "eval_answers": 20}
+    usual = {"max_steps": 120, "warmup_steps": 10, "save_every": 0, "eval_answers": 20}
     fields = {**usual, "tokenizer": str(causal), **fields}
     if "lora_rank" in fields:  # a model that answers, but not rightly
         run(gpt_finetune, config_of(gpt_finetune, causal, talks / "wrong", wrong := tmp_path / "wrong", **usual))
@@ -155,21 +155,26 @@ def test_a_share_of_the_examples_is_chosen_by_the_seed(
     assert all(record in more.records for record in train.records)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_rate_that_is_not_given_suits_what_is_loaded(
-    gpt_finetune: ModuleType, tmp_path: Path, optimizer: str
+@pytest.mark.parametrize(
+    ("record", "fields", "rates"),
+    [
+        ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {}, (0.01, 0.008)),
+        ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {"muon_learning_rate": 0.5}, (0.01, 0.5)),
+        ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {"optimizer": "adamw"}, (2e-5, 0)),
+        ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {"lora_rank": 8}, (2e-4, 0)),
+        ("optimizer: muon\narchitecture: gpt2\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {}, (2e-5, 0)),
+        ("optimizer: adamw\nlearning_rate: 0.02\n", {}, (2e-5, 0)),
+        ("", {}, (2e-5, 0)),
+        ("", {"learning_rate": 0.5}, (0.5, 0)),
+    ],
+)
+def test_optimizer_and_rates_that_are_not_given_suit_what_is_loaded(
+    gpt_finetune: ModuleType, tmp_path: Path, record: str, fields: dict[str, Any], rates: tuple[float, float]
 ) -> None:
-    (tmp_path / "config.yaml").write_text(f"optimizer: {optimizer}\n")
-    rates = [
-        gpt_finetune.learning_rate_of(gpt_finetune.Config(**fields))
-        for fields in (
-            {"init": str(tmp_path)},
-            {"init": "openai-community/gpt2"},
-            {"init": "openai-community/gpt2", "lora_rank": 8},
-            {"init": str(tmp_path), "learning_rate": 0.5},
-        )
-    ]
-    assert rates == [{"muon": gpt_finetune.LARGE_RATE, "adamw": 2e-5}[optimizer], 2e-5, 2e-4, 0.5]
+    (tmp_path / "config.yaml").write_text(record)
+    assert gpt_finetune.rates_of(gpt_finetune.Config(init=str(tmp_path), **fields)) == rates
+    scratch = gpt_finetune.Config(init="scratch", tokenizer=str(tmp_path), **fields)
+    assert gpt_finetune.rates_of(scratch) == rates
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -187,7 +192,7 @@ def test_resuming_is_exact(
 def test_an_adapter_resumes_exactly_and_is_exported_alone(
     gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path
 ) -> None:
-    fields = {"lora_rank": 4, "lora_dropout": 0.1, "merge": False}
+    fields = {"lora_rank": 4, "lora_dropout": 0.1, "merge": False, "learning_rate": 0.003}
     run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", tmp_path / "whole", **fields))
     names = weights(tmp_path / "whole").keys()
     assert all(".lora_" in name for name in names)
@@ -199,7 +204,10 @@ def test_an_adapter_resumes_exactly_and_is_exported_alone(
 
     merged = load_with_adapter(transformers.AutoModelForCausalLM, str(resumed), "init").state_dict()
     assert torch.equal(merged[frozen], weights(causal)[frozen])
-    run(gpt_finetune, config_of(gpt_finetune, resumed, talks / "messages", tmp_path / "on", max_steps=2))
+    run(
+        gpt_finetune,
+        config_of(gpt_finetune, resumed, talks / "messages", tmp_path / "on", max_steps=2, learning_rate=1e-5),
+    )
     assert metric(tmp_path / "on", "train/loss")[0] == pytest.approx(
         metric(tmp_path / "whole", "train/loss")[-1], rel=0.3
     )
@@ -258,7 +266,8 @@ def test_models_of_the_hub_are_tuned(
 def runs(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Two micro-batches a process."""
     fields = {**TINY, "init": str(causal), "max_steps": 6, "per_device_batch_size": 1, "save_every": 3}
-    kinds = {"whole": fields, "adapter": {**fields, "lora_rank": 4}}
+    adamw = {**fields, "optimizer": "adamw", "learning_rate": 0.003}
+    kinds = {"whole": fields, "adamw": adamw, "adapter": {**fields, "lora_rank": 4, "learning_rate": 0.003}}
     return Runs(gpt_finetune, kinds, talks / "messages", tmp_path_factory.mktemp("engines"))
 
 
@@ -269,8 +278,13 @@ def runs(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_factory: 
         ("multi_cpu", "whole"),
         *(
             pytest.param(engine, kind, marks=pytest.mark.slow)
-            for engine in ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")
-            for kind in ("whole", "adapter")
+            for engine, kind in (
+                ("fsdp2", "whole"),
+                ("fsdp2", "adapter"),
+                ("deepspeed_zero2", "adamw"),
+                ("deepspeed_zero3", "adamw"),
+                ("deepspeed_zero3", "adapter"),
+            )
         ),
     ],
 )
@@ -360,6 +374,11 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "expected a chat template with {% generation %}": {"chat_template": str(tmp_path / "unmarked.jinja")},
         "expected an example with a target within 32 tokens": {"data": str(tmp_path / "long")},
         "seq_length: 64: expected at most 32": {"seq_length": 64},
+        "muon_learning_rate: 0.0: expected rates for a model without a run folder": {
+            "optimizer": "muon",
+            "init": "a/b",
+        },
+        "optimizer: 'muon': expected adamw for an adapter": {"optimizer": "muon", "lora_rank": 2},
         "max_new_tokens: 40: expected less than seq_length": {"max_new_tokens": 40},
         "eval_split: 'dev': expected one of the splits": {"eval_split": "dev"},
         "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},

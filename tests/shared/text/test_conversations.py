@@ -158,7 +158,7 @@ def turns(*roles: str) -> dict[str, Any]:
 )
 def test_what_nothing_can_be_learnt_from_is_refused(tmp_path: Path, rows: list[Any], words: str) -> None:
     with pytest.raises(UsageError) as caught:
-        open_conversations(write(tmp_path, *rows), config="", split="train")
+        open_conversations(write(tmp_path, *rows), config="", split="train", task_column="")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -169,11 +169,13 @@ def test_the_embedded_questions_have_answers_that_no_training_text_holds() -> No
     from shared.text.documents import open_texts
 
     data = str(conversations.SAMPLES / "answers")
-    train, test = (open_conversations(data, config="", split=split) for split in ("train", "test"))
+    train, test = (open_conversations(data, config="", split=split, task_column="task") for split in ("train", "test"))
     assert (len(train), len(test)) == (20_000, 1000)
     asked = [{conversations.question_of(record) for record in some.records} for some in (train, test)]
     assert not asked[0] & asked[1]
     assert len(asked[1]) == 1000
+    assert {task: list(test.tasks).count(task) for task in test.tasks} == dict.fromkeys(test.tasks, 200)
+    assert len(set(train.tasks)) == 5
     seen = " ".join(" ".join(open_texts("sample", config="", split="", text_column="text")).split())
     summaries = [record for record in test.records if conversations.question_of(record).startswith("Summarise")]
     assert len(summaries) == 200
