@@ -198,7 +198,9 @@ def check_corpus(corpus: Corpus) -> None:
     Raises:
         UsageError: there is nothing to evaluate on.
     """
-    has_eval = corpus.eval_fraction > 0 or corpus.eval_data or corpus.data in ("sample", "prose", "books")
+    embedded = {"sample", "prose", "dictionary", "books"}  # which have held-out parts of their own
+    names = {name.strip() for name in corpus.data.split(",")}
+    has_eval = corpus.eval_fraction > 0 or corpus.eval_data or names <= embedded
     expect(bool(has_eval), "eval_fraction", corpus.eval_fraction, "more than 0 where eval_data is not given")
 
 

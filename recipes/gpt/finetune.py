@@ -13,7 +13,7 @@ words, to name and to class things, and to summarise. recipes/gpt/README.md has 
 # Shapes: B rows of a micro-batch, T tokens of a row, N targets, V vocabulary.
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -46,8 +46,7 @@ class Config(fields.RunControl):
     train_fraction: ShareAboveZero = 1.0  # Share of the examples to train on, chosen by the seed. 1 = all.
     tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`.
     chat_template: str = ""
-    """File with a chat template (Jinja) that marks with generation what the assistant says. "" = the tokenizer's own,
-    or where it has none that of this repository."""
+    """File with a chat template (Jinja). "" = the tokenizer's own, or where it has none that of this repository."""
     seq_length: Annotated[int, fields.at_least(2)] = 256  # Tokens of a row; an example's end beyond it is left out.
 
     # Model
@@ -57,9 +56,8 @@ class Config(fields.RunControl):
     dropout: Share = 0.0  # Dropout probability, where the model has dropout. 0 = none.
     attention: Literal["sdpa", "flex_attention"] = "sdpa"
     """Attention kernel; flex_attention, for GPUs, skips what other examples of a row hold."""
-    lora_rank: Natural = (
-        0  # Rank of an adapter that is trained beside the frozen model. 0 = the model itself is trained.
-    )
+    lora_rank: Natural = 0
+    """Rank of an adapter that is trained beside the frozen model. 0 = the model itself is trained."""
     lora_alpha: Natural = 0  # The adapter's product is scaled by lora_alpha / lora_rank. 0 = 2 x lora_rank.
     lora_dropout: Share = 0.0  # Probability with which an input of the adapter is dropped. 0 = none.
     lora_targets: str = "all-linear"
@@ -74,8 +72,9 @@ class Config(fields.RunControl):
     """muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all; auto = what trained the run folder
     of `init` (of scratch: of `tokenizer`), adamw for published models and adapters."""
     learning_rate: Amount = 0.0
-    """Peak rate of AdamW. 0 = 2e-5 for a model and 2e-4 for an adapter as is usual; with muon half of that run's."""
-    muon_learning_rate: Amount = 0.0  # Peak rate of Muon. 0 = half of that run's.
+    """Peak rate of AdamW. 0 = 2e-5 for a model and 2e-4 for an adapter as is usual; with muon half of that
+    run's, for scratch as much."""
+    muon_learning_rate: Amount = 0.0  # Peak rate of Muon. 0 = likewise.
     weight_decay: Amount = 0.0  # Decoupled weight decay of matrices (adamw: of embeddings too). 0 = none.
     warmup_steps: Natural = 20  # Updates over which the rate rises; then it falls linearly to 0.
 
@@ -85,7 +84,7 @@ class Config(fields.RunControl):
     """Split to evaluate on. "" = the first whose name begins with validation, val, dev or test, else all of eval_data,
     else eval_fraction."""
     eval_fraction: ShareInside = 0.05  # Share of the examples held out where there is no split to evaluate on.
-    eval_answers: Natural = 200  # Held-out questions that are answered, the first ones. 0 = none.
+    eval_answers: Natural = 200  # Held-out questions that are answered. 0 = none.
     max_new_tokens: Count = 64  # Tokens of an answer at most.
     seeds: Count = 1  # Runs, with seeds from `seed` on, whose mean and standard error are told.
 
@@ -98,7 +97,6 @@ import math
 
 import numpy as np
 import torch
-import transformers
 import yaml
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -107,10 +105,9 @@ from shared.data.batches import IGNORED, to_device
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.data.updates import Updates, load_updates
 from shared.metrics.scores import ExactMatch, RougeL
-from shared.models.adapters import add_lora, export_adapter, export_merged
-from shared.models.causal_lm import load_causal_lm, set_dropout
+from shared.models.adapters import add_lora, export_adapter, export_merged, is_adapter
+from shared.models.causal_lm import load_causal_lm, new_causal_lm, set_dropout
 from shared.models.export import export_model
-from shared.models.pretrained import load_errors
 from shared.models.target_head import head_at_targets
 from shared.optim import schedules
 from shared.optim.muon import MuonWithAdamW, for_engine
@@ -127,20 +124,26 @@ from shared.text.generation import answer_prompts
 from shared.text.packing import in_batches
 from shared.text.tables import validation_split
 from shared.text.target_rows import TargetRows, pack_examples
-from shared.text.tokenization import load_tokenizer
+from shared.text.tokenization import kept_tokens, load_tokenizer
 
 PUBLISHED_RATE, ADAPTER_RATE = 2e-5, 2e-4  # what people use for published models, all weights or an adapter
 # Of 24 classes of things 43 % were right after 400 updates at half of pre-training's rates, 37 % at a fifth, and 22 %
 # by AdamW at 3e-3.
 SHARE_OF_RATE = 0.5
 SHOWN_ANSWERS = 5
+EVAL_SEED = 0  # of the questions to answer, so that runs of any seed compare
+NO_EVAL_SPLIT = "another split than the one to train on"
 USAGE = """from transformers import pipeline
 
 answer = pipeline("text-generation", "path/of/this/folder")
 print(answer({!r}, max_new_tokens={}))"""
 USAGE_OF_ADAPTER = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, pipeline
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")"""
+model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
+answer = pipeline("text-generation", model, tokenizer=tokenizer)
+print(answer({!r}, max_new_tokens={}))"""
 NEXT = "talk to it: python recipes/gpt/generate.py --model {} --chat"
 
 
@@ -162,15 +165,18 @@ def check_config(cfg: Config) -> None:
     cli.expect(adapts, "lora_rank", cfg.lora_rank, "0 for init scratch, in which there is nothing to adapt")
     by_adamw = not cfg.lora_rank or cfg.optimizer != "muon"
     cli.expect(by_adamw, "optimizer", cfg.optimizer, "adamw for an adapter")
-    rates_of(cfg)
     cli.expect(cfg.merge or cfg.lora_rank > 0, "merge", cfg.merge, "True without lora_rank, which makes an adapter")
+    whole = cfg.merge or not is_adapter(cfg.init)
+    cli.expect(whole, "merge", cfg.merge, "True where init is an adapter itself")
+    base = not cfg.push_to_hub or cfg.merge or not Path(cfg.init).is_dir()
+    cli.expect(base, "merge", cfg.merge, "True where init is a folder, which those who get the pushed adapter lack")
     fits = cfg.max_new_tokens < cfg.seq_length or not cfg.eval_answers
     cli.expect(fits, "max_new_tokens", cfg.max_new_tokens, f"less than seq_length, {cfg.seq_length}")
 
 
 def check_engine(cfg: Config, accelerator: Any) -> None:
     """Raise `UsageError` for what this engine or device cannot do."""
-    if rates_of(cfg).muon and accelerator.distributed_type == "DEEPSPEED":
+    if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
         expected = "0 for Muon under DeepSpeed, which would clip not its gradient but its update"
         cli.expect(cfg.max_grad_norm == 0, "max_grad_norm", cfg.max_grad_norm, expected)
     has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
@@ -183,16 +189,21 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 
 def open_data(cfg: Config) -> tuple[Conversations, Conversations]:
     """The examples to train on, and those to evaluate on."""
+    cli.expect(cfg.eval_split != cfg.data_split or bool(cfg.eval_data), "eval_split", cfg.eval_split, NO_EVAL_SPLIT)
     data = str(conversations.SAMPLES / "answers") if cfg.data == "answers" else cfg.data
     column = cfg.task_column or ("task" if cfg.data == "answers" else "")
-    common = {"config": cfg.data_config, "task_column": column}
-    train = conversations.open_conversations(data, split=cfg.data_split, **common)
-    source = cfg.eval_data or data
-    eval_split = cfg.eval_split or validation_split(source, cfg.data_config) or ("train" if cfg.eval_data else "")
+    train = conversations.open_conversations(data, config=cfg.data_config, split=cfg.data_split, task_column=column)
+    source, config = (cfg.eval_data, "") if cfg.eval_data else (data, cfg.data_config)
+    eval_split = (
+        cfg.eval_split or validation_split(source, config, cfg.data_split) or ("train" if cfg.eval_data else "")
+    )
     if eval_split:
-        held_out = conversations.open_conversations(source, split=eval_split, field="eval_split", **common)
+        options = {"config": config, "split": eval_split, "task_column": column, "field": "eval_split"}
+        held_out = conversations.open_conversations(source, **options)
     else:
         train, held_out = conversations.hold_out(train, cfg.eval_fraction)
+    same = train.talks() == held_out.talks()
+    cli.expect(same, "eval_data", cfg.eval_data, "messages where the data to train on are messages, else texts")
     order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(cfg.seed, "few examples"))
     return train.subset(np.sort(order[: math.ceil(cfg.train_fraction * len(train))])), held_out
 
@@ -207,37 +218,46 @@ def open_tokenizer(cfg: Config, samples: Conversations) -> Any:
 
 
 def open_answers(cfg: Config, samples: Conversations, tokenizer: Any) -> Answers:
-    """The first questions of `samples`, as many as are to be answered."""
-    asked = [] if samples.form == "text" else list(samples.records[: cfg.eval_answers])
-    prompts = [conversations.prompt_ids(tokenizer, record) for record in asked]
-    room = cfg.seq_length - cfg.max_new_tokens
-    fitting = [place for place, prompt in enumerate(prompts) if len(prompt) <= room]
-    expected = [conversations.answer_of(asked[place]) for place in fitting]
-    questions = [conversations.question_of(asked[place]) for place in fitting]
-    tasks = [samples.tasks[place] for place in fitting] if samples.tasks else []
-    return Answers([prompts[place] for place in fitting], expected, questions, tasks)
+    """Questions of `samples` that leave room for an answer, as many as are to be answered, the same for every seed."""
+    if samples.form == "text" or not cfg.eval_answers:
+        return Answers([], [], [], [])
+    order = shuffled_indices(np.arange(len(samples)), len(samples), derive_seed(EVAL_SEED, "questions")).tolist()
+    prompts: dict[int, np.ndarray] = {}
+    for place in order:
+        prompt = conversations.prompt_ids(tokenizer, samples.records[place])
+        if len(prompt) <= cfg.seq_length - cfg.max_new_tokens:
+            prompts[place] = prompt
+        if len(prompts) == cfg.eval_answers:
+            break
+    asked = [samples.records[place] for place in prompts]
+    tasks = [samples.tasks[place] for place in prompts] if samples.tasks else []
+    expected, questions = map(conversations.answer_of, asked), map(conversations.question_of, asked)
+    return Answers(list(prompts.values()), list(expected), list(questions), tasks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 
 
-def build_model(cfg: Config, tokenizer: Any) -> Any:
-    """The model in float32, with an adapter or without, whose head is computed at targets only."""
+def build_model(cfg: Config, tokenizer: Any, talks: bool) -> Any:
+    """The model in float32, with an adapter or without, whose head is computed at targets only.
+
+    What ends its answers depends on whether it `talks`, in messages.
+    """
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     if cfg.init == "scratch":
-        with load_errors("tokenizer", cfg.tokenizer):
-            config = transformers.AutoConfig.from_pretrained(cfg.tokenizer, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=cfg.attention
-        )
+        model = new_causal_lm(cfg.tokenizer, tokenizer, cfg.seq_length, cfg.attention)
     else:
         model = load_causal_lm(cfg.init, tokenizer, cfg.seq_length, cfg.attention)
+    by_adamw = cfg.optimizer == "adamw" or model.config.model_type != "gpt2"
+    cli.expect(by_adamw, "optimizer", cfg.optimizer, "adamw for gpt2, which has query, key and value in one matrix")
     set_dropout(model, cfg.dropout)
+    stop = conversations.stop_token(tokenizer) if talks else tokenizer.eos_token_id
     if cfg.lora_rank:
         options = {"alpha": cfg.lora_alpha or 2 * cfg.lora_rank, "dropout": cfg.lora_dropout}
-        add_lora(model, cfg.init, rank=cfg.lora_rank, targets=cfg.lora_targets, **options)
-    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, conversations.stop_token(tokenizer)})
+        options |= {"targets": cfg.lora_targets, "tokens": kept_tokens(tokenizer)}
+        add_lora(model, cfg.init, rank=cfg.lora_rank, **options)
+    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, stop})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -248,17 +268,17 @@ def build_model(cfg: Config, tokenizer: Any) -> Any:
 # Objective
 
 
-def nll_sum(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Negative log-likelihood of all targets of a batch in nats.
-
-    Positions restart at each example: with neither mask nor cache, none attends to another.
-    """
-    labels = batch["labels"].flatten()
-    places = (labels != IGNORED).nonzero().squeeze(-1)  # (N,)
+def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (N, V) of targets. Positions restart at each example: with neither mask nor cache, none sees another."""
+    places = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(-1)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    logits = model(**inputs, use_cache=False, target_positions=places).logits  # (N, V)
+    return model(**inputs, use_cache=False, target_positions=places).logits
+
+
+def nll_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of the targets among labels (B, T), whose logits are (N, V)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(logits, labels[places], reduction="sum")
+    return cross_entropy(logits, labels[labels != IGNORED], reduction="sum")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,20 +294,20 @@ def evaluate(
     found = np.zeros(2)
     for batch in in_batches(rows, size, accelerator.process_index, accelerator.num_processes):
         batch = to_device(batch, accelerator.device)
-        found += [nll_sum(model, batch).item(), int((batch["labels"] != IGNORED).sum())]
+        found += [nll_sum(forward(model, batch), batch["labels"]).item(), int((batch["labels"] != IGNORED).sum())]
     model.train()
     nats, targets = np.sum(gather_objects(accelerator, found), axis=0).tolist()
     metrics = {"eval/loss": nats / targets}
     if not answers.prompts:
         return metrics, "", []
-    given: dict[int, str] = {}
+    found_answers: dict[int, str] = {}
     bare = accelerator.unwrap_model(model)
     for number in equal_share(accelerator, math.ceil(len(answers.prompts) / size)):
         mine = range(number * size, len(answers.prompts))[:size]
         prompts = [answers.prompts[place] for place in mine or [0]]  # all must run equally often
         texts = answer_prompts(bare, tokenizer, prompts, max_new_tokens=cfg.max_new_tokens)
-        given |= dict(zip(mine, texts, strict=False))
-    everything = {place: text for part in gather_objects(accelerator, given) for place, text in part.items()}
+        found_answers |= dict(zip(mine, texts, strict=False))
+    everything = {place: text for part in gather_objects(accelerator, found_answers) for place, text in part.items()}
     texts = [everything[place] for place in range(len(everything))]
     metrics |= score("eval", texts, answers.expected)
     for task in sorted(set(answers.tasks)):
@@ -318,38 +338,45 @@ class Rates(NamedTuple):
 
 def rates_of(cfg: Config) -> Rates:
     """The peak rates; see the fields."""
-    record = Path(cfg.tokenizer if cfg.init == "scratch" else cfg.init) / "config.yaml"
+    is_new = cfg.init == "scratch"
+    record = Path(cfg.tokenizer if is_new else cfg.init) / "config.yaml"
     before: dict[str, Any] = (yaml.safe_load(record.read_text(encoding="utf-8")) or {}) if record.is_file() else {}
-    is_gpt2 = before.get("architecture") == "gpt2"  # has query, key and value in one matrix
-    fits = before.get("optimizer") == "muon" and not is_gpt2 and not cfg.lora_rank
+    fits = before.get("optimizer") == "muon" and before.get("architecture") != "gpt2" and not cfg.lora_rank
     if cfg.optimizer == "muon" or (cfg.optimizer == "auto" and fits):
-        usual = [SHARE_OF_RATE * before.get(name, 0.0) for name in ("learning_rate", "muon_learning_rate")]
+        share = 1.0 if is_new else SHARE_OF_RATE
+        usual = [share * before.get(name, 0.0) for name in ("learning_rate", "muon_learning_rate")]
         rates = Rates(cfg.learning_rate or usual[0], cfg.muon_learning_rate or usual[1])
-        cli.expect(
-            min(rates) > 0, "muon_learning_rate", cfg.muon_learning_rate, "rates for a model without a run folder"
-        )
+        expected = "rates, since no run folder of Muon says any"
+        cli.expect(min(rates) > 0, "muon_learning_rate", cfg.muon_learning_rate, expected)
         return rates
     return Rates(cfg.learning_rate or (ADAPTER_RATE if cfg.lora_rank else PUBLISHED_RATE), 0.0)
 
 
+def with_rates(cfg: Config) -> Config:
+    """The configuration with the optimizer and the rates that it leaves open, as config.yaml records them."""
+    rates = rates_of(cfg)
+    optimizer: Literal["muon", "adamw"] = "muon" if rates.muon else "adamw"
+    return replace(cfg, optimizer=optimizer, learning_rate=rates.adamw, muon_learning_rate=rates.muon)
+
+
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     """Muon for hidden matrices and AdamW for embeddings, head, norms and biases; or AdamW for all that is trained."""
-    rates, trained = rates_of(cfg), [weight for weight in model.parameters() if weight.requires_grad]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     is_table.add(id(model.get_output_embeddings().weight))
     hidden = [weight for weight in trained if weight.ndim >= 2 and id(weight) not in is_table]
     tables = [weight for weight in trained if id(weight) in is_table]
     vectors = [weight for weight in trained if weight.ndim < 2]
-    if rates.muon:
-        matrices = {"params": hidden, "lr": rates.muon, "weight_decay": cfg.weight_decay, "use_muon": True}
-        rest = {"params": tables + vectors, "lr": rates.adamw, "weight_decay": 0.0, "use_muon": False}
+    if cfg.optimizer == "muon":
+        matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
+        rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
         return MuonWithAdamW([matrices, rest], betas=(0.8, 0.95))  # as in pre-training
     groups = [
         {"params": hidden + tables, "weight_decay": cfg.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=rates.adamw, betas=(0.9, 0.95), fused=True
+        [group for group in groups if group["params"]], lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True
     )
 
 
@@ -362,7 +389,7 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
     for micro_step, batch in enumerate(batches):
         torch.manual_seed(derive_seed(cfg.seed, "dropout", step, micro_step, accelerator.process_index))
         with accelerator.accumulate(model):
-            micro_nll = nll_sum(model, batch)
+            micro_nll = nll_sum(forward(model, batch), batch["labels"])
             accelerator.backward(micro_nll * scale)
         nlls.append(micro_nll.detach())
     grad_norm = clip_and_step(accelerator, model, optimizer, cfg.max_grad_norm)
@@ -371,14 +398,17 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
 
 def export(cfg: Config, accelerator: Any, model: Any, tokenizer: Any, folder: Path) -> None:
     """The model for `from_pretrained`, or the adapter for peft."""
-    of_adapter = export_merged if cfg.merge else export_adapter
-    write = of_adapter if cfg.lora_rank else export_model
+    if cfg.lora_rank and cfg.merge:
+        export_merged(accelerator, model, tokenizer, folder, cfg.init)
+        return
+    write = export_adapter if cfg.lora_rank else export_model
     write(accelerator, model, tokenizer, folder)
 
 
 def main(cfg: Config) -> None:
     """Train, evaluate, save, and leave a model that `from_pretrained` loads and that answers by its chat template."""
     check_config(cfg)
+    cfg = with_rates(cfg)
     accelerator, micro_batch_size = start(cfg)
     check_engine(cfg, accelerator)
     with node_main_first(accelerator):
@@ -386,14 +416,15 @@ def main(cfg: Config) -> None:
         tokenizer = open_tokenizer(cfg, train)
     rows, eval_rows = (pack_examples(samples, tokenizer, cfg.seq_length) for samples in (train, held_out))
     for name, packed in (("data", rows), ("eval_data", eval_rows)):
-        cli.expect(len(packed) > 0, name, cfg.data, f"an example with a target within {cfg.seq_length} tokens")
+        expected = f"an example with a target within {cfg.seq_length} tokens"
+        cli.expect(len(packed) > 0, name, getattr(cfg, name) or cfg.data, expected)
     answers = open_answers(cfg, held_out, tokenizer)
     order = {"weights": [1.0], "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     updates = Updates([rows], micro_batch_size, order)
     if cfg.dry_run:
-        report_costs(cfg, accelerator, tokenizer, rows, updates)
+        report_costs(cfg, accelerator, tokenizer, train, rows, updates)
         return
-    model = build_model(cfg, tokenizer)
+    model = build_model(cfg, tokenizer, train.talks())
     facts = describe(cfg, accelerator, model, rows)
     accelerator.print(summary.table(facts))
     if cfg.compile:
@@ -405,7 +436,7 @@ def main(cfg: Config) -> None:
     fingerprints = [train.fingerprint(), held_out.fingerprint()]
     run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
-    shown, rates = "", rates_of(cfg)
+    shown = ""
     for step, (batches, _) in run.updates(loader, facts["flops_per_row"]):
         factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, 1.0)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
@@ -415,7 +446,7 @@ def main(cfg: Config) -> None:
         due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
         metrics = {}
         if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": rates.adamw * factor}
+            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
             metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
         with run.pause():
             if due.evaluate:
@@ -432,26 +463,24 @@ def main(cfg: Config) -> None:
 
     export(cfg, accelerator, model, tokenizer, run.folder)
     results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
-    usage = USAGE_OF_ADAPTER if cfg.lora_rank and not cfg.merge else usage_of(held_out, cfg.max_new_tokens)
+    usage = USAGE_OF_ADAPTER if cfg.lora_rank and not cfg.merge else USAGE
+    usage = usage.format(conversations.example_of(held_out), cfg.max_new_tokens)
     next_command = NEXT.format(shlex.quote(str(run.folder)))
     shown = shown or run.state.get("shown", "")
     run.finish("text-generation", usage, results=results, samples=shown, figures={}, next_command=next_command)
 
 
-def usage_of(samples: Conversations, max_new_tokens: int) -> str:
-    """Python that loads the model and asks it what the first example asks."""
-    return USAGE.format(conversations.example_of(samples), max_new_tokens)
-
-
 def describe(cfg: Config, accelerator: Any, model: Any, rows: TargetRows) -> dict[str, Any]:
     """The numbers that follow from configuration and data, for the table at the start and run.json."""
-    row = torch.zeros(1, cfg.seq_length, dtype=torch.int64)
+    row, targets = torch.zeros(1, cfg.seq_length, dtype=torch.int64), round(rows.num_targets / len(rows))
+    places = torch.zeros(max(1, targets), dtype=torch.int64)
+    flops = training_flops(model, {"input_ids": row, "use_cache": False, "target_positions": places})
     return {
         "parameters": model.num_parameters(),
         "trained_parameters": model.num_parameters(only_trainable=True),
-        "flops_per_row": training_flops(model, {"input_ids": row, "use_cache": False}),
+        "flops_per_row": flops * 2 / 3 if cfg.lora_rank else flops,  # frozen matrices have no gradient
         "rows": len(rows),
-        "targets_per_row": round(rows.num_targets / len(rows), 1),
+        "targets_per_row": targets,
         "examples_cut": rows.num_cut,
         "examples_left_out": rows.num_left_out,
         "rows_per_update": cfg.global_batch_size,
@@ -460,17 +489,20 @@ def describe(cfg: Config, accelerator: Any, model: Any, rows: TargetRows) -> dic
     }
 
 
-def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, rows: TargetRows, updates: Updates) -> None:
+def report_costs(
+    cfg: Config, accelerator: Any, tokenizer: Any, train: Conversations, rows: TargetRows, updates: Updates
+) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     [batch, *_], _ = updates[0]
     batch = to_device(batch, accelerator.device)
-    inputs, seconds = {**batch, "use_cache": False}, None
+    places = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(-1)
+    inputs, seconds = {**batch, "use_cache": False, "target_positions": places}, None
     with dry_run.without_memory():
-        model = build_model(cfg, tokenizer)
+        model = build_model(cfg, tokenizer, train.talks())
         facts = describe(cfg, accelerator, model, rows)
         costs = dry_run.costs(accelerator, model, inputs, state_bytes_per_parameter(build_optimizer(cfg, model)))
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
-        model = build_model(cfg, tokenizer)
+        model = build_model(cfg, tokenizer, train.talks())
         seconds = dry_run.time_update(accelerator, model, for_engine(accelerator, build_optimizer(cfg, model)), inputs)
     table = summary.table({**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)})
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{table}")

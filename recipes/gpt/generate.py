@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 
 from shared.data.randomness import derive_seed
 from shared.models.adapters import load_with_adapter
-from shared.text.conversations import ids_before_answer
+from shared.text.conversations import ids_before_answer, stop_token
 from shared.text.generation import continue_ids, continue_prompt, room_for_prompt
 from shared.text.tokenization import load_tokenizer
 
@@ -57,6 +57,7 @@ def talk(cfg: Config, model: Any, tokenizer: Any, drawing: dict[str, Any]) -> No
     messages: list[dict[str, str]] = []
     is_typed = cfg.prompt == Config.prompt
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ends = {"eos_token_id": sorted({tokenizer.eos_token_id, stop_token(tokenizer)})}
     while question := read_line() if is_typed else cfg.prompt:
         messages.append({"role": "user", "content": question})
         ids = ids_before_answer(tokenizer, messages)
@@ -65,7 +66,7 @@ def talk(cfg: Config, model: Any, tokenizer: Any, drawing: dict[str, Any]) -> No
             ids = ids_before_answer(tokenizer, messages)
         ids = ids[-room_for_prompt(model, cfg.max_new_tokens) :]
         seed = derive_seed(cfg.seed, "turn", len(messages))
-        answer = continue_ids(model, tokenizer, ids, seed, streamer=streamer, **drawing)
+        answer = continue_ids(model, tokenizer, ids, seed, streamer=streamer, **ends, **drawing)
         messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
         if not is_typed:
             return

@@ -3,6 +3,7 @@
 All take `predictions` and `references`, add them up over batches, and give a dictionary with one number.
 """
 
+import re
 from typing import Any
 
 import datasets
@@ -267,8 +268,12 @@ class ExactMatch(_Score):
 class RougeL(_Score):
     """Mean F-measure of the longest common subsequence of words (Lin 2004, section 3), by torchmetrics.
 
+    Words are what is between other characters than letters and digits, of any script, in small letters.
+
     >>> round(RougeL().compute(predictions=["the cat sat"], references=["the cat sat down"])["rouge_l"], 4)
     0.8571
+    >>> RougeL().compute(predictions=["Это кошка, naïve"], references=["это кошка: naïve"])["rouge_l"]
+    1.0
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -277,5 +282,9 @@ class RougeL(_Score):
     def _compute(self, *, predictions: list[str], references: list[str]) -> dict[str, float]:
         from torchmetrics.functional.text import rouge_score
 
-        found = rouge_score(predictions, references, rouge_keys=("rougeL",))
+        def normalized(text: str) -> str:
+            return " ".join(re.findall(r"\w+", text.lower()))
+
+        options: dict[str, Any] = {"normalizer": normalized, "tokenizer": str.split}
+        found = rouge_score(predictions, references, rouge_keys=("rougeL",), **options)
         return {"rouge_l": float(found["rougeL_fmeasure"])}

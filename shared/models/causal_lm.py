@@ -17,7 +17,8 @@ def set_dropout(model: Any, probability: float) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = probability
         for name in ("attention_dropout", "dropout"):  # of attention layers, which hand it to their kernel
-            if isinstance(getattr(module, name, None), float):
+            value = getattr(module, name, None)
+            if isinstance(value, float | int) and not isinstance(value, bool):
                 setattr(module, name, probability)
 
 
@@ -37,12 +38,31 @@ def load_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -
     from transformers import AutoModelForCausalLM
 
     model = load_with_adapter(AutoModelForCausalLM, name, "init", attn_implementation=attention)
+    _check(model, name, tokenizer, seq_length)
+    return model
+
+
+def new_causal_lm(name: str, tokenizer: Any, seq_length: int, attention: str) -> Any:
+    """A model of the sizes of `name`, a run folder or Hub id, with weights as the library begins them, in float32.
+
+    Raises:
+        UsageError: see `load_causal_lm`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with load_errors("tokenizer", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    _check(model, name, tokenizer, seq_length)
+    return model
+
+
+def _check(model: Any, name: str, tokenizer: Any, seq_length: int) -> None:
     longest = getattr(model.config, "max_position_embeddings", seq_length)
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
     expect(seq_length <= longest, "seq_length", seq_length, f"at most {longest}, the longest row of init")
     if not is_without_values():
         _check_what_tokens_see(model, name)
-    return model
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) ->
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
         for tied in bare.all_tied_weights_keys:  # a gathered copy of its own, which the library would save twice
             weights.pop(tied, None)
-        with _without_bar():
+        with without_bar():
             bare.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         move_files(aside, run_dir)
@@ -78,13 +78,13 @@ def export_pipeline(pipeline: Any, run_dir: Path) -> None:
     """
     aside = run_dir / ".export"
     shutil.rmtree(aside, ignore_errors=True)
-    with _without_bar():
+    with without_bar():
         pipeline.save_pretrained(aside)
     move_files(aside, run_dir)
 
 
 @contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
+def without_bar() -> Iterator[None]:
     """No bar of transformers, which draws one over the run's own for a millisecond's work."""
     from transformers.utils import logging
 

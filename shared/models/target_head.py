@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 
 def head_at_targets(model: Any) -> Any:
@@ -20,9 +21,16 @@ def head_at_targets(model: Any) -> Any:
 
     @functools.wraps(library_class.forward)  # `generate` looks at what it takes
     def forward(self: Any, *args: Any, target_positions: Tensor | None = None, **inputs: Any) -> Any:
-        """Logits (N, V) at `target_positions`, int64 (N,) places in the flattened (B x T); the library's without."""
+        """Logits (N, V) at `target_positions`, int64 (N,) places in the flattened (B x T); the library's without.
+
+        With labels (B, T) there is the mean loss at those positions too.
+        """
         self._target_positions = target_positions
-        return library_class.forward(self, *args, **inputs)
+        labels = inputs.pop("labels", None) if target_positions is not None else None
+        output = library_class.forward(self, *args, **inputs)
+        if labels is not None:
+            output.loss = cross_entropy(output.logits.float(), labels.flatten()[target_positions])
+        return output
 
     def keep_targets(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         del head

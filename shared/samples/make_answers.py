@@ -10,15 +10,16 @@ FOLDER holds what make_wordnet.py and make_prose.py read. Five tasks, which the 
 * class: a definition, which of 24 kinds of thing it is of.
 * summarise: a paragraph without its first sentence, and that sentence, which mostly says what it is about.
 
-No word and no document is in both splits: words to define and to name are of the dictionary's documents, paragraphs of
-those of the prose, and the test split is of what those hold out; of kind and class the splits are WordNet's own here.
+Words to define and to name are of the dictionary's documents, paragraphs of those of the prose, and the test split is
+of what those hold out; of kind and class the splits are WordNet's own here. What a test question is about, word or
+definition, is in no training question of any task.
 """
 
 import random
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import make_prose
@@ -26,27 +27,34 @@ import make_wordnet
 import pyarrow
 import pyarrow.parquet
 
-NUMBERS = {"train": 4000, "test": 200}  # of each task
+NUMBERS = {"test": 200, "train": 4000}  # of each task
 CHARACTERS = (200, 700)  # of a paragraph to summarise, so that it fits into a row of 256 tokens
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 TITLE = re.compile(r"\b(Mr|Mrs|Dr|St|Messrs|Gen|Col|Capt)\.$")
 TEXT = datasets.Value("string")
-Pair = tuple[str, str]
 
 
 def main(raw: Path) -> None:
     """Convert the files of `raw` into Parquet files beside this script."""
-    found = {split: definitions(raw, split) | kinds(raw, split) | summaries(raw, split) for split in NUMBERS}
-    draw = random.Random(0)
-    for split, tasks in found.items():
-        rows = []
-        for task, pairs in tasks.items():
-            others = {question for question, _ in found["train"][task]} if split == "test" else set()
-            answers = {question: answer for question, answer in reversed(pairs) if question not in others}
-            chosen = draw.sample(sorted(answers), NUMBERS[split])
-            rows += [row_of(task, question, answers[question]) for question in chosen]  # a word's first meaning
+    draw, asked = random.Random(0), set[str]()  # asked: what test questions are about
+    for split, number in NUMBERS.items():
+        rows, about = [], set[str]()
+        for task, pairs in {**definitions(raw, split), **kinds(raw, split), **summaries(raw, split)}.items():
+            fresh = {pair.question: pair for pair in reversed(pairs) if not asked & pair.subject}  # first meanings
+            chosen = [fresh[question] for question in draw.sample(sorted(fresh), number)]
+            rows += [row_of(task, pair) for pair in chosen]
+            about.update(*(pair.subject for pair in chosen))
+        asked |= about
         draw.shuffle(rows)
         write(split, rows)
+
+
+class Pair(NamedTuple):
+    """A question, its answer, and the word and the definition that it is about."""
+
+    question: str
+    answer: str
+    subject: frozenset[str]
 
 
 def definitions(raw: Path, split: str) -> dict[str, list[Pair]]:
@@ -55,10 +63,11 @@ def definitions(raw: Path, split: str) -> dict[str, list[Pair]]:
     for number, record in enumerate(make_wordnet.entries(raw)):
         if make_wordnet.is_held_out(number // make_wordnet.ENTRIES) == (split == "test"):
             word, definition = record["words"][0], record["definition"]
+            subject = frozenset((word, definition))
             if number % 2:
-                pairs["define"].append((f"What does {word} mean?", definition))
+                pairs["define"].append(Pair(f"What does {word} mean?", definition, subject))
             else:
-                pairs["name"].append((f"Which word means: {definition}?", word))
+                pairs["name"].append(Pair(f"Which word means: {definition}?", word, subject))
     return pairs
 
 
@@ -68,11 +77,17 @@ def kinds(raw: Path, split: str) -> dict[str, list[Pair]]:
     classes = make_wordnet.rows_of(raw, "supersense", split)
     return {
         "kind": [
-            (f"{row['sentence1']}. What kind of thing is it?", row["sentence2"].partition(":")[0])
+            Pair(
+                f"{row['sentence1']}. What kind of thing is it?",
+                row["sentence2"].partition(":")[0],
+                frozenset(row["sentence1"].split(": ", 1)),
+            )
             for row in related
             if row["label"] == 1
         ],
-        "class": [(f"{row['text']}. Which class is it of?", row["label"]) for row in classes],
+        "class": [
+            Pair(f"{row['text']}. Which class is it of?", row["label"], frozenset([row["text"]])) for row in classes
+        ],
     }
 
 
@@ -88,13 +103,13 @@ def summaries(raw: Path, split: str) -> dict[str, list[Pair]]:
                 first = f"{first} {rest.pop(0)}"
             is_speech = '"' in paragraph
             if len(rest) > 1 and CHARACTERS[0] <= len(paragraph) <= CHARACTERS[1] and not is_speech:
-                pairs.append((f"Summarise: {' '.join(rest)}", first))
+                pairs.append(Pair(f"Summarise: {' '.join(rest)}", first, frozenset([first])))
     return {"summarise": pairs}
 
 
-def row_of(task: str, question: str, answer: str) -> dict[str, Any]:
+def row_of(task: str, pair: Pair) -> dict[str, Any]:
     """A row of the data set."""
-    turns = (("user", question), ("assistant", answer))
+    turns = (("user", pair.question), ("assistant", pair.answer))
     return {"task": task, "messages": [{"role": role, "content": content} for role, content in turns]}
 
 

@@ -1,9 +1,11 @@
 """What an assistant learns from: conversations, prompts with completions, and plain texts, each as tokens and targets.
 
 The three forms are those of trl: a column `messages` (a list of `role` and `content`); `prompt` and `completion`, both
-texts or both lists of messages; or `text`. Conversations are written by the tokenizer's chat template, whose
-`{% generation %}` marks say what the assistant says. Only that is learnt, its stop token included, or an answer would
-never end. Of a prompt with a completion the completion and the end token are learnt, of a text everything.
+texts or both lists of messages; or `text`. Conversations are written by the tokenizer's chat template. Learnt is what
+the assistant says: from what the template puts before an answer, as a model is asked, to the token that ends it, or an
+answer would never end. So a template must only add to a conversation that goes on; whether it marks answers for trl
+(`{% generation %}`) does not matter. Words that spell a special token stay words. Of a prompt with a completion the
+completion and the end token are learnt, of a text everything.
 """
 
 import dataclasses
@@ -27,7 +29,6 @@ SAMPLES = Path(__file__).parents[1] / "samples"
 FORMS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
 Form = Literal["messages", "prompt and completion", "text"]
 Message = dict[str, str]
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TURNS = """{{- bos_token }}
 {%- for message in messages %}
     {%- if message['role'] == 'assistant' %}
@@ -112,6 +113,7 @@ def open_conversations(
     expect(len(table) > 0, "data", data, f"at least one example in the split {split}")
     form: Form = there[0]  # type: ignore[assignment]
     records = table.select_columns(list(FORMS[form])).to_list()
+    records = [_plain(record) for record in records]
     for row, record in enumerate(records):
         _check(record, f"row {row} of the split {split} of {data!r}")
     if task_column:
@@ -144,7 +146,7 @@ def read_template(file: str) -> str:
 
 
 def with_template(tokenizer: Any, template: str) -> Any:
-    """The tokenizer with a chat template that marks what the assistant says, and the token that ends an answer.
+    """The tokenizer with a chat template.
 
     Args:
         tokenizer: a fast transformers tokenizer; one that has a template keeps it.
@@ -152,43 +154,58 @@ def with_template(tokenizer: Any, template: str) -> Any:
             takes the tokens that `train_byte_level_bpe` keeps for it, else plain words and the end token.
 
     Raises:
-        UsageError: the template does not mark what the assistant says, or cannot write a conversation.
+        UsageError: it cannot write a conversation, or rewrites one that goes on, or ends no answer.
     """
     tokenizer.chat_template = template or tokenizer.chat_template or _own_template(tokenizer)
-    name = "chat_template" if template else "tokenizer"
-    expected = "a chat template with {% generation %} and {% endgeneration %} around what the assistant says"
-    expect(bool(_MARKS.search(str(tokenizer.chat_template))), name, tokenizer.name_or_path, expected)
-    try:
-        _, is_target = _write(tokenizer, _TRIAL)
-    except Exception as error:  # Jinja's errors, and what templates raise, have no common class
-        raise UsageError(
-            f"{name}: {tokenizer.name_or_path!r}: expected a chat template that can be filled in: {error}"
-        ) from error
-    expect(bool(is_target.any()), name, tokenizer.name_or_path, expected)
+    stop_token(tokenizer, "chat_template" if template else "tokenizer")
     return tokenizer
 
 
-def stop_token(tokenizer: Any) -> int:
-    """The token with which an answer ends, by the chat template; the end token where that writes none."""
+def stop_token(tokenizer: Any, field: str = "tokenizer") -> int:
+    """The token with which the chat template ends an answer; without a template the end token.
+
+    Args:
+        tokenizer: of which one is asked for.
+        field: that names the template, for the message.
+
+    Raises:
+        UsageError: see `with_template`.
+    """
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
-    ids, is_target = _write(tokenizer, _TRIAL)
-    last = int(ids[np.flatnonzero(is_target)[-1]])
-    special = {*tokenizer.added_tokens_decoder}
-    return last if last in special else tokenizer.eos_token_id
+    written = f"{str(tokenizer.chat_template)[:40]!r}..."
+    try:
+        asked, whole = ids_before_answer(tokenizer, _TRIAL[:1]), _written(tokenizer, _TRIAL)
+    except Exception as error:  # Jinja's errors, and what templates raise, have no common class
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{field}: {written}: expected a chat template that can be filled in: {reason}") from error
+    only_adds = "a chat template that only adds to a conversation that goes on"
+    expect(whole[: len(asked)] == asked, field, written, only_adds)
+    special = [token for token in whole[len(asked) :] if token in tokenizer.added_tokens_decoder]
+    expect(bool(special), field, written, "a chat template that ends an answer with a special token")
+    return special[-1]
 
 
-def encode_example(tokenizer: Any, record: dict[str, Any]) -> Example:
-    """Tokens and targets of one example, special tokens included."""
+def encode_example(tokenizer: Any, record: dict[str, Any], stop: int) -> Example:
+    """Tokens and targets of one example, special tokens included.
+
+    Args:
+        tokenizer: with a chat template, if the example is messages.
+        record: the example.
+        stop: see `stop_token`.
+
+    Raises:
+        UsageError: the template cannot write it, or rewrites earlier turns.
+    """
     begin, end = special_ids(tokenizer)
     if "messages" in record:
-        return _write(tokenizer, record["messages"])
+        return _with_answers(tokenizer, record["messages"], 0, stop)
     if "text" in record:
         ids = np.concatenate([[begin], tokenization.encode(tokenizer.backend_tokenizer, record["text"]), [end]])
         return Example(ids, np.arange(len(ids)) > 0)
     if isinstance(record["prompt"], list):
-        ids, is_target = _write(tokenizer, [*record["prompt"], *record["completion"]])
-        return Example(ids, is_target & (np.arange(len(ids)) >= len(prompt_ids(tokenizer, record))))
+        turns = [*record["prompt"], *record["completion"]]
+        return _with_answers(tokenizer, turns, len(record["prompt"]), stop)
     asked, answer = (
         tokenization.encode(tokenizer.backend_tokenizer, record[side]) for side in ("prompt", "completion")
     )
@@ -221,8 +238,7 @@ def example_of(samples: Conversations) -> Any:
     """What the first example asks, as a pipeline takes it."""
     if samples.form == "text":
         return samples.records[0]["text"][:40]
-    asked = _asked(samples.records[0])
-    return asked if isinstance(asked, str) else [{key: turn[key] for key in ("role", "content")} for turn in asked]
+    return _asked(samples.records[0])
 
 
 def answer_of(record: dict[str, Any]) -> str:
@@ -241,6 +257,17 @@ def _asked(record: dict[str, Any]) -> Any:
         )
     turns = record["messages"]
     return turns[: max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")]
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """The example without what messages have beside role and content."""
+
+    def kept(value: Any) -> Any:
+        turns = value if isinstance(value, list) else []
+        is_right = bool(turns) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
+        return [{key: turn[key] for key in ("role", "content")} for turn in turns] if is_right else value
+
+    return {column: kept(value) for column, value in record.items()}
 
 
 def _check(record: dict[str, Any], where: str) -> None:
@@ -296,7 +323,19 @@ def _own_template(tokenizer: Any) -> str:
     return named.sub(lambda match: json.dumps(parts[match[0]]), _TURNS)
 
 
-def _write(tokenizer: Any, messages: list[Message]) -> Example:
-    """A conversation by the tokenizer's template."""
-    written = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    return Example(np.array(written["input_ids"]), np.array(written["assistant_masks"], dtype=bool))
+def _with_answers(tokenizer: Any, messages: Sequence[Message], first: int, stop: int) -> Example:
+    """A conversation of which the answers from message `first` on are targets, each with the token that ends it."""
+    ids = np.array(_written(tokenizer, messages), dtype=np.int64)
+    is_target = np.zeros(len(ids), dtype=bool)
+    for place in range(first, len(messages)):
+        if messages[place]["role"] == "assistant":
+            asked = ids_before_answer(tokenizer, messages[:place])
+            ends = np.flatnonzero(ids[len(asked) :] == stop)
+            only_adds = "a chat template that writes a conversation that goes on as it was, and ends each answer"
+            expect(ids[: len(asked)].tolist() == asked and ends.size > 0, "chat_template", "its turns", only_adds)
+            is_target[len(asked) : len(asked) + ends[0] + 1] = True
+    return Example(ids, is_target)
+
+
+def _written(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    return tokenizer.apply_chat_template(list(messages), sanitize_control_tokens=True, return_dict=False)

@@ -95,6 +95,8 @@ def answer_prompts(model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], *,
         prompts: token ids, with the begin token or as the chat template writes them; none is cut.
         max_new_tokens: of an answer at most.
     """
+    from transformers import GenerationConfig
+
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id, device=model.device)
     mask = torch.zeros_like(input_ids)
@@ -104,11 +106,16 @@ def answer_prompts(model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], *,
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
+        kept = model.generation_config
         output = model.generate(
             input_ids,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
+            generation_config=GenerationConfig(  # not what a published model samples with, or punishes
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=kept.eos_token_id,
+                pad_token_id=kept.pad_token_id,
+            ),
             synced_gpus=torch.distributed.is_initialized(),
         )
     model.train(was_training)

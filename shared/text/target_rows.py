@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from shared.command_line import UsageError
 from shared.data.batches import IGNORED
-from shared.text.conversations import Conversations, Example, encode_example
+from shared.text.conversations import Conversations, Example, encode_example, stop_token
 from shared.text.packing import Piece, fill_row, pack
 
 
@@ -61,10 +62,21 @@ def pack_examples(samples: Conversations, tokenizer: Any, seq_length: int) -> Ta
         samples: to pack.
         tokenizer: with a chat template, if they are messages.
         seq_length: tokens of a row.
+
+    Raises:
+        UsageError: the chat template does not take an example; it names the row.
     """
     from tqdm import tqdm
 
-    examples = [encode_example(tokenizer, record) for record in tqdm(samples.records, desc="tokenising", delay=2)]
+    stop, examples = stop_token(tokenizer) if samples.talks() else tokenizer.eos_token_id, []
+    for row, record in enumerate(tqdm(samples.records, desc="tokenising", delay=2)):
+        try:
+            examples.append(encode_example(tokenizer, record, stop))
+        except Exception as error:  # what a template says of a conversation that it does not take
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"data: row {row}: expected a conversation that the chat template takes: {reason}"
+            ) from error
     longest = seq_length + 1  # the last token is a target only
     kept = [Example(ids[:longest], is_target[:longest]) for ids, is_target in examples]
     with_targets = [example for example in kept if example.is_target[1:].any()]

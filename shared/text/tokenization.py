@@ -130,6 +130,12 @@ def load_fast(name: str, **options: Any) -> Any:
     return tokenizer
 
 
+def kept_tokens(tokenizer: Any) -> list[int]:
+    """The ids that `train_byte_level_bpe` keeps for conversations, of which pre-training saw none; [] of others."""
+    known = tokenizer.get_vocab()
+    return [known[token] for token in CONVERSATION_TOKENS] if set(CONVERSATION_TOKENS) <= known.keys() else []
+
+
 def to_bytes(text: str) -> bytes:
     """The bytes that `text` stands for: an escaped byte is that byte, another lone surrogate its three bytes."""
     try:

@@ -134,6 +134,10 @@ def test_the_loss_is_the_librarys_over_what_the_assistant_says(
     assert metric(reference, "eval/loss") == pytest.approx([nats / targets], rel=1e-5)
 
 
+def test_a_tuned_model_is_tuned_again_at_half_of_its_rates(gpt_finetune: ModuleType, reference: Path) -> None:
+    assert gpt_finetune.rates_of(gpt_finetune.Config(init=str(reference))) == (0.005, 0.004)
+
+
 def test_plain_texts_are_learnt_as_in_pre_training(
     gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path
 ) -> None:
@@ -174,7 +178,10 @@ def test_optimizer_and_rates_that_are_not_given_suit_what_is_loaded(
     (tmp_path / "config.yaml").write_text(record)
     assert gpt_finetune.rates_of(gpt_finetune.Config(init=str(tmp_path), **fields)) == rates
     scratch = gpt_finetune.Config(init="scratch", tokenizer=str(tmp_path), **fields)
-    assert gpt_finetune.rates_of(scratch) == rates
+    is_muon, given = rates[1] > 0, "muon_learning_rate" in fields
+    assert gpt_finetune.rates_of(scratch) == ((0.02, 0.5 if given else 0.016) if is_muon else rates)
+    resolved = gpt_finetune.with_rates(gpt_finetune.Config(init=str(tmp_path), **fields))
+    assert (resolved.optimizer, resolved.learning_rate) == ("muon" if is_muon else "adamw", rates[0])
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -195,7 +202,8 @@ def test_an_adapter_resumes_exactly_and_is_exported_alone(
     fields = {"lora_rank": 4, "lora_dropout": 0.1, "merge": False, "learning_rate": 0.003}
     run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", tmp_path / "whole", **fields))
     names = weights(tmp_path / "whole").keys()
-    assert all(".lora_" in name for name in names)
+    assert all(".lora_" in name or "token" in name for name in names)  # rows of the conversation's tokens
+    assert sum(".lora_" in name for name in names) == 2 * 6 * 2
     resumed = state_at(tmp_path / "whole", 8, tmp_path / "resumed")
     run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", resumed, **fields))
     assert_same(resumed, tmp_path / "whole")
@@ -348,7 +356,7 @@ def test_generate_talks_until_an_empty_line(
 def test_bad_input_gets_one_line_and_writes_nothing(
     gpt_finetune: ModuleType, causal: Path, talks: Path, reference: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "unmarked.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "endless.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (tmp_path / "long").mkdir()
     question = {"role": "user", "content": "the cat " * 60}
     row = {"messages": [question, {"role": "assistant", "content": "a dog"}]}
@@ -371,10 +379,12 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "lora_rank: 2: expected 0 for init scratch": {"init": "scratch", "tokenizer": str(causal), "lora_rank": 2},
         "merge: False: expected True without lora_rank": {"merge": False},
         "chat_template: '/no/such/file'": {"chat_template": "/no/such/file"},
-        "expected a chat template with {% generation %}": {"chat_template": str(tmp_path / "unmarked.jinja")},
+        "expected a chat template that ends an answer": {"chat_template": str(tmp_path / "endless.jinja")},
+        "eval_split: 'train': expected another split": {"eval_split": "train"},
+        "eval_data: ": {"eval_data": str(talks / "prompts")},
         "expected an example with a target within 32 tokens": {"data": str(tmp_path / "long")},
         "seq_length: 64: expected at most 32": {"seq_length": 64},
-        "muon_learning_rate: 0.0: expected rates for a model without a run folder": {
+        "muon_learning_rate: 0.0: expected rates, since no run folder": {
             "optimizer": "muon",
             "init": "a/b",
         },

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from shared.command_line import UsageError
 from shared.text import conversations, tokenization
-from shared.text.conversations import encode_example, ids_before_answer, open_conversations, prompt_ids, with_template
+from shared.text.conversations import (
+    encode_example,
+    ids_before_answer,
+    open_conversations,
+    prompt_ids,
+    stop_token,
+    with_template,
+)
 
 TALK = [
     {"role": "system", "content": "Be short."},
@@ -20,7 +27,9 @@ TALK = [
     {"role": "user", "content": "and the dog?"},
     {"role": "assistant", "content": "it sees too"},
 ]
-TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1, max_size=20)
+TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.sampled_from(
+    ["<|end|>", "a<|assistant|>b", "<end> <|user|>", "User:\n", "<|endoftext|>"]
+)
 
 
 def tokenizer_of(kind: str) -> Any:
@@ -46,13 +55,13 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 def learnt(tokenizer: Any, record: dict[str, Any]) -> list[str]:
     """The stretches of targets as text, special tokens included."""
-    ids, is_target = encode_example(tokenizer, record)
+    ids, is_target = encode_example(tokenizer, record, stop_token(tokenizer))
     borders = np.flatnonzero(np.diff(np.concatenate([[0], is_target.astype(int), [0]])))
     return [tokenizer.decode(ids[first:last]) for first, last in borders.reshape(-1, 2)]
 
 
 def test_what_the_assistant_says_is_learnt_and_the_token_that_ends_it(tokenizer: Any) -> None:
-    stop = tokenizer.decode([conversations.stop_token(tokenizer)])
+    stop = tokenizer.decode([stop_token(tokenizer)])
     assert stop in ("<|end|>", "<end>")
     assert learnt(tokenizer, {"messages": TALK}) == [f"a cat sees{stop}", f"it sees too{stop}"]
     record = {"prompt": TALK[:4], "completion": TALK[4:]}
@@ -63,7 +72,7 @@ def test_completions_and_texts_end_with_the_end_token(tokenizer: Any) -> None:
     end = tokenizer.eos_token
     record = {"prompt": "the cat", "completion": " sees"}
     assert learnt(tokenizer, record) == [f" sees{end}"]
-    assert tokenizer.decode(encode_example(tokenizer, record).ids) == f"{end}the cat sees{end}"
+    assert tokenizer.decode(encode_example(tokenizer, record, stop_token(tokenizer)).ids) == f"{end}the cat sees{end}"
     assert learnt(tokenizer, {"text": "the cat"}) == [f"the cat{end}"]
     assert conversations.question_of(record) == "the cat"
     assert conversations.answer_of(record) == " sees"
@@ -79,7 +88,7 @@ def test_a_conversation_that_goes_on_begins_as_it_was(kind: str, turns: list[str
         for place, text in enumerate(turns[: len(turns) // 2 * 2])
     ]
     system = [{"role": "system", "content": "the cat"}] if with_system else []
-    whole = encode_example(tokenizer, {"messages": [*system, *talk]})
+    whole = encode_example(tokenizer, {"messages": [*system, *talk]}, stop_token(tokenizer))
     for place, turn in enumerate(talk):
         if turn["role"] == "assistant":
             asked = ids_before_answer(tokenizer, [*system, *talk[:place]])
@@ -108,24 +117,47 @@ def test_the_tokens_of_a_conversation_are_no_ids_of_any_text() -> None:
     assert not set(known) & set(spelled.tolist())
 
 
-def test_a_template_of_ones_own_is_kept_and_must_mark_what_is_learnt(tmp_path: Path) -> None:
-    marked = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}"
-        "A:{% generation %}{{ m.content }};{% endgeneration %}"
-        "{% else %}Q:{{ m.content }}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}A:{% endif %}"
-    )
-    tokenizer = with_template(tokenizer_of("plain"), marked)
-    assert learnt(tokenizer, {"messages": TALK[1:3]}) == ["a cat sees;"]
+# As published ones are written: Qwen's ChatML, whose line's end is behind the token that ends an answer, without marks.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_a_published_template_is_taken_as_it_is_and_kept(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("plain")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path)
-    loaded = tokenization.load_tokenizer(str(tmp_path))
-    assert with_template(loaded, "").chat_template == marked
-    assert learnt(loaded, {"messages": TALK[1:3]}) == ["a cat sees;"]
-    assert conversations.stop_token(loaded) == loaded.eos_token_id  # ";" may be in an answer
-    for wrong in (marked.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "{% generation %}"):
-        with pytest.raises(UsageError, match=r"chat_template: .*: expected a chat template") as caught:
-            with_template(tokenizer_of("plain"), wrong)
-        assert "\n" not in str(caught.value)
+    loaded = with_template(tokenization.load_tokenizer(str(tmp_path)), "")
+    assert loaded.chat_template == CHATML
+    assert learnt(loaded, {"messages": TALK}) == ["a cat sees<|im_end|>", "it sees too<|im_end|>"]
+    assert stop_token(loaded) == loaded.convert_tokens_to_ids("<|im_end|>") != loaded.eos_token_id
+    # Texts are not written by it.
+    assert learnt(loaded, {"prompt": "the cat", "completion": " sees"}) == [" sees<end>"]
+
+
+def test_several_answers_of_a_completion_are_learnt(tokenizer: Any) -> None:
+    stop = tokenizer.decode([stop_token(tokenizer)])
+    record = {"prompt": TALK[:2], "completion": TALK[2:]}
+    assert learnt(tokenizer, record) == [f"a cat sees{stop}", f"it sees too{stop}"]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% generation %}", "expected a chat template that can be filled in"),
+        ("{% for m in messages %}{{ m.content }};{% endfor %}", "ends an answer with a special token"),
+        (
+            "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}<end>{% endfor %}",
+            "only adds to a conversation that goes on",
+        ),
+    ],
+)
+def test_a_template_that_teaches_no_end_or_rewrites_is_refused(template: str, words: str) -> None:
+    with pytest.raises(UsageError, match=f"chat_template: .*{words}") as caught:
+        with_template(tokenizer_of("plain"), template)
+    assert "\n" not in str(caught.value)
 
 
 def write(folder: Path, *rows: Any) -> str:
@@ -151,6 +183,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ([{"messages": "a"}], "a list of messages in row 0"),
         ([{"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]}], "both texts"),
         ([{"messages": [{"from": "human", "value": "a"}]}], "role and content"),
+        ([{"messages": [{"role": "user", "content": "a", "at": 1}]}], "a message of the assistant"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], "some text in row 1"),
         ([{"prompt": "a", "completion": None}], "completion"),
         ([{"text": ""}], "some text in row 0"),
@@ -181,6 +214,14 @@ def test_the_embedded_questions_have_answers_that_no_training_text_holds() -> No
     assert len(summaries) == 200
     for record in summaries:
         assert conversations.question_of(record)[11:60] not in seen
+    told = {conversations.answer_of(record) for record in train.records} | asked[0]
+    for record, task in zip(test.records, test.tasks, strict=True):
+        if task in ("define", "name"):
+            question, answer = conversations.question_of(record), conversations.answer_of(record)
+            definition = answer if task == "define" else question.removeprefix("Which word means: ").removesuffix("?")
+            assert definition not in told
+            assert f"{definition}. Which class is it of?" not in told
+            assert f"Which word means: {definition}?" not in told
 
 
 def test_prompt_ids_are_the_beginning_of_an_example(tokenizer: Any) -> None:
@@ -189,6 +230,6 @@ def test_prompt_ids_are_the_beginning_of_an_example(tokenizer: Any) -> None:
         {"prompt": TALK[:2], "completion": TALK[2:3]},
         {"prompt": "the cat", "completion": " sees"},
     ):
-        asked, whole = prompt_ids(tokenizer, record), encode_example(tokenizer, record)
+        asked, whole = prompt_ids(tokenizer, record), encode_example(tokenizer, record, stop_token(tokenizer))
         assert whole.ids[: len(asked)].tolist() == asked.tolist()
         assert whole.is_target[len(asked) :].all()

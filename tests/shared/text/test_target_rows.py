@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.command_line import UsageError
 from shared.data.batches import IGNORED
 from shared.text import tokenization
-from shared.text.conversations import Conversations, encode_example, with_template
+from shared.text.conversations import Conversations, encode_example, stop_token, with_template
 from shared.text.target_rows import pack_examples
 
 
@@ -32,7 +33,8 @@ def test_every_target_that_fits_is_in_the_rows_once(pairs: list[tuple[str, str]]
         {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
         for asked, answer in pairs
     ]
-    examples = [encode_example(TOKENIZER[0], record) for record in records]
+    stop = stop_token(TOKENIZER[0])
+    examples = [encode_example(TOKENIZER[0], record, stop) for record in records]
     rows = pack_examples(Conversations("messages", records), TOKENIZER[0], seq_length)
     expected: list[tuple[int, ...]] = []
     for ids, is_target in examples:
@@ -56,3 +58,13 @@ def test_an_answer_that_no_row_has_room_for_is_left_out_and_counted(tokenizer: A
     rows = pack_examples(Conversations("messages", [long, short]), tokenizer, 16)
     assert (len(rows), rows.num_cut, rows.num_left_out) == (1, 2, 1)
     assert len(pack_examples(Conversations("messages", [long]), tokenizer, 16)) == 0
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Any) -> None:
+    plain = tokenization.train_byte_level_bpe(["the cat sees the dog " * 20], 300, 64)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    with_template(plain, refusing + with_template(plain, "").chat_template)
+    talk = [{"role": role, "content": "the"} for role in ("user", "assistant")]
+    records = [{"messages": talk}, {"messages": [{"role": "system", "content": "cat"}, *talk]}]
+    with pytest.raises(UsageError, match=r"data: row 1: expected a conversation that the chat template takes"):
+        pack_examples(Conversations("messages", records), plain, 16)
