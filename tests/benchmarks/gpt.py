@@ -55,8 +55,9 @@ from harness import (
 
 RECIPE = ROOT / "recipes" / "gpt" / "pretrain.py"
 README = RECIPE.with_name("README.md")
-PLAIN = [sys.executable, str(RECIPE)]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
+PROSE = ["--data=prose"]  # one corpus, as the Trainer gets it; the default adds a dictionary
+PLAIN = [sys.executable, str(RECIPE), *PROSE]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE), *PROSE]
 # The smallest model there is: its updates take milliseconds, so 10,000 of them take less than a minute.
 TINY = ["--hidden_size=16", "--num_layers=1", "--num_heads=1", "--seq_length=16", "--global_batch_size=2"]
 NO_PAUSES = ["--eval_every=0", "--save_every=0"]
@@ -70,7 +71,7 @@ def prepare(folder: str) -> dict[str, Any]:
     """Build the caches, the Trainer's rows and the configurations of its models; return what the other parts need."""
     import numpy as np
 
-    recipe, cfg = load_recipe(RECIPE, [])
+    recipe, cfg = load_recipe(RECIPE, PROSE)
     from shared.run.folder import hardware
     from shared.runtime.launch import start_accelerator
 
@@ -187,7 +188,7 @@ def run_trainer(
     result = {**speed(clock.times[1:]), "seconds": clock.times[-1] - clock.times[0], "peak_bytes": peak_bytes()}
     result |= {"learning_rate": learning_rate, "model": model, "parameters": network.num_parameters()}
     if evaluate:
-        recipe, cfg = load_recipe(RECIPE, [])
+        recipe, cfg = load_recipe(RECIPE, PROSE)
         _, _, sources = recipe.open_data(cfg, trainer.accelerator)
         metrics = recipe.evaluate(trainer.accelerator, trainer.model, sources, rows_per_update, by_windows=False)
         result["bits_per_byte"] = metrics["eval/bits_per_byte"]
@@ -199,7 +200,7 @@ def run_recipe(flags: list[str], updates: int) -> dict[str, Any]:
     import accelerate
     from accelerate.optimizer import AcceleratedOptimizer
 
-    recipe, cfg = load_recipe(RECIPE, flags)
+    recipe, cfg = load_recipe(RECIPE, [*PROSE, *flags])
     seconds = dict.fromkeys(("forward", "backward", "optimizer", "clipping"), 0.0)
     times, parts, processor = [], [], []
     train_update = recipe.train_update

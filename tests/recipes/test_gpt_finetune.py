@@ -83,13 +83,12 @@ def reference(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_fact
 @pytest.mark.parametrize(
     ("form", "fields"),
     [
-        ("messages", {}),
-        ("prompts", {}),
-        ("messages", {"optimizer": "adamw", "learning_rate": 0.01}),
-        ("messages", {"lora_rank": 8, "learning_rate": 0.01}),
-        ("messages", {"init": "scratch"}),
+        pytest.param("messages", {}, id="messages"),
+        pytest.param("prompts", {}, id="prompts", marks=pytest.mark.slow),
+        pytest.param("messages", {"optimizer": "adamw", "learning_rate": 0.01}, id="adamw", marks=pytest.mark.slow),
+        pytest.param("messages", {"lora_rank": 8, "learning_rate": 0.01}, id="adapter", marks=pytest.mark.slow),
+        pytest.param("messages", {"init": "scratch"}, id="scratch", marks=pytest.mark.slow),
     ],
-    ids=["messages", "prompts", "adamw", "adapter", "scratch"],
 )
 def test_answers_are_learnt_and_end_by_themselves(
     gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path, form: str, fields: dict[str, Any]
@@ -243,7 +242,7 @@ def test_dry_run_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_models_of_the_hub_are_tuned(
     gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -283,10 +282,10 @@ def runs(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_factory: 
 @pytest.mark.parametrize(
     ("engine", "kind"),
     [
-        ("multi_cpu", "whole"),
         *(
             pytest.param(engine, kind, marks=pytest.mark.slow)
             for engine, kind in (
+                ("multi_cpu", "whole"),
                 ("fsdp2", "whole"),
                 ("fsdp2", "adapter"),
                 ("deepspeed_zero2", "adamw"),
@@ -333,6 +332,7 @@ def test_push_reaches_the_hub_and_answers_in_a_clean_process(
 # -- talking -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_talks_until_an_empty_line(
     gpt_finetune: ModuleType, causal: Path, talks: Path, reference: Path, tmp_path: Path
 ) -> None:

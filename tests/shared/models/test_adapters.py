@@ -38,6 +38,7 @@ def adapted(kind: str, base: Path) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nanochat", "gpt2", "llama"])
 def test_a_clean_process_gets_the_same_logits_from_adapter_and_merged_model(kind: str, tmp_path: Path) -> None:
     """GPT-2 has its matrices as (in, out), and a tied head."""

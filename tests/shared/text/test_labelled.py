@@ -11,7 +11,6 @@ import pytest
 
 from shared.command_line import UsageError
 from shared.text.labelled import LabelledTexts, few_of_each_class, hold_out, open_labelled
-from shared.text.tables import validation_split
 
 ROWS = [{"text": f"text {number}", "label": ["b", "a", "c"][number % 3]} for number in range(9)]
 
@@ -74,13 +73,6 @@ def test_classes_of_another_split_have_the_numbers_of_the_training_data(tmp_path
     )
     train = opened(tmp_path / "data")
     assert opened(tmp_path / "eval.parquet", class_names=train.class_names).labels.tolist() == [1, 0]
-
-
-def test_the_split_to_evaluate_on_is_found(tmp_path: Path) -> None:
-    for name in ("train", "test", "dev"):
-        write(tmp_path / f"{name}.jsonl", ROWS)
-    assert validation_split(str(tmp_path), "") == "dev"
-    assert validation_split(str(tmp_path / "train.jsonl"), "") == ""
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------

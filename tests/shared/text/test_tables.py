@@ -1,0 +1,54 @@
+"""Records in splits: formats, names of splits, and what cannot be read."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from shared.command_line import UsageError
+from shared.text.tables import load_splits, validation_split
+
+ROWS = [{"text": f"text {number}", "number": number} for number in range(3)]
+
+
+def write(file: Path) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(lines.encode()))
+    elif file.suffix in (".csv", ".tsv"):
+        mark = {".csv": ",", ".tsv": "\t"}[file.suffix]
+        file.write_text(
+            "".join(mark.join(map(str, row)) + "\n" for row in [list(ROWS[0]), *(r.values() for r in ROWS)])
+        )
+    else:
+        file.write_text(json.dumps(ROWS) if file.suffix == ".json" else lines)
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz"])
+def test_a_file_of_any_format_has_train_alone(tmp_path: Path, name: str) -> None:
+    splits = load_splits(str(write(tmp_path / name)), "")
+    assert list(splits) == ["train"]
+    assert splits["train"].to_list() == ROWS
+
+
+def test_the_split_to_evaluate_on_is_found(tmp_path: Path) -> None:
+    for name in ("train", "test", "dev-00000-of-00001"):
+        write(tmp_path / f"{name}.jsonl")
+    assert validation_split(str(tmp_path), "") == "dev"
+    assert validation_split(str(tmp_path), "", "dev") == "test"
+    assert validation_split(str(tmp_path / "train.jsonl"), "") == ""
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.csv")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text('{"text": ')
+    cases = {str(tmp_path): "files of one format", str(tmp_path / "empty"): "a file, or a folder of files"}
+    cases[str(tmp_path / "broken.jsonl")] = "files that can be read"
+    for data, words in cases.items():
+        with pytest.raises(UsageError, match=f"data: .*expected {words}") as caught:
+            load_splits(data, "")
+        assert "\n" not in str(caught.value)
