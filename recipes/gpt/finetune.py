@@ -309,20 +309,21 @@ def evaluate(
         found_answers |= dict(zip(mine, texts, strict=False))
     everything = {place: text for part in gather_objects(accelerator, found_answers) for place, text in part.items()}
     texts = [everything[place] for place in range(len(everything))]
-    metrics |= score("eval", texts, answers.expected)
+    exact, overlap = score(texts, answers.expected)
+    metrics |= {"eval/exact_match": exact, "eval/rouge_l": overlap}
     for task in sorted(set(answers.tasks)):
         places = [place for place, name in enumerate(answers.tasks) if name == task]
-        metrics |= score(f"eval/{task}", *([column[place] for place in places] for column in (texts, answers.expected)))
+        exact, overlap = score(*([column[place] for place in places] for column in (texts, answers.expected)))
+        metrics |= {f"eval/{task}/exact_match": exact, f"eval/{task}/rouge_l": overlap}
     rows_shown = zip(answers.questions, texts, answers.expected, strict=True)
     shown = [f"{asked}\n> {given}\nexpected: {wanted}" for asked, given, wanted in rows_shown][:SHOWN_ANSWERS]
     return metrics, "\n\n".join(shown), texts
 
 
-def score(prefix: str, given: list[str], expected: list[str]) -> dict[str, float]:
-    """How near answers are to those expected."""
+def score(given: list[str], expected: list[str]) -> tuple[float, float]:
+    """How near answers are to those expected: exact match, and ROUGE-L."""
     pairs = {"predictions": given, "references": expected}
-    found = {**ExactMatch().compute(**pairs), **RougeL().compute(**pairs)}
-    return {f"{prefix}/{name}": value for name, value in found.items()}
+    return ExactMatch().compute(**pairs)["exact_match"], RougeL().compute(**pairs)["rouge_l"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_bits_a_byte_are_those_of_the_recipe(gpt: ModuleType, corpus: Path, tmp_
     own = (ROOT / "recipes" / "gpt" / "tasks" / "prose_bits_per_byte.yaml").read_text()
     own = own.replace("recipes/gpt/tasks/prose.jsonl", str(tasks / "ended.jsonl"))
     (tasks / "task.yaml").write_text(own.replace("prose_bits_per_byte", "ended"))
-    found = evaluated(tmp_path / "run", "ended", tmp_path, tasks=tasks)["bits_per_byte,none"]
+    found = evaluated(tmp_path / "run", "ended", tmp_path, ",add_bos_token=False", tasks)["bits_per_byte,none"]
     num_bytes = sum(len(text.encode()) for text in texts)
     found *= (num_bytes + len(END) * len(texts)) / num_bytes
     assert metric(tmp_path / "run", "eval/bits_per_byte")[-1] == pytest.approx(found, rel=1e-4)
@@ -53,7 +53,7 @@ def test_bits_a_byte_are_those_of_the_recipe(gpt: ModuleType, corpus: Path, tmp_
     ("task", "options", "names"),
     [
         ("wordnet_class", ",add_bos_token=True", ["acc,none", "acc_norm,none"]),
-        ("prose_bits_per_byte", "", ["bits_per_byte,none"]),
+        ("prose_bits_per_byte", ",add_bos_token=False", ["bits_per_byte,none"]),
     ],
 )
 def test_the_tasks_here_run_offline(
