@@ -21,6 +21,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Several
 from shared.fields import Amount, Count, Natural, Share, ShareAboveZero, ShareInside
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ class Config(fields.RunControl):
     """Rank of an adapter that is trained beside the frozen model. 0 = the model itself is trained."""
     lora_alpha: Natural = 0  # The adapter's product is scaled by lora_alpha / lora_rank. 0 = 2 x lora_rank.
     lora_dropout: Share = 0.0  # Probability with which an input of the adapter is dropped. 0 = none.
-    lora_targets: str = "all-linear"
+    lora_targets: Several = "all-linear"
     """Layers that get an adapter, by name, with commas; all-linear = all but embeddings and head."""
     merge: bool = True  # Export the whole model, the adapter added to its matrices; else the adapter alone.
 
@@ -145,6 +146,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 answer = pipeline("text-generation", model, tokenizer=tokenizer)
 print(answer({!r}, max_new_tokens={}))"""
 NEXT = "talk to it: python recipes/gpt/generate.py --model {} --chat"
+NEXT_OF_TEXTS = "let it go on: python recipes/gpt/generate.py --model {} --prompt TEXT"
 
 
 class Answers(NamedTuple):
@@ -163,6 +165,10 @@ def check_config(cfg: Config) -> None:
     cli.expect(has_sizes, "tokenizer", cfg.tokenizer, "the folder or Hub id of a causal model, for init scratch")
     adapts = cfg.init != "scratch" or not cfg.lora_rank
     cli.expect(adapts, "lora_rank", cfg.lora_rank, "0 for init scratch, in which there is nothing to adapt")
+    of_adapter = {"lora_alpha": 0, "lora_dropout": 0.0, "lora_targets": "all-linear"}
+    for name, unset in of_adapter.items():
+        is_used = cfg.lora_rank > 0 or getattr(cfg, name) == unset
+        cli.expect(is_used, name, getattr(cfg, name), f"{unset} without lora_rank, which makes an adapter")
     by_adamw = not cfg.lora_rank or cfg.optimizer != "muon"
     cli.expect(by_adamw, "optimizer", cfg.optimizer, "adamw for an adapter")
     cli.expect(cfg.merge or cfg.lora_rank > 0, "merge", cfg.merge, "True without lora_rank, which makes an adapter")
@@ -193,12 +199,11 @@ def open_data(cfg: Config) -> tuple[Conversations, Conversations]:
     data = str(conversations.SAMPLES / "answers") if cfg.data == "answers" else cfg.data
     column = cfg.task_column or ("task" if cfg.data == "answers" else "")
     train = conversations.open_conversations(data, config=cfg.data_config, split=cfg.data_split, task_column=column)
-    source, config = (cfg.eval_data, "") if cfg.eval_data else (data, cfg.data_config)
-    eval_split = (
-        cfg.eval_split or validation_split(source, config, cfg.data_split) or ("train" if cfg.eval_data else "")
-    )
+    source, config, field = (cfg.eval_data, "", "eval_data") if cfg.eval_data else (data, cfg.data_config, "data")
+    eval_split = cfg.eval_split or validation_split(source, config, cfg.data_split, field)
+    eval_split = eval_split or ("train" if cfg.eval_data else "")
     if eval_split:
-        options = {"config": config, "split": eval_split, "task_column": column, "field": "eval_split"}
+        options = {"config": config, "split": eval_split, "task_column": column, "field": "eval_split", "source": field}
         held_out = conversations.open_conversations(source, **options)
     else:
         train, held_out = conversations.hold_out(train, cfg.eval_fraction)
@@ -214,7 +219,9 @@ def open_tokenizer(cfg: Config, samples: Conversations) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never a target
     template = conversations.read_template(cfg.chat_template) if cfg.chat_template else ""
-    return conversations.with_template(tokenizer, template) if template or samples.talks() else tokenizer
+    if not (template or samples.talks()):
+        return tokenizer
+    return conversations.with_template(tokenizer, template, cfg.chat_template)
 
 
 def open_answers(cfg: Config, samples: Conversations, tokenizer: Any) -> Answers:
@@ -466,7 +473,7 @@ def main(cfg: Config) -> None:
     results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
     usage = USAGE_OF_ADAPTER if cfg.lora_rank and not cfg.merge else USAGE
     usage = usage.format(conversations.example_of(held_out), cfg.max_new_tokens)
-    next_command = NEXT.format(shlex.quote(str(run.folder)))
+    next_command = (NEXT if train.talks() else NEXT_OF_TEXTS).format(shlex.quote(str(run.folder)))
     shown = shown or run.state.get("shown", "")
     run.finish("text-generation", usage, results=results, samples=shown, figures={}, next_command=next_command)
 

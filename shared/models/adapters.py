@@ -44,6 +44,8 @@ def add_lora(
     known = {name.rpartition(".")[2]: None for name in layers if model.get_submodule(name) is not head}
     expected = f"all-linear, or layers of init: {', '.join(known)}"
     expect(targets == "all-linear" or set(wanted) <= known.keys(), "lora_targets", targets, expected)
+    largest = max(min(model.get_submodule(name).weight.shape) for name in layers)
+    expect(rank <= largest, "lora_rank", rank, f"at most {largest}, the smaller side of the largest matrix of init")
     tables = [model.get_input_embeddings(), *([] if model.config.tie_word_embeddings else [head])]
     names = [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in tables)]
     config = LoraConfig(

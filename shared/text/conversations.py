@@ -21,7 +21,7 @@ import numpy as np
 from shared.command_line import UsageError, expect
 from shared.data.subsets import held_out_of_each
 from shared.text import tokenization
-from shared.text.tables import load_splits
+from shared.text.tables import in_utf8, load_splits
 from shared.text.tokenization import CONVERSATION_TOKENS
 from shared.text.vocabulary import special_ids
 
@@ -90,7 +90,7 @@ class Conversations:
 
 
 def open_conversations(
-    data: str, *, config: str, split: str, task_column: str, field: str = "data_split"
+    data: str, *, config: str, split: str, task_column: str, field: str = "data_split", source: str = "data"
 ) -> Conversations:
     """Read and check one split.
 
@@ -100,19 +100,21 @@ def open_conversations(
         split: name of the split; a single file has train alone.
         task_column: of the names of tasks; "" = none.
         field: that names the split, for the message.
+        source: the field that names the data, likewise.
 
     Raises:
         UsageError: something is not there, or not what it must be; it names column, row and what was expected.
     """
-    splits = load_splits(data, config)
+    splits = load_splits(data, config, source)
     expect(split in splits, field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
     table = splits[split]
     there = [form for form, columns in FORMS.items() if set(columns) <= set(table.column_names)]
     wanted = "a column messages, or prompt and completion, or text, got"
-    expect(bool(there), "data", data, f"{wanted} {', '.join(table.column_names)}")
-    expect(len(table) > 0, "data", data, f"at least one example in the split {split}")
+    expect(bool(there), source, data, f"{wanted} {', '.join(table.column_names)}")
+    expect(len(table) > 0, source, data, f"at least one example in the split {split}")
     form: Form = there[0]  # type: ignore[assignment]
-    records = table.select_columns(list(FORMS[form])).to_list()
+    with in_utf8(data, source):
+        records = table.select_columns(list(FORMS[form])).to_list()
     records = [_plain(record) for record in records]
     for row, record in enumerate(records):
         _check(record, f"row {row} of the split {split} of {data!r}")
@@ -140,49 +142,54 @@ def read_template(file: str) -> str:
         UsageError: it cannot be read.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        template = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"chat_template: {file!r}: expected a file with a template: {error}") from error
+    expect(bool(template.strip()), "chat_template", file, "a file with a template, it is empty")
+    return template
 
 
-def with_template(tokenizer: Any, template: str) -> Any:
+def with_template(tokenizer: Any, template: str = "", name: str = "") -> Any:
     """The tokenizer with a chat template.
 
     Args:
         tokenizer: a fast transformers tokenizer; one that has a template keeps it.
         template: Jinja that replaces it; "" = the tokenizer's own, or where it has none the one of this module, which
             takes the tokens that `train_byte_level_bpe` keeps for it, else plain words and the end token.
+        name: of the template's file, for the message.
 
     Raises:
         UsageError: it cannot write a conversation, or rewrites one that goes on, or ends no answer.
     """
     tokenizer.chat_template = template or tokenizer.chat_template or _own_template(tokenizer)
-    stop_token(tokenizer, "chat_template" if template else "tokenizer")
+    stop_token(tokenizer, "chat_template" if template else "tokenizer", name)
     return tokenizer
 
 
-def stop_token(tokenizer: Any, field: str = "tokenizer") -> int:
+def stop_token(tokenizer: Any, field: str = "tokenizer", name: str = "") -> int:
     """The token with which the chat template ends an answer; without a template the end token.
 
     Args:
         tokenizer: of which one is asked for.
         field: that names the template, for the message.
+        name: of its file; "" = the tokenizer's.
 
     Raises:
         UsageError: see `with_template`.
     """
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
-    written = f"{str(tokenizer.chat_template)[:40]!r}..."
+    name = name or str(tokenizer.name_or_path)
     try:
         asked, whole = ids_before_answer(tokenizer, _TRIAL[:1]), _written(tokenizer, _TRIAL)
     except Exception as error:  # Jinja's errors, and what templates raise, have no common class
         reason = " ".join(str(error).split())
-        raise UsageError(f"{field}: {written}: expected a chat template that can be filled in: {reason}") from error
-    only_adds = "a chat template that only adds to a conversation that goes on"
-    expect(whole[: len(asked)] == asked, field, written, only_adds)
+        raise UsageError(f"{field}: {name!r}: expected a chat template that can be filled in: {reason}") from error
+    only_adds = "a chat template that only adds tokens to a conversation that goes on"
+    only_adds += " (what ends in a blank before an answer would become a part of its first token)"
+    expect(whole[: len(asked)] == asked, field, name, only_adds)
     special = [token for token in whole[len(asked) :] if token in tokenizer.added_tokens_decoder]
-    expect(bool(special), field, written, "a chat template that ends an answer with a special token")
+    expect(bool(special), field, name, "a chat template that ends an answer with a special token")
     return special[-1]
 
 
@@ -296,6 +303,8 @@ def _check_turns(messages: list[Any], column: str, where: str) -> None:
     for turn in messages:
         is_message = isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
         expect(is_message, column, _short(turn), f"role and content, both texts, in {where}")
+        says = turn["role"] != "assistant" or bool(turn["content"].strip())
+        expect(says, column, _short(turn), f"some text of the assistant in {where}")
     roles = [turn["role"] for turn in messages]
     expect("assistant" in roles, column, ", ".join(roles), f"a message of the assistant in {where}")
     talk = roles[roles[:1] == ["system"] :]

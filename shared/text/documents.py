@@ -404,15 +404,17 @@ def _open_hub_texts(data: str, *, config: str, split: str, text_column: str) -> 
 
 
 @contextlib.contextmanager
-def hub_errors(data: str) -> Iterator[None]:
+def hub_errors(data: str, field: str = "data") -> Iterator[None]:
     """Turn what goes wrong with the Hub data set `data` into a `UsageError`, a name that is no Hub id first of all."""
     if not is_hub_id(data):
-        raise UsageError(f"data: {data!r}: expected sample, a file or folder that exists, or a Hub data set id")
+        raise UsageError(
+            f"{field}: {data!r}: expected embedded data, a file or folder that exists, or a Hub data set id"
+        )
     try:
         yield
     except Exception as error:  # its many network, cache and format errors have no common class
         expected = "a file or folder that exists, or a Hub data set that can be read"
-        raise UsageError(f"data: {data!r}: expected {expected}: {_one_line(error)}") from error
+        raise UsageError(f"{field}: {data!r}: expected {expected}: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

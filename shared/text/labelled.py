@@ -15,7 +15,7 @@ import numpy as np
 from shared.command_line import UsageError, expect
 from shared.data.batches import IGNORED
 from shared.data.subsets import few_of_each, held_out_of_each
-from shared.text.tables import load_splits
+from shared.text.tables import in_utf8, load_splits
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -100,7 +100,8 @@ def open_labelled(
         expect(column in table.column_names, field, column, f"a column of {data!r}: {', '.join(table.column_names)}")
     expect(len(table) > 0, "data", data, f"at least one sample in the split {split}")
     problem, names = _problem_of(table.features[label_column], table, label_column)
-    texts = [table[column] for column in columns]
+    with in_utf8(data):
+        texts = [list(table[column]) for column in columns]
     for field, column, values in zip(("text_column", "text_pair_column"), columns, texts, strict=False):
         _check_texts(field, column, values, problem)
     where = f"in the split {split} of {data!r}"

@@ -1,5 +1,7 @@
 """Records with columns, in splits: local files of one format, or a Hub data set."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".
 _COMPRESSED = (".gz", ".xz", ".zst")
 
 
-def load_splits(data: str, config: str) -> dict[str, Any]:
+def load_splits(data: str, config: str, field: str = "data") -> dict[str, Any]:
     """The splits of a data set, by name.
 
     Args:
         data: a .jsonl, .json, .csv, .tsv or .parquet file, also compressed, which has train alone; a folder of them
             whose names begin with a split; or a Hub id.
         config: configuration of a Hub data set; "" = its only one.
+        field: that names it, for the message.
 
     Raises:
         UsageError: it is not there, or cannot be read.
@@ -29,11 +32,22 @@ def load_splits(data: str, config: str) -> dict[str, Any]:
         try:
             found = datasets.load_dataset(**files)
         except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
-            raise UsageError(f"data: {data!r}: expected files that can be read: {_one_line(error)}") from error
+            reason = _one_line(error.__cause__ or error)
+            reason = "there is no record in them" if "StopIteration" in reason or "no data" in reason else reason
+            raise UsageError(f"{field}: {data!r}: expected files that can be read: {reason}") from error
     else:
-        with hub_errors(data):
+        with hub_errors(data, field):
             found = datasets.load_dataset(data, config or None)
     return dict(found)
+
+
+@contextlib.contextmanager
+def in_utf8(data: str, field: str = "data") -> Iterator[None]:
+    """Make one `UsageError` of text that is not UTF-8, which is found when the block reads it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{field}: {data!r}: expected text in UTF-8: {_one_line(error)}") from error
 
 
 def _local(path: Path) -> dict[str, Any]:
@@ -68,13 +82,13 @@ def _split_of(file: Path) -> str:
     return file.name.partition(".")[0].partition("-")[0]
 
 
-def validation_split(data: str, config: str, test_split: str = "") -> str:
+def validation_split(data: str, config: str, test_split: str = "", field: str = "data") -> str:
     """Name of the first split but `test_split` whose name begins with validation, val, dev or test; "" = none.
 
     Raises:
         UsageError: the data set cannot be read.
     """
-    names = [name for name in load_splits(data, config) if name != test_split]
+    names = [name for name in load_splits(data, config, field) if name != test_split]
     return next((name for kind in ("validation", "val", "dev", "test") for name in names if name.startswith(kind)), "")
 
 

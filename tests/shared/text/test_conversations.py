@@ -150,7 +150,7 @@ def test_several_answers_of_a_completion_are_learnt(tokenizer: Any) -> None:
         ("{% for m in messages %}{{ m.content }};{% endfor %}", "ends an answer with a special token"),
         (
             "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}<end>{% endfor %}",
-            "only adds to a conversation that goes on",
+            "only adds tokens to a conversation that goes on",
         ),
     ],
 )
@@ -187,6 +187,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], "some text in row 1"),
         ([{"prompt": "a", "completion": None}], "completion"),
         ([{"text": ""}], "some text in row 0"),
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}], "of the assistant"),
     ],
 )
 def test_what_nothing_can_be_learnt_from_is_refused(tmp_path: Path, rows: list[Any], words: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.command_line import UsageError
-from shared.text.tables import load_splits, validation_split
+from shared.text.tables import in_utf8, load_splits, validation_split
 
 ROWS = [{"text": f"text {number}", "number": number} for number in range(3)]
 
@@ -47,8 +47,19 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.jsonl").write_text('{"text": ')
     cases = {str(tmp_path): "files of one format", str(tmp_path / "empty"): "a file, or a folder of files"}
-    cases[str(tmp_path / "broken.jsonl")] = "files that can be read"
+    (tmp_path / "nothing.jsonl").write_text("")
+    cases[str(tmp_path / "broken.jsonl")] = "files that can be read: .*JSON"
+    cases[str(tmp_path / "nothing.jsonl")] = "files that can be read: there is no record in them"
     for data, words in cases.items():
         with pytest.raises(UsageError, match=f"data: .*expected {words}") as caught:
             load_splits(data, "")
         assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "latin.jsonl"
+    file.write_bytes('{"text": "café"}\n'.encode("latin-1"))
+    expected = r"eval_data: .*latin.jsonl.*expected"
+    with pytest.raises(UsageError, match=expected) as caught, in_utf8(str(file), "eval_data"):
+        load_splits(str(file), "", "eval_data")["train"].to_list()
+    assert "\n" not in str(caught.value)
