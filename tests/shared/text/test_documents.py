@@ -515,7 +515,7 @@ def test_what_looks_like_a_path_is_never_taken_for_a_hub_id(data: str) -> None:
 
 @pytest.mark.parametrize("data", ["", "./nothing", "a/b/c", "nothing.txt", "nothing/a.parquet", "~nobody/a"])
 def test_a_path_that_is_not_there(data: str) -> None:
-    expected = f"data: {data!r}: expected sample, a file or folder that exists, or a Hub data set id"
+    expected = f"data: {data!r}: expected embedded data, a file or folder that exists, or a Hub data set id"
     assert error_of(data) == expected
 
 
