@@ -182,7 +182,9 @@ def test_loss_and_weights_are_those_of_the_library_s_class(
     assert model(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lamb"])
+@pytest.mark.parametrize(
+    "optimizer", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "lamb"))]
+)
 def test_one_batch_is_overfitted(bert: ModuleType, tokenizer: Any, optimizer: str) -> None:
     rate = {"muon": 3e-3, "adamw": 1e-2, "lamb": 5e-3}[optimizer]
     cfg = bert.Config(**{**TINY, "optimizer": optimizer, "learning_rate": rate})

@@ -138,10 +138,11 @@ def test_a_tuned_model_is_tuned_again_at_half_of_its_rates(gpt_finetune: ModuleT
 
 
 def test_plain_texts_are_learnt_as_in_pre_training(
-    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path
+    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(gpt_finetune, config_of(gpt_finetune, causal, talks / "texts", tmp_path))
     assert metric(tmp_path, "train/loss")[-1] < metric(tmp_path, "train/loss")[0]
+    assert f"generate.py --model {tmp_path} --prompt TEXT" in capsys.readouterr().out  # it has no chat template
     assert not metric(tmp_path, "eval/exact_match")
 
 

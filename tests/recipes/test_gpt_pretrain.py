@@ -309,7 +309,14 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert_same_weights(run_dir, reference)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_signal_saves_and_the_same_command_goes_on(
     corpus: Path, tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:

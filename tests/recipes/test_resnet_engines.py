@@ -53,9 +53,7 @@ def assert_close(run_dir: Path, other: Path) -> None:
             torch.testing.assert_close(value, weights(other)[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("engine", "kind"), [ENGINES[0], *(pytest.param(*engine, marks=pytest.mark.slow) for engine in ENGINES[1:])]
-)
+@pytest.mark.parametrize(("engine", "kind"), [pytest.param(*engine, marks=pytest.mark.slow) for engine in ENGINES])
 def test_engine_equals_one_process(runs: Runs, engine: str, kind: str) -> None:
     from transformers import AutoModelForImageClassification
 

@@ -376,7 +376,7 @@ def test_resuming_is_exact_to_the_bit(
     assert_same_weights(run_dir, reference)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_streaming_learns_and_resumes_to_the_bit(
     resnet: ModuleType, shapes: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,9 +52,7 @@ def runs(
     return found
 
 
-@pytest.mark.parametrize(
-    ("engine", "kind"), [ENGINES[0], *(pytest.param(*engine, marks=pytest.mark.slow) for engine in ENGINES[1:])]
-)
+@pytest.mark.parametrize(("engine", "kind"), [pytest.param(*engine, marks=pytest.mark.slow) for engine in ENGINES])
 @pytest.mark.parametrize("recipe", FIELDS)
 def test_engine_equals_one_process(runs: dict[str, Runs], recipe: str, engine: str, kind: str) -> None:
     run_dir, other = runs[recipe].of_engine(engine, kind), runs[recipe].of_one_process(kind)

@@ -36,6 +36,7 @@ def read(folder: Path) -> list[tuple[dict[str, Any], np.ndarray]]:
     return [(entry, np.asarray(Image.open(folder / entry["file"]))) for entry in entries]
 
 
+@pytest.mark.slow
 def test_the_program_leaves_the_library_s_images_and_says_what_it_cut(tiny_pipeline: Path, tmp_path: Path) -> None:
     """In a process of its own, from another folder; the libraries say nothing."""
     prompt = f"{KEPT} {LOST}"

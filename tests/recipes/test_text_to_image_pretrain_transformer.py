@@ -480,6 +480,7 @@ def test_latents_of_several_shapes_are_trained_on(
     assert json.loads((tmp_path / "run" / "model_index.json").read_text())["default_sample_size"] == 2 * side
 
 
+@pytest.mark.slow
 def test_the_embedded_emoji_are_encoded_once(
     pretrain_transformer: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

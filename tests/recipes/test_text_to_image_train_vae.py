@@ -65,6 +65,7 @@ def reference(vae: ModuleType, shapes: Path, tmp_path_factory: pytest.TempPathFa
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_damaged_images_are_replaced_the_same_way(vae: ModuleType, shapes: Path, tmp_path: Path) -> None:
     shutil.copytree(shapes, tmp_path / "data")
     damaged = tmp_path / "data" / "train" / "high" / "3.png"
@@ -361,6 +362,7 @@ def test_help_shows_every_field(vae: ModuleType) -> None:
 # -- what is shipped ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_shipped_autoencoder_is_as_good_as_the_readme_says(vae: ModuleType) -> None:
     """On both held-out splits; latents of the training images have mean zero and variance one."""
     shipped = ROOT / "recipes" / "text_to_image" / "assets" / "vae"

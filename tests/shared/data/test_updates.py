@@ -154,6 +154,7 @@ def test_workers_outlive_a_signal_that_their_parent_did_not_send() -> None:
     updates.close()
 
 
+@pytest.mark.slow
 def test_workers_let_training_go_first_on_a_cpu() -> None:
     others = set(multiprocessing.active_children())
     updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 1, torch.device("cpu"))

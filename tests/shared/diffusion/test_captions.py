@@ -274,6 +274,7 @@ for name in ("tester/pipeline", "tester/clip"):
 """
 
 
+@pytest.mark.slow
 def test_the_hub_and_what_is_kept_of_it_without_a_network(
     loaded: tuple[Any, Any], tiny_text_encoder: Path, tmp_path: Path
 ) -> None:

@@ -229,6 +229,7 @@ def test_samplers_come_to_the_same_image(stable_diffusion: Any, schedule: dict[s
         assert len(make(stable_diffusion, PROMPTS[:1], SEEDS[:1], num_steps=1)) == 1
 
 
+@pytest.mark.slow
 def test_every_sampler_made_from_the_saved_scheduler_comes_to_the_same_image(stable_diffusion: Any) -> None:
     own, settings = stable_diffusion.scheduler, {"guidance_scale": 1.0, "batch_size": 2}
     exact = make(stable_diffusion, PROMPTS[:2], SEEDS[:2], num_steps=30, **settings)

@@ -309,6 +309,7 @@ except UsageError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_hub_data_set_is_read_like_the_files_it_is_made_of(tmp_path: Path) -> None:
     """Through the real client against a Hub on the loopback, in a process that may go online."""
     names = ["blue", "red"]

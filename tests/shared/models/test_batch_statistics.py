@@ -75,6 +75,7 @@ class HostReads(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+@pytest.mark.slow
 def test_no_forward_pass_reads_on_the_host_or_breaks_the_graph() -> None:
     sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2]}
     network = ResNetForImageClassification(ResNetConfig(**sizes)).train()

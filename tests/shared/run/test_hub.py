@@ -211,6 +211,7 @@ def test_loadable_files_and_nothing_else_are_pushed_as_one_tagged_commit(hub: Hu
     assert not temporary_files()  # the copies are gone
 
 
+@pytest.mark.slow
 def test_pushed_model_loads_in_a_clean_process(hub: Hub, model_folder: Path, tmp_path: Path) -> None:
     assert push_and_close(model_folder) == ""
     code = f"""

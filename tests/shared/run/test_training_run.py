@@ -88,6 +88,7 @@ def test_a_loop_that_forgets_something_is_told(
         drive(case, tmp_path / "run", accelerator, 0)
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_same_and_stop_together(tmp_path: Path) -> None:
     status, output = launch("multi_cpu", Path(loops.__file__), tmp_path, "1000", str(NUMBER_ON_TWO))
     assert status == 0, output
