@@ -443,7 +443,7 @@ def runs(bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path_fact
 @pytest.mark.parametrize(
     ("engine", "kind"),
     [
-        ("multi_cpu", "tags"),
+        pytest.param("multi_cpu", "tags", marks=pytest.mark.slow),
         *(
             pytest.param(engine, "classes", marks=pytest.mark.slow)
             for engine in ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")

@@ -104,6 +104,7 @@ def test_updates_are_a_function_of_seed_and_step(resnet: ModuleType, shapes: Pat
     assert not torch.equal(updates(replace(cfg, seed=1), 0)[0][0], whole[0][0])
 
 
+@pytest.mark.slow
 def test_damaged_images_are_replaced_the_same_way(resnet: ModuleType, shapes: Path, tmp_path: Path) -> None:
     shutil.copytree(shapes, tmp_path / "data")
     damaged = tmp_path / "data" / "train" / "high" / "3.png"

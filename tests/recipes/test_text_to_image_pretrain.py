@@ -436,6 +436,7 @@ def test_samples_are_held_out_where_there_is_no_split(
     assert (len(one), len(other), len(one & other)) == (32, 8, 0)
 
 
+@pytest.mark.slow
 def test_the_embedded_emoji_are_encoded_once(
     pretrain: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

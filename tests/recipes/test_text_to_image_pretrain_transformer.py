@@ -239,6 +239,7 @@ def prepared(recipe: ModuleType, cfg: Any, accumulation: int, dtype: torch.dtype
     return accelerator, *accelerator.prepare(model, recipe.build_optimizer(cfg, model))
 
 
+@pytest.mark.slow
 def test_one_batch_is_overfitted(pretrain_transformer: ModuleType) -> None:
     """With its noise, times and kept tokens, from the error of an empty prediction to a tenth of it."""
     cfg = pretrain_transformer.Config(**{**TINY, "hidden_size": 32, "mlp_ratio": 4.0})
@@ -343,6 +344,7 @@ def test_images_are_the_pipelines(
     assert np.abs(theirs[0] - theirs[1]).max() > 0.02
 
 
+@pytest.mark.slow
 def test_a_frozen_text_encoder_equals_its_cached_embeddings(
     pretrain_transformer: ModuleType,
     cache_latents: ModuleType,

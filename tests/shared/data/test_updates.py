@@ -138,6 +138,7 @@ def test_a_worker_does_not_outlive_a_parent_that_was_killed() -> None:
     wait_for(lambda: not psutil.pid_exists(int(ended.stdout)), seconds=20)
 
 
+@pytest.mark.slow
 def test_workers_outlive_a_signal_that_their_parent_did_not_send() -> None:
     others = set(multiprocessing.active_children())
     updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 1, torch.device("cpu"))

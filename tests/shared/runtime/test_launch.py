@@ -187,6 +187,7 @@ def test_deepspeed_values_that_the_recipe_owns_are_refused(fixed: dict[str, Any]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+@pytest.mark.slow
 def test_freed_memory_is_used_again() -> None:
     """32 MB are freed and taken again 40 times: 8,192 pages each time, unless the process keeps them."""
     program = """

@@ -121,6 +121,7 @@ def test_too_few_documents_for_two_splits_are_refused(wordpiece: Any, tmp_path: 
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.slow
 def test_a_long_line_without_an_end_is_cut(wordpiece: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     train, _ = split(Corpus("word " * 2_000_000, "One. Two."), wordpiece, tmp_path)  # 10 MB
