@@ -37,7 +37,7 @@ from harness import (
 )
 
 RECIPE = ROOT / "recipes" / "gpt" / "finetune.py"
-FLAGS = ["--eval_answers=0", "--eval_every=0", "--save_every=0"]
+FLAGS = ["--eval_answers=0", "--eval_every=0", "--save_every=0", "--optimizer=adamw", "--learning_rate=0.002"]
 WAYS: dict[str, dict[str, Any]] = {
     "padded": {},
     "packed, mixing examples": {"packing": True},
@@ -57,7 +57,7 @@ def prepare(folder: str) -> dict[str, Any]:
     train, _ = recipe.open_data(cfg)
     tokenizer = recipe.open_tokenizer(cfg, train)
     rows = recipe.pack_examples(train, tokenizer, cfg.seq_length)
-    model = recipe.build_model(cfg, tokenizer)
+    model = recipe.build_model(cfg, tokenizer, talks=True)
     return {
         "targets_per_row": rows.num_targets / len(rows),
         "examples_per_row": (len(train) - rows.num_left_out) / len(rows),
@@ -112,7 +112,7 @@ def run_trl(flags: list[str], updates: int, way: str, batch_size: int) -> dict[s
             assistant_only_loss=True,
             optim="adamw_torch_fused",
             adam_beta2=0.95,
-            learning_rate=recipe.learning_rate_of(cfg),
+            learning_rate=cfg.learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=updates // 10,
             max_grad_norm=cfg.max_grad_norm,
@@ -129,7 +129,8 @@ def run_trl(flags: list[str], updates: int, way: str, batch_size: int) -> dict[s
     )
     trainer.train()
     memory = peak_bytes()
-    model = recipe.head_at_targets(trainer.accelerator.unwrap_model(trainer.model))
+    trainer.save_model(cfg.output_dir)  # trl has changed the model's forward pass
+    model = recipe.head_at_targets(transformers.AutoModelForCausalLM.from_pretrained(cfg.output_dir))
     rows = recipe.pack_examples(held_out, tokenizer, cfg.seq_length)
     nobody = recipe.Answers([], [], [], [])
     metrics, *_ = recipe.evaluate(cfg, accelerate.Accelerator(), model, rows, nobody, tokenizer, cfg.global_batch_size)
