@@ -34,7 +34,7 @@ def add_lora(
         tokens: ids that pre-training has not seen, whose rows of embeddings and head are trained too.
 
     Raises:
-        UsageError: there is no such layer.
+        UsageError: there is no such layer, or the rank is more than any matrix has.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D  # of GPT-2
@@ -66,6 +66,7 @@ def add_lora(
 def _where_they_are() -> Iterator[None]:
     """Let modules not be moved: peft moves adapters to the model's device, and a dry run's cannot be moved."""
     to = torch.nn.Module.to
+    # peft calls it at several places, and has no switch; for the length of one injection all modules stay.
     torch.nn.Module.to = lambda module, *args, **options: module  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -81,7 +82,7 @@ def is_adapter(name: str) -> bool:
         return (Path(name) / ADAPTER_CONFIG).is_file()
     try:
         return cached_file(name, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False) is not None
-    except Exception:  # it is not there at all, which loading it will say
+    except (OSError, ValueError):  # no such repository, no network, no such name: loading it will say
         return False
 
 

@@ -112,7 +112,7 @@ def open_conversations(
     wanted = "a column messages, or prompt and completion, or text, got"
     expect(bool(there), source, data, f"{wanted} {', '.join(table.column_names)}")
     expect(len(table) > 0, source, data, f"at least one example in the split {split}")
-    form: Form = there[0]  # type: ignore[assignment]
+    form: Form = there[0]  # type: ignore[assignment]  # a key of FORMS, which are these
     with in_utf8(data, source):
         records = table.select_columns(list(FORMS[form])).to_list()
     records = [_plain(record) for record in records]

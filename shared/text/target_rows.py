@@ -72,7 +72,7 @@ def pack_examples(samples: Conversations, tokenizer: Any, seq_length: int) -> Ta
     for row, record in enumerate(tqdm(samples.records, desc="tokenising", delay=2)):
         try:
             examples.append(encode_example(tokenizer, record, stop))
-        except Exception as error:  # what a template says of a conversation that it does not take
+        except Exception as error:  # Jinja's errors, what a template raises, and UsageError have no common class
             reason = " ".join(str(error).split())
             raise UsageError(
                 f"data: row {row}: expected a conversation that the chat template takes: {reason}"
