@@ -87,6 +87,9 @@ class Config(fields.RunControl):
     eval_fraction: ShareInside = 0.05  # Share of the examples held out where there is no split to evaluate on.
     eval_answers: Natural = 200  # Held-out questions that are answered. 0 = none.
     max_new_tokens: Count = 64  # Tokens of an answer at most.
+    best_metric: Literal["loss", "exact_match", "rouge_l"] = "loss"
+    """Metric whose best evaluation is exported: loss (the least), or of the answers exact_match or rouge_l."""
+    patience: Natural = 0  # Evaluations without a better one after which the run ends. 0 = it does not.
     seeds: Count = 1  # Runs, with seeds from `seed` on, whose mean and standard error are told.
 
 
@@ -116,6 +119,7 @@ from shared.optim.optimizers import clip_and_step, set_learning_rates, state_byt
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.seeds import each_seed, report_seeds
 from shared.run.training_run import Run, start
 from shared.runtime.collectives import equal_share, gather_objects, node_main_first, rank_of
@@ -176,6 +180,8 @@ def check_config(cfg: Config) -> None:
     cli.expect(whole, "merge", cfg.merge, "True where init is an adapter itself")
     base = not cfg.push_to_hub or cfg.merge or not Path(cfg.init).is_dir()
     cli.expect(base, "merge", cfg.merge, "True where init is a folder, which those who get the pushed adapter lack")
+    evaluates = not cfg.patience or cfg.eval_every > 0
+    cli.expect(evaluates, "patience", cfg.patience, "0 where eval_every is 0, since it counts evaluations")
     fits = cfg.max_new_tokens < cfg.seq_length or not cfg.eval_answers
     cli.expect(fits, "max_new_tokens", cfg.max_new_tokens, f"less than seq_length, {cfg.seq_length}")
 
@@ -414,7 +420,7 @@ def export(cfg: Config, accelerator: Any, model: Any, tokenizer: Any, folder: Pa
 
 
 def main(cfg: Config) -> None:
-    """Train, evaluate, save, and leave a model that `from_pretrained` loads and that answers by its chat template."""
+    """Train, evaluate, and leave the best model as `from_pretrained` loads it, which answers by its chat template."""
     check_config(cfg)
     cfg = with_rates(cfg)
     accelerator, micro_batch_size = start(cfg)
@@ -427,6 +433,8 @@ def main(cfg: Config) -> None:
         expected = f"an example with a target within {cfg.seq_length} tokens"
         cli.expect(len(packed) > 0, name, getattr(cfg, name) or cfg.data, expected)
     answers = open_answers(cfg, held_out, tokenizer)
+    answers_some = cfg.best_metric == "loss" or bool(answers.prompts)
+    cli.expect(answers_some, "best_metric", cfg.best_metric, "loss where no question is answered")
     order = {"weights": [1.0], "seed": cfg.seed, "global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     updates = Updates([rows], micro_batch_size, order)
     if cfg.dry_run:
@@ -440,11 +448,12 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, for_engine(accelerator, build_optimizer(cfg, model)))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    best = Best(f"eval/{cfg.best_metric}", run.state)
+    run.is_over = best.has_waited(cfg.patience)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     fingerprints = [train.fingerprint(), held_out.fingerprint()]
     run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
-    shown = ""
     for step, (batches, _) in run.updates(loader, facts["flops_per_row"]):
         factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, 1.0)
         set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
@@ -461,21 +470,23 @@ def main(cfg: Config) -> None:
                 found, shown, texts = evaluate(cfg, accelerator, model, eval_rows, answers, tokenizer, micro_batch_size)
                 metrics |= found
                 run.write_samples(shown)
-                run.write_predictions(answers.expected, texts)
+                if best.is_better(run.step, found, shown):
+                    export(cfg, accelerator, model, tokenizer, run.folder)
+                    run.write_predictions(answers.expected, texts)
+                run.is_over = best.has_waited(cfg.patience)
             run.write(metrics)
-            if due.save:
-                run.save({"shown": shown})
-            if due.push:
-                export(cfg, accelerator, model, tokenizer, run.folder)
+            if due.save or run.is_over:
+                run.save(best.state())
+            if due.push and best.step:  # before the first evaluation there is no model to push
                 run.push()
 
-    export(cfg, accelerator, model, tokenizer, run.folder)
-    results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
+    cli.expect(best.step > 0, "best_metric", cfg.best_metric, "a finite value of it once; there is no model to export")
+    results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step, "best_step": best.step}
     usage = USAGE_OF_ADAPTER if cfg.lora_rank and not cfg.merge else USAGE
     usage = usage.format(conversations.example_of(held_out), cfg.max_new_tokens)
     next_command = (NEXT if train.talks() else NEXT_OF_TEXTS).format(shlex.quote(str(run.folder)))
-    shown = shown or run.state.get("shown", "")
-    run.finish("text-generation", usage, results=results, samples=shown, figures={}, next_command=next_command)
+    card = {"samples": best.samples, "figures": {}, "evaluation": best.metrics}
+    run.finish("text-generation", usage, results=results, next_command=next_command, **card)
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, rows: TargetRows) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from typing import Any
 
 
 class Best:
-    """Which evaluation was the best so far by one metric, of which more is better.
+    """Which evaluation was the best so far by one metric, of which more is better, but of a loss less.
 
     Args:
-        metric: its key, such as eval/accuracy.
+        metric: its key, such as eval/accuracy or eval/loss.
         state: the state of the checkpoint that the run goes on from; empty at the beginning.
 
     Attributes:
@@ -28,9 +28,10 @@ class Best:
 
     def is_better(self, step: int, metrics: dict[str, float], samples: str) -> bool:
         """Whether an evaluation beats all before it, which is then noted; of equal ones the first counts."""
-        value = metrics[self._metric]
+        sign = -1.0 if self._metric == "eval/loss" else 1.0
+        value, before = metrics[self._metric], self.metrics.get(self._metric, -sign * math.inf)
         self.waited += 1
-        if not math.isfinite(value) or value <= self.metrics.get(self._metric, -math.inf):
+        if not math.isfinite(value) or sign * value <= sign * before:
             return False
         self.step, self.metrics, self.samples, self.waited = step, dict(metrics), samples, 0
         return True

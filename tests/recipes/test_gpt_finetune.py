@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from shared import command_line as cli
 from shared.run.predictions import read_predictions
@@ -221,6 +223,30 @@ def test_an_adapter_resumes_exactly_and_is_exported_alone(
     )
 
 
+def test_what_is_exported_is_the_best_over_a_resume_and_ends_by_patience(
+    gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, losses = gpt_finetune.evaluate, iter([3.0, 1.0, 2.0, 2.0])
+
+    def pretend(*arguments: Any) -> Any:
+        metrics, shown, texts = evaluate(*arguments)
+        return metrics | {"eval/loss": next(losses)}, shown, texts
+
+    monkeypatch.setattr(gpt_finetune, "evaluate", pretend)
+    fields = {"eval_every": 4, "max_steps": 40, "patience": 1, "keep_checkpoints": 9}
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", tmp_path / "run", **fields))
+    after_eight = load_file(tmp_path / "run/checkpoints/step_00000008/model.safetensors")
+    assert all(torch.equal(after_eight[name], value) for name, value in weights(tmp_path / "run").items())
+    assert "| `eval/loss` | 1.0000 |" in (tmp_path / "run" / "README.md").read_text()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["best_step"], record["steps"]) == (8, 12)
+    resumed = state_at(tmp_path / "run", 8, tmp_path / "resumed")
+    for name in ("model.safetensors", "predictions.jsonl"):
+        shutil.copy(tmp_path / "run" / name, resumed)
+    run(gpt_finetune, config_of(gpt_finetune, causal, talks / "messages", resumed, **fields))
+    assert_same(resumed, tmp_path / "run")
+
+
 def test_the_code_of_the_card_runs(reference: Path, tmp_path: Path) -> None:
     run_card(reference, tmp_path)
 
@@ -394,6 +420,8 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         },
         "optimizer: 'muon': expected adamw for an adapter": {"optimizer": "muon", "lora_rank": 2},
         "max_new_tokens: 40: expected less than seq_length": {"max_new_tokens": 40},
+        "patience: 3: expected 0 where eval_every is 0": {"patience": 3},
+        "best_metric: 'rouge_l': expected loss where no question": {"best_metric": "rouge_l", "eval_answers": 0},
         "eval_split: 'dev': expected one of the splits": {"eval_split": "dev"},
         "it holds a run with another configuration": {"output_dir": str(reference), "seed": 7},
         "global_batch_size: 4: expected a multiple of per_device_batch_size": {"per_device_batch_size": 3},

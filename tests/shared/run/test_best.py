@@ -1,29 +1,34 @@
 import json
 import math
+from collections.abc import Callable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.run.best import Best
 
 
-@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan]), min_size=1), st.data())
+@pytest.mark.parametrize(("metric", "best_of"), [("eval/accuracy", max), ("eval/loss", min)])
+@given(values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan]), min_size=1), data=st.data())
 @settings(deadline=None)
-def test_the_first_of_the_best_is_kept_over_any_stop(values: list[float], data: st.DataObject) -> None:
+def test_the_first_of_the_best_is_kept_over_any_stop(
+    metric: str, best_of: Callable[[list[float]], float], values: list[float], data: st.DataObject
+) -> None:
     stop = data.draw(st.integers(0, len(values)))
-    best = Best("eval/accuracy", {})
+    best = Best(metric, {})
     noted = []
     for step, value in enumerate(values, start=1):
         if step == stop:
-            best = Best("eval/accuracy", json.loads(json.dumps(best.state())))
-        if best.is_better(step, {"eval/accuracy": value, "eval/loss": 1.0}, f"at {step}"):
+            best = Best(metric, json.loads(json.dumps(best.state())))
+        if best.is_better(step, {metric: value, "eval/other": 1.0}, f"at {step}"):
             noted.append(step)
     finite = [value for value in values if not math.isnan(value)]
-    expected = values.index(max(finite)) + 1 if finite else 0
+    expected = values.index(best_of(finite)) + 1 if finite else 0
     assert best.step == expected == (noted[-1] if noted else 0)
     assert best.waited == len(values) - expected
     assert not best.has_waited(0)
     assert [best.has_waited(patience) for patience in (best.waited, best.waited + 1)] == [best.waited > 0, False]
     if finite:
-        assert best.metrics == {"eval/accuracy": max(finite), "eval/loss": 1.0}
+        assert best.metrics == {metric: best_of(finite), "eval/other": 1.0}
         assert best.samples == f"at {expected}"
