@@ -122,7 +122,9 @@ from shared.run import summary
 from shared.run.best import Best
 from shared.run.seeds import each_seed, report_seeds
 from shared.run.training_run import Run, start
+from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import equal_share, gather_objects, node_main_first, rank_of
+from shared.runtime.launch import usable_cores
 from shared.text import conversations
 from shared.text.conversations import Conversations
 from shared.text.generation import answer_prompts
@@ -428,7 +430,9 @@ def main(cfg: Config) -> None:
     with node_main_first(accelerator):
         train, held_out = open_data(cfg)
         tokenizer = open_tokenizer(cfg, train)
-    rows, eval_rows = (pack_examples(samples, tokenizer, cfg.seq_length) for samples in (train, held_out))
+        options = {"seq_length": cfg.seq_length, "cache_dir": cache_folder(cfg.cache_dir)}
+        options |= {"num_processes": usable_cores()}
+        rows, eval_rows = (pack_examples(samples, tokenizer, **options) for samples in (train, held_out))
     for name, packed in (("data", rows), ("eval_data", eval_rows)):
         expected = f"an example with a target within {cfg.seq_length} tokens"
         cli.expect(len(packed) > 0, name, getattr(cfg, name) or cfg.data, expected)

@@ -48,6 +48,12 @@ WAYS: dict[str, dict[str, Any]] = {
 # In child processes; imports are late, so that each side has its own.
 
 
+def packed(recipe: Any, cfg: Any, samples: Any, tokenizer: Any) -> Any:
+    """Rows as the recipe makes them."""
+    options = {"seq_length": cfg.seq_length, "cache_dir": recipe.cache_folder(cfg.cache_dir)}
+    return recipe.pack_examples(samples, tokenizer, **options, num_processes=recipe.usable_cores())
+
+
 def prepare(folder: str) -> dict[str, Any]:
     """What the other parts need."""
     del folder
@@ -56,7 +62,7 @@ def prepare(folder: str) -> dict[str, Any]:
 
     train, _ = recipe.open_data(cfg)
     tokenizer = recipe.open_tokenizer(cfg, train)
-    rows = recipe.pack_examples(train, tokenizer, cfg.seq_length)
+    rows = packed(recipe, cfg, train, tokenizer)
     model = recipe.build_model(cfg, tokenizer, talks=True)
     return {
         "targets_per_row": rows.num_targets / len(rows),
@@ -131,7 +137,7 @@ def run_trl(flags: list[str], updates: int, way: str, batch_size: int) -> dict[s
     memory = peak_bytes()
     trainer.save_model(cfg.output_dir)  # trl has changed the model's forward pass
     model = recipe.head_at_targets(transformers.AutoModelForCausalLM.from_pretrained(cfg.output_dir))
-    rows = recipe.pack_examples(held_out, tokenizer, cfg.seq_length)
+    rows = packed(recipe, cfg, held_out, tokenizer)
     nobody = recipe.Answers([], [], [], [])
     metrics, *_ = recipe.evaluate(cfg, accelerate.Accelerator(), model, rows, nobody, tokenizer, cfg.global_batch_size)
     return {**speed(clock.times), "bytes": memory, "loss": metrics["eval/loss"]}
