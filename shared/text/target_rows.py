@@ -99,8 +99,8 @@ def pack_examples(
     Raises:
         UsageError: the chat template does not take an example; it names the row.
     """
-    parts = (_FORMAT_VERSION, samples.fingerprint(), tokenization.fingerprint(tokenizer))
-    parts += (tokenizer.chat_template if samples.talks() else "", seq_length)
+    template = tokenizer.chat_template if samples.talks() else ""
+    parts = (_FORMAT_VERSION, samples.fingerprint(), tokenization.fingerprint(tokenizer), template, seq_length)
     folder = cache_dir / "examples" / hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
     if not folder.exists():
         with written_aside(folder) as aside:
