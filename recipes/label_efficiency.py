@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
-from shared.command_line import Limit
+from shared.command_line import Limit, Place
 from shared.fields import Count, Natural
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,9 +33,9 @@ from shared.fields import Count, Natural
 class Config:
     """What is compared, and how much of it."""
 
-    config: str = ""
+    config: Place = ""
     """YAML file with some of the fields below."""
-    output_dir: str = "outputs/label_efficiency"
+    output_dir: Place = "outputs/label_efficiency"
     """Folder for the cells, the table and the picture."""
 
     # Data
@@ -50,7 +50,7 @@ class Config:
     compute_labels: str = "25,0"  # Those of them at which new weights get pre-training's compute too. "" = none.
 
     # Model
-    init: str = ""  # Run folder of the pre-trained model. "" = outputs/bert or outputs/resnet.
+    init: Place = ""  # Run folder of the pre-trained model. "" = outputs/bert or outputs/resnet.
 
     # Optimization
     max_steps: Count = 300  # Updates of fine-tuning, however many labels there are.
@@ -63,7 +63,7 @@ class Config:
     cell: Annotated[int, Limit(lambda value: value >= -1, "a line of index.jsonl from 0, or -1")] = -1
     """The only cell to run, such as that of a Slurm task. -1 = all that are missing, and then the report."""
     jobs: Natural = 0  # Cells side by side. 0 = one on each GPU, or on each core where it can be kept to it.
-    readme: str = ""
+    readme: Place = ""
     """File that gets the table between the lines <!-- label efficiency NAME --> and <!-- /label efficiency NAME -->,
     where NAME is the last part of output_dir. "" = none."""
 

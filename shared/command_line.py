@@ -77,8 +77,10 @@ class Given:
     words: str
 
 
-_SEVERAL = "several"
+_SEVERAL, _PLACE = "several", "place"
 Several = Annotated[str, _SEVERAL]  # values with commas between them, which YAML may have as a list
+Place = Annotated[str, _PLACE]  # a file or folder, or a name of something else; a ~ before it is the home folder
+Places = Annotated[str, _SEVERAL, _PLACE]
 
 
 def expect(condition: bool, field: str, value: object, expected: str) -> None:
@@ -98,6 +100,11 @@ def check_limits(config: object) -> None:
             expect(limit.holds(getattr(config, name)), name, getattr(config, name), limit.expected)
         if get_origin(kind) is Literal:
             expect(getattr(config, name) in get_args(kind), name, getattr(config, name), _expectation(kind))
+
+
+def expand_home(text: str) -> str:
+    """`text` with the home folder where it, or a part of it behind a comma, begins with ~ as in a shell."""
+    return ",".join(os.path.expanduser(part) for part in text.split(","))
 
 
 def positive_numbers(field: str, text: str, count: int) -> list[float]:
@@ -155,9 +162,13 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     flags = _read_flags(arguments, kinds)
     kinds.pop("config", None)
     annotated = get_type_hints(config_class, include_extras=True)
-    several = [name for name, kind in annotated.items() if _SEVERAL in getattr(kind, "__metadata__", ())]
-    values = _read_yaml(Path(flags["config"]), kinds, several) if flags.get("config") else {}
+    several, places = (
+        [name for name, kind in annotated.items() if mark in getattr(kind, "__metadata__", ())]
+        for mark in (_SEVERAL, _PLACE)
+    )
+    values = _read_yaml(Path(expand_home(flags["config"])), kinds, several) if flags.get("config") else {}
     values |= flags
+    values |= {name: expand_home(values[name]) for name in places if name in values}
     config = config_class(**values)
     for name, kind in annotated.items():
         for given in _parts(kind, Given):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import yaml
 
-from shared.command_line import Given, Limit, Several, check_limits, expect, redact
+from shared.command_line import Given, Limit, Place, Places, Several, check_limits, expect, redact
 
 _OF_LICENSES = {*string.ascii_lowercase, *string.digits, "-", "."}
 
@@ -58,13 +58,13 @@ class RunControl:
     """Updates between two evaluations. 0 = only at the end."""
 
     # Run
-    config: str = ""
+    config: Place = ""
     """YAML file with differences from the defaults; flags override it. "" = none."""
-    output_dir: str = "outputs/run"
+    output_dir: Place = "outputs/run"
     """The run folder; on several nodes it must be one that all of them see."""
     seed: Natural = 0
     """The one integer that all randomness derives from."""
-    resume: str = "auto"
+    resume: Place = "auto"
     """auto = go on from this folder's newest checkpoint; never = refuse a folder that holds a run; or a checkpoint
     folder to go on from, one of another run only until this run has checkpoints of its own."""
     log_every: Count = 10
@@ -99,7 +99,7 @@ class RunControl:
     """Trackers, comma-separated: tensorboard, wandb, ... metrics.jsonl is always written. "" = none."""
     timeout_minutes: Positive = 30
     """Minutes that one process waits for another in a collective before the run fails."""
-    cache_dir: str = ""
+    cache_dir: Place = ""
     """Folder for tokenised or encoded data, one for each node. "" = HF_HOME/pretraining_recipes."""
 
 
@@ -108,7 +108,7 @@ class Corpus:
     """Where text comes from; `shared/text/documents.py` opens it."""
 
     # Data
-    data: Several = "sample"
+    data: Places = "sample"
     """sample (prose and dictionary), prose (presidents' messages and novels), dictionary, books (novels and
     dictionary), a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas, in YAML as a
     list. One may have its own config, split or text_column:
@@ -121,7 +121,7 @@ class Corpus:
     """Column of the text. "" = the only column that holds text, or the one called text."""
 
     # Evaluation
-    eval_data: Several = ""
+    eval_data: Places = ""
     """Data to evaluate on, in the same forms. "" = hold out eval_fraction of the documents."""
     eval_split: str = "validation"
     """Split of eval_data if it is a Hub data set."""
@@ -134,7 +134,7 @@ class Images:
     """Where images come from; `shared/images/files.py` opens them."""
 
     # Data
-    data: str = "sample"
+    data: Place = "sample"
     """sample, a .parquet or .tar file, a folder of them or of images, or a Hub data set id."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
@@ -159,12 +159,12 @@ class LatentData:
     """Where latents come from; `shared/diffusion/latent_cache.py` opens them."""
 
     # Data
-    data: str = "sample"
+    data: Place = "sample"
     """Folder that cache_latents.py made, or sample: outputs/latents, which must be of the embedded emoji, or, if it is
     not there, their latents made in cache_dir."""
     data_split: str = "train"
     """Split to train on."""
-    vae: str = ""
+    vae: Place = ""
     """Run folder of train_vae.py, or Hub id of an autoencoder, with which the latents were made. "" = outputs/vae, or
     the shipped one if that is not there."""
 

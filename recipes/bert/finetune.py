@@ -19,6 +19,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Place
 from shared.fields import Amount, Count, Natural, Share, ShareAboveZero, ShareInside
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ from shared.fields import Amount, Count, Natural, Share, ShareAboveZero, ShareIn
 class Config(fields.RunControl):
     """Fields of the method; RunControl has what every training stage has."""
 
-    output_dir: str = "outputs/bert_finetuned"
+    output_dir: Place = "outputs/bert_finetuned"
     eval_every: Natural = 250
     save_every: Natural = 250
 
@@ -40,7 +41,7 @@ class Config(fields.RunControl):
     ] = "supersenses"
     """Embedded: supersenses (of a definition), hypernyms (is the first a kind of the second) or eras (when a president
     said it); or a task of GLUE."""
-    data: str = ""
+    data: Place = ""
     """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them that are named after splits, or a Hub data set id.
     "" = that of `task`."""
     data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
@@ -50,11 +51,11 @@ class Config(fields.RunControl):
     label_column: str = "label"
     """Column of `data` with classes (names or whole numbers), numbers with a point, or lists of tags."""
     labels_per_class: Natural = 0  # Labels of each class that there are, chosen by the seed. 0 = all.
-    tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`.
+    tokenizer: Place = ""  # Folder or Hub id. "" = the one of `init`.
     seq_length: Count = 128  # Most tokens of a row; what is longer is cut.
 
     # Model
-    init: str = "outputs/bert"
+    init: Place = "outputs/bert"
     """Run folder or Hub id of the encoder to start from; or scratch: new weights, of the sizes that the configuration
     beside `tokenizer` says."""
     keep_head: bool = False  # Begin with the head of `init` too, which was tuned on the same classes.
@@ -72,7 +73,7 @@ class Config(fields.RunControl):
     warmup_steps: Natural = 100  # Updates over which the rate rises; then it falls linearly to 0.
 
     # Evaluation
-    eval_data: str = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
+    eval_data: Place = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
     eval_split: str = ""
     """Split to evaluate on, by which the best model is chosen; the one to train on: eval_fraction of its labels.
     "" = the first whose name begins with validation, val, dev or test, else all of eval_data, else eval_fraction."""

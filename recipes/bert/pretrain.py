@@ -19,6 +19,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Place
 from shared.fields import Amount, Count, Natural, RateOfNewWeights, RateOfNewWeightsByMuon, Share, ShareInside
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -29,14 +30,14 @@ from shared.fields import Amount, Count, Natural, RateOfNewWeights, RateOfNewWei
 class Config(fields.Corpus, fields.RunControl):
     """Fields of the method; Corpus says where the text is, RunControl what every training stage has."""
 
-    output_dir: str = "outputs/bert"
+    output_dir: Place = "outputs/bert"
     eval_every: Natural = 500
     save_every: Natural = 500
 
     # Data
     language: str = "en"  # Code of the language, for splitting text into sentences.
     one_sentence_per_line: bool = False  # The text is split already, and a blank line ends a document.
-    tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a WordPiece trained on the data.
+    tokenizer: Place = ""  # Folder or Hub id. "" = the one of `init`, else a WordPiece trained on the data.
     vocab_size: Count = 8192  # Tokens of a tokenizer trained here; the model's vocabulary is padded to 64's.
     lowercase: bool = True  # Whether a tokenizer trained here ignores case and accents.
     limit_alphabet: Count = 1000  # Characters that a tokenizer trained here knows, the most frequent ones.
@@ -55,7 +56,7 @@ class Config(fields.Corpus, fields.RunControl):
     neighbour_heads: bool = True
     """Let two thirds of the attention heads begin by looking at the tokens beside, see the README."""
     dropout: Share = 0.0  # Dropout probability of attention weights and of each block's outputs. 0 = none.
-    init: str = "scratch"
+    init: Place = "scratch"
     """scratch, or a run folder or Hub id to start from (next phase, continued pre-training): its weights and sizes."""
     init_optimizer: bool = False
     """Start with the optimizer's state of `init` too, a run folder with a checkpoint; the step begins at 0."""

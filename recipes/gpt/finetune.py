@@ -21,7 +21,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.command_line import Several
+from shared.command_line import Place, Several
 from shared.fields import Amount, Count, Natural, Share, ShareAboveZero, ShareInside
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -32,12 +32,12 @@ from shared.fields import Amount, Count, Natural, Share, ShareAboveZero, ShareIn
 class Config(fields.RunControl):
     """Fields of the method; RunControl has what every training stage has."""
 
-    output_dir: str = "outputs/gpt_finetuned"
+    output_dir: Place = "outputs/gpt_finetuned"
     eval_every: Natural = 0
     save_every: Natural = 250
 
     # Data
-    data: str = "answers"
+    data: Place = "answers"
     """answers (embedded), a .jsonl, .json or .parquet file, a folder of them that are named after splits, or a Hub data
     set id, with a column messages, or prompt and completion, or text."""
     data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
@@ -45,13 +45,13 @@ class Config(fields.RunControl):
     task_column: str = ""
     """Column by whose values answers are scored apart too. "" = none, of the embedded answers task."""
     train_fraction: ShareAboveZero = 1.0  # Share of the examples to train on, chosen by the seed. 1 = all.
-    tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`.
-    chat_template: str = ""
+    tokenizer: Place = ""  # Folder or Hub id. "" = the one of `init`.
+    chat_template: Place = ""
     """File with a chat template (Jinja). "" = the tokenizer's own, or where it has none that of this repository."""
     seq_length: Annotated[int, fields.at_least(2)] = 256  # Tokens of a row; an example's end beyond it is left out.
 
     # Model
-    init: str = "outputs/gpt"
+    init: Place = "outputs/gpt"
     """Run folder or Hub id of the model to start from; or scratch: new weights, of the sizes that the configuration
     beside `tokenizer` says."""
     dropout: Share = 0.0  # Dropout probability, where the model has dropout. 0 = none.
@@ -80,7 +80,7 @@ class Config(fields.RunControl):
     warmup_steps: Natural = 20  # Updates over which the rate rises; then it falls linearly to 0.
 
     # Evaluation
-    eval_data: str = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
+    eval_data: Place = ""  # Data to evaluate on, in the same forms. "" = another split of `data`.
     eval_split: str = ""
     """Split to evaluate on. "" = the first whose name begins with validation, val, dev or test, else all of eval_data,
     else eval_fraction."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared.command_line import Place
 from shared.fields import Count, ShareAboveZero
 
 
@@ -28,13 +29,13 @@ class Config:
     chat: bool = False  # Answer as the model's chat template has it; the conversation goes on.
 
     # Model
-    model: str = "outputs/gpt"  # Run folder, folder of save_pretrained or of an adapter, or Hub id.
+    model: Place = "outputs/gpt"  # Run folder, folder of save_pretrained or of an adapter, or Hub id.
     temperature: Annotated[float, cli.Limit(lambda value: value >= 0, "0 or more")] = 0.8
     """Below 1 sharpens, above 1 flattens the distribution. 0 = always the likeliest token."""
     top_p: ShareAboveZero = 0.95  # Smallest probability mass to draw from (nucleus sampling). 1 = all.
 
     # Run
-    config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
+    config: Place = ""  # YAML file with differences from the defaults; flags override it. "" = none.
     seed: int = 0  # The same seed gives the same text.
 
 

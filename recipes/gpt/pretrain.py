@@ -22,7 +22,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
-from shared.command_line import Several
+from shared.command_line import Place, Places, Several
 from shared.fields import Amount, Count, Natural, RateOfNewWeights, RateOfNewWeightsByMuon, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,16 +33,16 @@ from shared.fields import Amount, Count, Natural, RateOfNewWeights, RateOfNewWei
 class Config(fields.Corpus, fields.RunControl):
     """Fields of the method; Corpus says where the text is, RunControl what every training stage has."""
 
-    output_dir: str = "outputs/gpt"
+    output_dir: Place = "outputs/gpt"
     eval_every: Natural = 250
     save_every: Natural = 250
 
     # Data
-    data: Several = "prose,dictionary"
+    data: Places = "prose,dictionary"
     data_weights: Several = ""
     """Share of the rows from each of several data, such as 0.7,0.3. "" = 0.8,0.2 of the default, else equal shares."""
     streaming: bool = False  # Read the data as it arrives instead of tokenising it once; see the README.
-    tokenizer: str = ""  # Folder or Hub id. "" = the one of `init`, else a byte-level BPE trained on the data.
+    tokenizer: Place = ""  # Folder or Hub id. "" = the one of `init`, else a byte-level BPE trained on the data.
     vocab_size: Annotated[int, fields.at_least(261)] = 4096
     """Tokens of a tokenizer trained here: first the end token, four for conversations (which pre-training does not use)
     and the 256 bytes; the model's are padded to 64's."""
@@ -59,7 +59,7 @@ class Config(fields.Corpus, fields.RunControl):
     dropout: Share = 0.0  # Dropout probability: everywhere in gpt2, of attention weights in the others. 0 = none.
     attention: Literal["sdpa", "flex_attention"] = "sdpa"
     """Attention kernel; flex_attention, for GPUs, skips what other documents of a row hold."""
-    init: str = "scratch"
+    init: Place = "scratch"
     """scratch, or a run folder or Hub id to start from (continued pre-training): its weights, sizes and dropout."""
 
     # Optimization

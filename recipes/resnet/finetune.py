@@ -20,6 +20,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Place
 from shared.fields import Amount, Count, Natural, Positive, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -30,14 +31,14 @@ from shared.fields import Amount, Count, Natural, Positive, Share, ShareAboveZer
 class Config(fields.Images, fields.RunControl):
     """Fields of the method; Images says where the images are, RunControl what every training stage has."""
 
-    output_dir: str = "outputs/resnet_finetuned"
+    output_dir: Place = "outputs/resnet_finetuned"
     log_every: Count = 20
     eval_every: Natural = 100
     save_every: Natural = 200
     num_workers: Natural = 1
 
     # Data
-    data: str = "sample"
+    data: Place = "sample"
     """sample (groups of emoji), a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id."""
     label_column: str = ""
     """Column of the classes, or of lists of them. "" = the only one whose classes are known, or called label or cls."""
@@ -50,7 +51,7 @@ class Config(fields.Images, fields.RunControl):
     enlarge: Count = 1  # Times by which crops are enlarged for the model: what it was pre-trained with. 1 = not.
 
     # Model
-    init: str = "outputs/resnet"
+    init: Place = "outputs/resnet"
     """Run folder or Hub id of the classifier to start from; its head is new."""
     keep_head: bool = False  # Begin with the head of `init` too, which was tuned on the same classes.
     scratch: bool = False

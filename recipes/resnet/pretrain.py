@@ -21,6 +21,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Place
 from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -31,14 +32,16 @@ from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share, Share
 class Config(fields.Images, fields.RunControl):
     """Fields of the method; Images says where the images are, RunControl what every training stage has."""
 
-    output_dir: str = "outputs/resnet"
+    output_dir: Place = "outputs/resnet"
     log_every: Count = 20
     eval_every: Natural = 500
     save_every: Natural = 500
     num_workers: Natural = 1
 
     # Data
-    data: str = "sample"  # sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id.
+    data: Place = (
+        "sample"  # sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id.
+    )
     streaming: bool = False
     """Read images as they arrive, in one data worker, instead of storing the data set; see the README."""
     label_column: str = ""
@@ -63,7 +66,7 @@ class Config(fields.Images, fields.RunControl):
     embedding_size: Count = 32  # Channels after the stem.
     zero_init_residual: bool = True
     """Let blocks of a new model begin as their shortcuts (Goyal et al. 2017, section 5.1)."""
-    init: str = "scratch"
+    init: Place = "scratch"
     """scratch, or a run folder or Hub id to start from: its weights; with other classes its head is new."""
 
     # Objective

@@ -22,6 +22,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Place
 from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share, ShareAboveZero
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -36,14 +37,16 @@ BelowHalf = Annotated[float, cli.Limit(lambda value: 0 <= value < 0.5, "a share 
 class Config(fields.Images, fields.RunControl):
     """Fields of the method; Images says where the images are, RunControl what every training stage has."""
 
-    output_dir: str = "outputs/resnet_rsb"
+    output_dir: Place = "outputs/resnet_rsb"
     log_every: Count = 20
     eval_every: Natural = 500
     save_every: Natural = 500
     num_workers: Natural = 1
 
     # Data
-    data: str = "sample"  # sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id.
+    data: Place = (
+        "sample"  # sample, a .parquet or .tar file, a folder of them or of class folders, or a Hub data set id.
+    )
     streaming: bool = False
     """Read images as they arrive, in one data worker, instead of storing the data set; see the README."""
     label_column: str = ""
@@ -66,7 +69,7 @@ class Config(fields.Images, fields.RunControl):
     depths: str = "1,1,1"  # Blocks of each stage; the later stages halve the sides.
     hidden_sizes: str = "32,64,128"  # Channels after each stage.
     embedding_size: Count = 32  # Channels after the stem.
-    init: str = "scratch"
+    init: Place = "scratch"
     """scratch, or a run folder or Hub id to start from: its weights; with other classes its head is new."""
     stochastic_depth: Share = 0.0
     """Share of the images for which the last block is skipped; less in the blocks before it. 0 = none."""

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared.command_line import Place
 from shared.fields import Count, Natural, Positive, Share, at_least
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ class Config:
     """What to encode with what."""
 
     # Data
-    data: str = "sample"
+    data: Place = "sample"
     """sample, a .parquet or .tar file, a folder of them or of images with metadata.jsonl, or a Hub data set id."""
     data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
     data_splits: str = ""  # Splits to encode, comma-separated. "" = all.
@@ -47,16 +48,16 @@ class Config:
     draws another one each epoch."""
 
     # Model
-    vae: str = ""
+    vae: Place = ""
     """Run folder of train_vae.py, or Hub id of an autoencoder. "" = outputs/vae, or the shipped one if that is not
     there."""
-    text_encoder: str = ""
+    text_encoder: Place = ""
     """Run folder or Hub id of a frozen CLIP text encoder, or of a pipeline that has one, to encode the captions as
     well; each takes 118 KB with CLIP ViT-L/14. "" = the captions alone, which the text encoder reads in training."""
 
     # Run
-    config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
-    output_dir: str = "outputs/latents"  # Folder of the cache; on several nodes it must be one that all of them see.
+    config: Place = ""  # YAML file with differences from the defaults; flags override it. "" = none.
+    output_dir: Place = "outputs/latents"  # Folder of the cache; on several nodes it must be one that all of them see.
     batch_size: Count = 32  # Images, or captions, that are encoded at a time.
     images_per_shard: Count = 1024
     """Images of one file; what a killed run has to do again, at most, on each process."""

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared.command_line import Place
 from shared.fields import Count, Natural, Share, at_least
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ class Config:
     """What to measure on what."""
 
     # Data
-    data: str = "sample"
+    data: Place = "sample"
     """sample, a .parquet or .tar file, a folder of them or of images with metadata.jsonl, or a Hub data set id."""
     data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
     data_split: str = ""
@@ -43,7 +44,7 @@ class Config:
     """Side of the model's images in pixels; true ones are cut to it as the largest square in the middle."""
 
     # Model
-    model: str = "outputs/text_to_image"
+    model: Place = "outputs/text_to_image"
     """Run folder, folder of save_pretrained, or Hub id of a latent diffusion pipeline of diffusers."""
     num_steps: Count = 25  # Steps in which an image is made.
     guidance_scale: float = 4.0
@@ -54,13 +55,13 @@ class Config:
     """Captions that an image is made for, at most, spread over the split."""
     others_split: str = ""
     """Split whose images can also be taken for those of the captions. "" = train of the sample, else none."""
-    features: str = ""
+    features: Place = ""
     """Whose features images are compared in: a run folder of recipes/resnet or Hub id of a ResNet classifier, or
     inception. "" = of the sample alone: a classifier of the embedded emoji that lies in assets."""
 
     # Run
-    config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
-    output_dir: str = ""
+    config: Place = ""  # YAML file with differences from the defaults; flags override it. "" = none.
+    output_dir: Place = ""
     """Folder for evaluation.json and figures/evaluation.png. "" = the model's, if that is a folder."""
     seed: Natural = 0  # The same seed gives the same images, whatever the batch size.
     batch_size: Count = 25  # Images that are made, or looked at, at a time.

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
 from shared import command_line as cli
+from shared.command_line import Place
 from shared.fields import Count, Natural
 
 
@@ -24,12 +25,12 @@ class Config:
 
     # Data
     prompt: str = "3D Fluent emoji, red apple"  # What the images are to show.
-    prompts_file: str = ""  # Text file with a prompt on each line, instead of prompt. "" = prompt.
+    prompts_file: Place = ""  # Text file with a prompt on each line, instead of prompt. "" = prompt.
     negative_prompt: str = ""  # What the images are to be guided away from. "" = the empty prompt.
     images_per_prompt: Count = 4  # Images of each prompt.
 
     # Model
-    model: str = "outputs/text_to_image"
+    model: Place = "outputs/text_to_image"
     """Run folder, folder of save_pretrained, or Hub id of a text-to-image pipeline of diffusers."""
     num_steps: Count = 25  # Steps in which an image is made.
     guidance_scale: float = 4.0
@@ -37,8 +38,8 @@ class Config:
     scheduler: str = ""  # Sampler: ddim, dpm, euler or unipc. "" = the model's own.
 
     # Run
-    config: str = ""  # YAML file with differences from the defaults; flags override it. "" = none.
-    output_dir: str = "outputs/images"
+    config: Place = ""  # YAML file with differences from the defaults; flags override it. "" = none.
+    output_dir: Place = "outputs/images"
     """Folder for the images, grid.png and prompts.jsonl; files of the same names are replaced."""
     seed: Natural = 0  # The same seed gives the same images, whatever the batch size.
     batch_size: Count = 8  # Images that are made at a time.

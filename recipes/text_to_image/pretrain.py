@@ -22,6 +22,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Place
 from shared.fields import Amount, Count, FromOne, Natural, RateOfNewWeights, Share, ShareToOne
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -32,14 +33,14 @@ from shared.fields import Amount, Count, FromOne, Natural, RateOfNewWeights, Sha
 class Config(fields.LatentData, fields.RunControl):
     """Fields of the method; LatentData says where the latents are, RunControl what every training stage has."""
 
-    output_dir: str = "outputs/text_to_image"
+    output_dir: Place = "outputs/text_to_image"
     log_every: Count = 20
     eval_every: Natural = 500
     save_every: Natural = 500
     num_workers: Natural = 1
 
     # Model
-    text_encoder: str = "scratch"
+    text_encoder: Place = "scratch"
     """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is; it runs in
     training unless cache_latents.py made its embeddings."""
     vocab_size: Annotated[int, fields.at_least(514)] = 2048
@@ -56,7 +57,7 @@ class Config(fields.LatentData, fields.RunControl):
     layers_per_block: Count = 1  # Residual blocks of each stage on the way down, one more on the way up.
     num_heads: Count = 4  # Heads of each attention.
     norm_num_groups: Count = 16  # Groups of each normalisation; all block_out_channels are multiples of it.
-    init: str = "scratch"
+    init: Place = "scratch"
     """scratch, or a run folder or Hub id of a pipeline of these sizes and this prediction_type to start from."""
 
     # Objective

@@ -22,6 +22,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Place
 from shared.fields import Amount, Count, FromOne, Natural, Positive, RateOfNewWeights, Share, ShareToOne
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -32,14 +33,14 @@ from shared.fields import Amount, Count, FromOne, Natural, Positive, RateOfNewWe
 class Config(fields.LatentData, fields.RunControl):
     """Fields of the method; LatentData says where the latents are, RunControl what every training stage has."""
 
-    output_dir: str = "outputs/text_to_image_transformer"
+    output_dir: Place = "outputs/text_to_image_transformer"
     log_every: Count = 20
     eval_every: Natural = 500
     save_every: Natural = 500
     num_workers: Natural = 1
 
     # Model
-    text_encoder: str = "scratch"
+    text_encoder: Place = "scratch"
     """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is; it runs in
     training unless cache_latents.py made its embeddings. Its captions are not cleaned: skip_text_cleaning=True."""
     vocab_size: Annotated[int, fields.at_least(514)] = 2048
@@ -55,7 +56,7 @@ class Config(fields.LatentData, fields.RunControl):
     mlp_ratio: Positive = 3.0  # Width inside the gated MLP, in hidden sizes.
     num_layers: Count = 8  # Blocks of the transformer.
     num_heads: Count = 4  # Attention heads.
-    init: str = "scratch"  # scratch, or a run folder or Hub id of a pipeline of these sizes to start from.
+    init: Place = "scratch"  # scratch, or a run folder or Hub id of a pipeline of these sizes to start from.
 
     # Objective
     logit_mean: float = 0.0  # Mean of the logits of the times that are trained; higher = more noise.

@@ -20,6 +20,7 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 
 from shared import command_line as cli
 from shared import fields
+from shared.command_line import Place
 from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share
 class Config(fields.Images, fields.RunControl):
     """Fields of the method; Images says where the images are, RunControl what every training stage has."""
 
-    output_dir: str = "outputs/vae"
+    output_dir: Place = "outputs/vae"
     log_every: Count = 20
     eval_every: Natural = 500
     save_every: Natural = 500
@@ -48,12 +49,12 @@ class Config(fields.Images, fields.RunControl):
     norm_num_groups: Count = 8  # Groups of each normalisation; all block_out_channels are multiples of it.
     mid_block_attention: bool = False
     """Attention between all places of the smallest stage, as Stable Diffusion's autoencoder has."""
-    init: str = "scratch"  # scratch, or a run folder or Hub id of an autoencoder of these sizes to start from.
+    init: Place = "scratch"  # scratch, or a run folder or Hub id of an autoencoder of these sizes to start from.
 
     # Objective
     kl_weight: Amount = 1e-6
     """Weight of the KL divergence from a standard normal distribution, in nats of a whole image."""
-    perceptual_model: str = ""
+    perceptual_model: Place = ""
     """Run folder or Hub id of a ResNet classifier in whose features images are compared as well. "" = none."""
     perceptual_weight: Amount = 1.0  # Weight of that comparison beside the mean absolute error.
 

@@ -18,6 +18,8 @@ PROGRAMS = sorted((ROOT / "recipes").glob("*/*.py"))
 ORDINARY_AT_ZERO = {"seed", "logit_mean", "grow_from", "target_threshold", "rand_augment_magnitude"}
 ORDINARY_AT_ZERO |= {"rand_augment_spread", "temperature", "kl_weight", "perceptual_weight", "warmup_steps"}
 
+NO_FILES = {"push_to_hub"}  # though their texts have the word
+
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_flag_has_a_group_and_says_what_turns_it_off(program: Path) -> None:
@@ -34,6 +36,30 @@ def test_every_flag_has_a_group_and_says_what_turns_it_off(program: Path) -> Non
         is_number = limits and not isinstance(field.default, str)
         if is_number and limits[0].holds(0) and field.name not in ORDINARY_AT_ZERO:
             assert "0 =" in text, f"{field.name}: {text!r}"
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_tilde_is_the_home_folder_in_every_field_that_can_name_a_file(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_recipe(f"{program.parent.name}/{program.name}").Config
+    texts, kinds = command_line._field_texts(config), get_type_hints(config, include_extras=True)
+    names = [field.name for field in dataclasses.fields(config) if field.name != "config"]
+    is_text = {name: get_type_hints(config)[name] is str for name in names}
+    can_name_a_file = [
+        name
+        for name in names
+        if is_text[name] and name not in NO_FILES and re.search(r"\b([Ff]older|[Ff]ile|Hub id)\b", texts[name][1])
+    ]
+    assert "output_dir" in names or program.name == "generate.py"
+    places = [name for name in names if command_line._PLACE in getattr(kinds[name], "__metadata__", ())]
+    assert places == [name for name in names if name in {*can_name_a_file, *places}]
+    (tmp_path / "c.yaml").write_text("".join(f"{name}: '~/in yaml'\n" for name in places))
+    rates = [f"--{name}=0.1" for name in names if command_line._parts(kinds[name], command_line.Given)]  # with init
+    parsed = command_line.parse(config, ["--config", "~/c.yaml", f"--{places[0]}=~/in a flag", *rates])
+    assert [getattr(parsed, name) for name in places[1:]] == [f"{tmp_path}/in yaml"] * (len(places) - 1)
+    assert getattr(parsed, places[0]) == f"{tmp_path}/in a flag"
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -24,6 +24,8 @@ from shared.command_line import (
     EXIT_USAGE,
     Given,
     NoUsableCheckpoint,
+    Place,
+    Places,
     RunStopped,
     Several,
     TooManyNonFiniteUpdates,
@@ -291,6 +293,18 @@ def test_a_value_that_must_be_given_may_stand_in_either(tmp_path):
         parse(Own, ["--init", "x"])
 
 
+def test_a_tilde_is_the_home_folder_before_each_of_several_places(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Placed:
+        config: Place = ""
+        data: Places = ""
+        prompt: str = ""
+
+    monkeypatch.setenv("HOME", "/home/me")
+    placed = parse(Placed, ["--data", "~/a,b/~/c,~,~no_such_user/d", "--prompt", "~/"])
+    assert placed == Placed(data="/home/me/a,b/~/c,/home/me,~no_such_user/d", prompt="~/")
+
+
 def test_several_values_are_a_list_in_yaml_and_have_commas_on_the_command_line(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Listed:
@@ -348,10 +362,11 @@ MARKED = (
     "\U0001f600",
 )
 TEXTS = st.text() | st.sampled_from(PLAIN + MARKED)
+PLACES = TEXTS.filter(lambda text: command_line.expand_home(text) == text)
 CONFIGS = st.builds(
     Config,
-    data=TEXTS,
-    output_dir=TEXTS,
+    data=PLACES,
+    output_dir=PLACES,
     report_to=TEXTS,
     seed=st.integers(),
     learning_rate=st.floats(allow_nan=False, allow_infinity=False),
