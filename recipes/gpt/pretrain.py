@@ -110,7 +110,7 @@ from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import gather_objects, node_main_first, rank_of
 from shared.runtime.launch import usable_cores
 from shared.text import streaming, tokenization
-from shared.text.documents import open_corpora, open_held_out, short_names
+from shared.text.documents import entries_of, open_corpora, open_held_out, short_names
 from shared.text.generation import continue_prompt
 from shared.text.packing import PackedRows, Windows, in_batches, pack_corpus, windows
 from shared.text.vocabulary import num_ids, special_ids
@@ -152,7 +152,7 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 def weights_of(cfg: Config) -> list[float]:
     """How often rows come from each of `data`; the dictionary's are there for its words, not for its style."""
     usual = "0.8,0.2" if cfg.data == Config.data else ""
-    return cli.positive_numbers("data_weights", cfg.data_weights or usual, len(cfg.data.split(",")))
+    return cli.positive_numbers("data_weights", cfg.data_weights or usual, len(entries_of(cfg.data)))
 
 
 def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], dict[str, PackedRows]]:

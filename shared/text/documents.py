@@ -2,10 +2,12 @@
 
 Formats: .parquet; .jsonl (one object a line); .txt. The last two also as .gz, .xz and .zst. A .txt file holds
 documents between lines that say `<|endoftext|>`; without such a line in its first 16 MB it is read as documents of
-about 64 KiB cut at line ends, so that a book of any size needs no more memory than a page. Bytes that are not UTF-8
-are kept (PEP 383 surrogates) and come back exactly from the tokenizer.
+about 64 KiB cut at line ends, so that a book of any size needs no more memory than a page. A byte-order mark tells
+UTF-8, UTF-16 or UTF-32, and is no text; without one text is UTF-8, and bytes that are not are kept (PEP 383 surrogates)
+and come back exactly from the tokenizer. A folder may have splits, see `shared/data/local_files.py`.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import hashlib
@@ -17,10 +19,17 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from shared.command_line import UsageError, expect
 from shared.data.hub_ids import is_hub_id
+from shared.data.local_files import (
+    find_files,
+    is_about_the_data,
+    part_by_split,
+    split_named,
+    split_to_evaluate_on,
+)
 from shared.fields import Corpus
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -29,6 +38,15 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 UNSEPARATED_CHARACTERS = 1 << 16
 _SEPARATOR_WITHIN = 1 << 24  # characters of a .txt in which a separator must come, or it counts as one without
 _READ_FOR_FINGERPRINT = 1 << 26  # bytes of a file up to which its content is read for the fingerprint
+_MARKS = {  # the longer first: the mark of UTF-32 begins with one of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_LOOKED_AT = 1 << 12  # bytes of a file's beginning that tell its encoding
+_LEAST_NULS = 8  # one zero byte in so many is no text in UTF-8; in UTF-16 of English every other byte is
 _CORPUS_OPTION = re.compile(r":([a-z_]+)=")
 _SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
 _SAMPLES = Path(__file__).parents[1] / "samples"
@@ -126,13 +144,13 @@ def open_texts(data: str, *, config: str, split: str, text_column: str) -> Local
     Args:
         data: one of `SAMPLES`, a file, a folder, or a Hub id.
         config: configuration of a Hub data set; "" = its only one.
-        split: split of a Hub data set.
+        split: of a Hub data set, or of a folder that has splits.
         text_column: column of the text; "" = the only column that holds text, or the one called text.
 
     Raises:
         UsageError: nothing is there, nothing is in it, or the column is not there.
     """
-    files = local_files(data)
+    files = local_files(data, split)
     if not files:
         texts: LocalTexts | HubTexts = _open_hub_texts(data, config=config, split=split, text_column=text_column)
     else:
@@ -162,19 +180,26 @@ def list_corpora(data: str, *, config: str, split: str, text_column: str) -> lis
         UsageError: a name is followed by something else.
     """
     corpora = []
-    for entry in data.split(","):
-        name, *options = _CORPUS_OPTION.split(entry.strip())
+    for entry in entries_of(data):
+        name, *options = _CORPUS_OPTION.split(entry)
         own = dict(zip(options[::2], options[1::2], strict=True))
         shared = {"config": config, "split": split, "text_column": text_column}
-        expect(own.keys() <= shared.keys(), "data", entry.strip(), "NAME, or NAME:KEY=VALUE with " + ", ".join(shared))
+        expect(own.keys() <= shared.keys(), "data", entry, "NAME, or NAME:KEY=VALUE with " + ", ".join(shared))
         corpora.append({"data": name, **shared, **own})
     return corpora
+
+
+def entries_of(data: str) -> list[str]:
+    """What stands between commas; but a file or folder that is there under the whole text is one, commas or not."""
+    is_one = os.path.exists(os.path.expanduser(data))
+    return [data] if is_one else [entry.strip() for entry in data.split(",")]
 
 
 def open_held_out(corpus: Corpus) -> tuple[list[LocalTexts | HubTexts], float]:
     """The corpora to evaluate on, and the share of the training documents to hold out, 0 where there are such corpora.
 
-    The sources of the embedded text are corpora of their own.
+    The sources of the embedded text are corpora of their own. Where each corpus is a folder with a split to evaluate
+    on, these are.
 
     Raises:
         UsageError: see `open_texts`.
@@ -182,10 +207,16 @@ def open_held_out(corpus: Corpus) -> tuple[list[LocalTexts | HubTexts], float]:
     columns = {"config": corpus.data_config, "text_column": corpus.text_column}
     if corpus.eval_data:
         return open_corpora(corpus.eval_data, split=corpus.eval_split, **columns), 0.0
-    names = [name.strip() for name in corpus.data.split(",")]
+    corpora = list_corpora(corpus.data, split=corpus.data_split, **columns)
+    names = [of_one["data"] for of_one in corpora]
     if set(names) <= SAMPLES.keys():
         sources = {source: files for name in names for source, files in SAMPLES[f"{name}_eval"].items()}
         return [LocalTexts(name, files, corpus.text_column or "text") for name, files in sources.items()], 0.0
+    paths = [Path(os.path.expanduser(name)) for name in names]
+    splits = [list(list_splits(path)) if path.is_dir() else [] for path in paths]
+    evals = [split_to_evaluate_on(of_one, corpus.data_split) for of_one in splits]
+    if all(evals):
+        return [open_texts(**{**of_one, "split": split}) for of_one, split in zip(corpora, evals, strict=True)], 0.0
     return [], corpus.eval_fraction
 
 
@@ -199,20 +230,28 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short
 
 
-def local_files(data: str) -> tuple[Path, ...]:
+def local_files(data: str, split: str) -> tuple[Path, ...]:
     """The readable files of a sample, file or folder; none if there is no such thing, then it may be a Hub id.
 
     Raises:
-        UsageError: see `list_files`.
+        UsageError: see `list_splits`; or a folder with splits has another one alone.
     """
     if data in SAMPLES:
         return tuple(itertools.chain.from_iterable(SAMPLES[data].values()))
     path = Path(os.path.expanduser(data))
-    return tuple(list_files(path)) if data and os.path.exists(path) else ()
+    if not data or not os.path.exists(path):
+        return ()
+    splits = list_splits(path)
+    name = split_named(split, list(splits)) if len(splits) > 1 else next(iter(splits))
+    if not name:
+        raise UsageError(f"data_split: {split!r}: expected one of the splits of {data!r}: {', '.join(splits)}")
+    return tuple(splits[name])
 
 
-def list_files(path: Path) -> list[Path]:
-    """The readable files at `path`, a file or a folder, in sorted order.
+def list_splits(path: Path) -> dict[str, list[Path]]:
+    """The readable files of each split at `path`, a file or a folder, in sorted order; all are of one, if it has none.
+
+    A README, a license and the like are not among them.
 
     Raises:
         UsageError: the file's format is not known, or the folder holds no file of a known one.
@@ -221,14 +260,11 @@ def list_files(path: Path) -> list[Path]:
     if path.is_file():
         if not _format_of(path):
             raise UsageError(f"data: {str(path)!r}: expected a file that ends in one of {known}")
-        return [path]
-    visible = (
-        file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    files = sorted(file for file in visible if file.is_file() and _format_of(file))
+        return {"train": [path]}
+    files = find_files(path, lambda file: _format_of(file) and not is_about_the_data(file))
     if not files:
         raise UsageError(f"data: {str(path)!r}: expected a folder with files that end in one of {known}")
-    return files
+    return part_by_split(path, files, by_file_name=True)
 
 
 def pick_text_column(data: str, columns: dict[str, bool], text_column: str) -> str:
@@ -252,12 +288,16 @@ def pick_text_column(data: str, columns: dict[str, bool], text_column: str) -> s
 
 
 def text_columns(records: Iterable[dict[str, Any]]) -> dict[str, bool]:
-    """Column name -> whether it holds text, as far as the first records tell."""
+    """Column name -> whether it holds text, as far as the first records tell.
+
+    Where none holds text alone those that hold some do, so that what reads them can name the record that is odd.
+    """
     types: dict[str, set[type]] = {}
     for record in itertools.islice(records, _SAMPLED_RECORDS):
         for name, value in record.items():
             types.setdefault(name, set()).add(type(value))
-    return {name: found <= {str, type(None)} for name, found in types.items()}
+    alone = {name: found <= {str, type(None)} for name, found in types.items()}
+    return alone if any(alone.values()) else {name: str in found for name, found in types.items()}
 
 
 def _version_of(file: Path) -> tuple[object, ...]:
@@ -277,8 +317,12 @@ def _format_of(file: Path) -> str:
 
 def _columns_of(file: Path) -> dict[str, bool]:
     if _format_of(file) == ".parquet":
+        from pyarrow.types import is_dictionary
+
         schema = _parquet(file).schema_arrow
-        return {field.name: str(field.type) in ("string", "large_string", "string_view") for field in schema}
+        # Of a dictionary (pandas' category) what it holds.
+        kinds = {field.name: field.type.value_type if is_dictionary(field.type) else field.type for field in schema}
+        return {name: str(kind) in ("string", "large_string", "string_view") for name, kind in kinds.items()}
     return text_columns(record for _, record in _records(file)) if _format_of(file) == ".jsonl" else {}
 
 
@@ -294,7 +338,10 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
     try:
         for batch in _parquet(file).iter_batches(batch_size=64, columns=[text_column]):
             # As bytes: Arrow does not check that text is UTF-8.
-            for data in batch.column(0).cast("large_binary").to_pylist():
+            column = batch.column(0)
+            if isinstance(column, pyarrow.DictionaryArray):
+                column = column.dictionary_decode()
+            for data in column.cast("large_binary").to_pylist():
                 if data:
                     yield data.decode("utf-8", "surrogateescape")
     except (OSError, pyarrow.ArrowException) as error:
@@ -355,14 +402,30 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _lines(file: Path, longest: int = -1) -> Iterator[str]:
     """Lines with their ends, every byte kept; one that is longer than `longest` characters comes in several parts."""
     try:
-        with io.TextIOWrapper(_open(file), encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
-            while line := stream.readline(longest):
-                yield line
-    except (OSError, EOFError, lzma.LZMAError) as error:
+        with io.BufferedReader(_open(file)) as data:
+            encoding, errors = _encoding_of(file, data.peek(_LOOKED_AT))
+            with io.TextIOWrapper(data, encoding=encoding, errors=errors, newline="\n") as stream:
+                while line := stream.readline(longest):
+                    yield line
+    except (OSError, EOFError, lzma.LZMAError, UnicodeError) as error:
         raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
 
 
-def _open(file: Path) -> IO[bytes]:
+def _encoding_of(file: Path, beginning: bytes) -> tuple[str, str]:
+    """How a file that begins so is decoded, and what becomes of other bytes; only UTF-8 can hold these.
+
+    Raises:
+        UsageError: it looks like UTF-16 or UTF-32 and has no byte-order mark.
+    """
+    for mark, encoding in _MARKS.items():
+        if beginning.startswith(mark):
+            return encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict"
+    is_text = beginning.count(0) * _LEAST_NULS < len(beginning) or not beginning
+    expect(is_text, "data", str(file), "text in UTF-8, or with a byte-order mark; it is full of zero bytes")
+    return "utf-8", "surrogateescape"
+
+
+def _open(file: Path) -> Any:
     """Decompressed bytes. Arrow's reader notices that a .zst was cut off, zstandard's takes that for the end."""
     import pyarrow
 

@@ -45,7 +45,7 @@ def open_shards(data: str, *, config: str, split: str, text_column: str) -> Sequ
     Raises:
         UsageError: nothing is there, or the column is not.
     """
-    if local_files(data):
+    if local_files(data, split):
         texts = open_texts(data, config=config, split=split, text_column=text_column)
         assert isinstance(texts, LocalTexts)
         return [LocalTexts(data, (file,), texts.text_column) for file in texts.files]
