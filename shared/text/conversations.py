@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from shared.command_line import UsageError, expect
+from shared.data.local_files import split_named
 from shared.data.subsets import held_out_of_each
 from shared.text import tokenization
 from shared.text.tables import in_utf8, load_splits
@@ -106,8 +107,9 @@ def open_conversations(
         UsageError: something is not there, or not what it must be; it names column, row and what was expected.
     """
     splits = load_splits(data, config, source)
-    expect(split in splits, field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
-    table = splits[split]
+    name = split_named(split, list(splits))
+    expect(bool(name), field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
+    table = splits[name]
     there = [form for form, columns in FORMS.items() if set(columns) <= set(table.column_names)]
     wanted = "a column messages, or prompt and completion, or text, got"
     expect(bool(there), source, data, f"{wanted} {', '.join(table.column_names)}")

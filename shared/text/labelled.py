@@ -14,6 +14,7 @@ import numpy as np
 
 from shared.command_line import UsageError, expect
 from shared.data.batches import IGNORED
+from shared.data.local_files import split_named
 from shared.data.subsets import few_of_each, held_out_of_each
 from shared.text.tables import in_utf8, load_splits
 
@@ -91,8 +92,9 @@ def open_labelled(
         UsageError: something is not there, or not what it must be; it names column, row and what was expected.
     """
     splits = load_splits(data, config)
-    expect(split in splits, field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
-    table = splits[split]
+    name = split_named(split, list(splits))
+    expect(bool(name), field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
+    table = splits[name]
     for field, column in (
         *zip(("text_column", "text_pair_column"), columns, strict=False),
         ("label_column", label_column),

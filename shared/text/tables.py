@@ -1,11 +1,14 @@
 """Records with columns, in splits: local files of one format, or a Hub data set."""
 
 import contextlib
+import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from shared.command_line import UsageError, expect
+from shared.data.local_files import find_files, is_about_the_data, part_by_split, split_to_evaluate_on
 from shared.text.documents import hub_errors
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -17,7 +20,7 @@ def load_splits(data: str, config: str, field: str = "data") -> dict[str, Any]:
 
     Args:
         data: a .jsonl, .json, .csv, .tsv or .parquet file, also compressed, which has train alone; a folder of them
-            whose names begin with a split; or a Hub id.
+            that may have splits, see `shared/data/local_files.py`; or a Hub id.
         config: configuration of a Hub data set; "" = its only one.
         field: that names it, for the message.
 
@@ -52,7 +55,7 @@ def in_utf8(data: str, field: str = "data") -> Iterator[None]:
 
 def _local(path: Path) -> dict[str, Any]:
     """What `datasets.load_dataset` takes for a file or a folder."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else find_files(path, lambda file: not is_about_the_data(file))
     kinds = {file: _builder_of(file) for file in files if _builder_of(file)}
     known = " ".join(_BUILDERS)
     expect(bool(kinds), "data", str(path), f"a file, or a folder of files, that end in one of {known}")
@@ -63,9 +66,9 @@ def _local(path: Path) -> dict[str, Any]:
         f"files of one format, got {', '.join(sorted({file.name for file in kinds}))}",
     )
     [builder] = set(kinds.values())
-    splits: dict[str, list[str]] = {}
-    for file in kinds:
-        splits.setdefault("train" if path.is_file() else _split_of(file), []).append(str(file))
+    of_splits = {"train": [path]} if path.is_file() else part_by_split(path, list(kinds), by_file_name=True)
+    # The library takes names for patterns, and follows no links where it searches for one.
+    splits = {split: [glob.escape(os.path.realpath(file)) for file in files] for split, files in of_splits.items()}
     options: dict[str, Any] = {"sep": "\t"} if any(".tsv" in file.suffixes for file in kinds) else {}
     return {"path": builder, "data_files": splits, **options}
 
@@ -77,19 +80,13 @@ def _builder_of(file: Path) -> str:
     return _BUILDERS.get(suffixes[-1], "") if suffixes and not file.name.startswith(".") else ""
 
 
-def _split_of(file: Path) -> str:
-    """The beginning of the file's name: train-00000-of-00001.parquet is of train."""
-    return file.name.partition(".")[0].partition("-")[0]
-
-
 def validation_split(data: str, config: str, test_split: str = "", field: str = "data") -> str:
-    """Name of the first split but `test_split` whose name begins with validation, val, dev or test; "" = none.
+    """Name of the split to evaluate on, another one than `test_split`; "" = there is none.
 
     Raises:
         UsageError: the data set cannot be read.
     """
-    names = [name for name in load_splits(data, config, field) if name != test_split]
-    return next((name for kind in ("validation", "val", "dev", "test") for name in names if name.startswith(kind)), "")
+    return split_to_evaluate_on(list(load_splits(data, config, field)), test_split)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Records in splits: formats, names of splits, and what cannot be read."""
 
+import codecs
 import gzip
 import json
 from pathlib import Path
@@ -36,9 +37,28 @@ def test_a_file_of_any_format_has_train_alone(tmp_path: Path, name: str) -> None
 def test_the_split_to_evaluate_on_is_found(tmp_path: Path) -> None:
     for name in ("train", "test", "dev-00000-of-00001"):
         write(tmp_path / f"{name}.jsonl")
-    assert validation_split(str(tmp_path), "") == "dev"
-    assert validation_split(str(tmp_path), "", "dev") == "test"
+    assert validation_split(str(tmp_path), "") == "validation"
+    assert validation_split(str(tmp_path), "", "validation") == "test"
     assert validation_split(str(tmp_path / "train.jsonl"), "") == ""
+
+
+def test_names_and_folders_of_any_kind_are_read(tmp_path: Path) -> None:
+    """Brackets, blanks, links, names that tell no split, and a README, which is none of the records."""
+    for name in ("a [v1]/b*c.jsonl", "a [v1]/train.jsonl", "elsewhere/x, y.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name)
+    (tmp_path / "a [v1]" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a [v1]" / "README.json").write_text("about")
+    splits = load_splits(str(tmp_path / "a [v1]"), "")
+    assert {split: len(table) for split, table in splits.items()} == {"train": 9}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+def test_a_mark_at_the_beginning_is_no_text(tmp_path: Path, name: str, ending: bytes) -> None:
+    file = write(tmp_path / name)
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes().replace(b"\n", ending))
+    assert load_splits(str(file), "")["train"].to_list() == ROWS
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
