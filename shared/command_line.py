@@ -10,6 +10,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import math
 import os
@@ -24,6 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import yaml
 
 EXIT_USAGE = 2
+EXIT_DISK_FULL = 74  # EX_IOERR of sysexits.h
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may requeue the same command
 EXIT_NON_FINITE = 76
 EXIT_NO_CHECKPOINT = 77
@@ -181,14 +183,18 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn the exceptions above into one line on stderr and the exit status of CONTRIBUTING's table.
+    """Turn the exceptions above, and a full disk, into one line on stderr and the exit status of CONTRIBUTING's table.
 
-    Ctrl-C ends the process at once, without a traceback, unless something else is set up inside.
+    Ctrl-C ends the process at once, without a traceback, unless something else is set up inside; also later, while the
+    program imports what it needs. Output that cannot be printed or written does not end it.
     """
     status = 0
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    outputs = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Unbreakable, outputs)
     try:
         yield
+        sys.stdout.flush()
     except UsageError as error:
         # One raised in a data worker comes with that process's traceback as a part of its text.
         message, status = f"error: {str(error).strip().rpartition('UsageError: ')[2]}", EXIT_USAGE
@@ -198,16 +204,68 @@ def exit_codes() -> Iterator[None]:
         message, status = f"error: {error}", EXIT_NON_FINITE
     except NoUsableCheckpoint as error:
         message, status = f"error: {error}", EXIT_NO_CHECKPOINT
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        expected = "with room on the disk the same command goes on from the newest checkpoint"
+        message, status = f"error: the disk is full: {error}: {expected}", EXIT_DISK_FULL
     else:
         _leave_process_group()
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)
+        sys.stdout, sys.stderr = outputs
+        if on_interrupt is not signal.default_int_handler:
+            signal.signal(signal.SIGINT, on_interrupt)
     if status:
         if is_speaking_process():
             sys.stdout.flush()
             line = redact(" ".join(message.splitlines()))
             print(line, file=sys.stderr, flush=True)  # noqa: T201 (the accelerator may not exist yet)
         sys.exit(status)
+
+
+class _Unbreakable:
+    """A stream that goes on where its reader is gone or its disk is full, and escapes characters that it has not.
+
+    A run is worth more than the line that could not be printed.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write as the stream does."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush as the stream does."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Send to nowhere what is left of this output, what is in its buffer too."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether that is behind an exception; torch, which finds a file shorter than what it wrote, does not say so."""
+    if error is None:
+        return False
+    is_said = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_said = is_said or any(words in str(error) for words in ("No space left on device", "unexpected pos"))
+    return is_said or _is_disk_full(error.__cause__ or error.__context__)
 
 
 def _leave_process_group() -> None:

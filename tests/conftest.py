@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -83,6 +84,14 @@ def shared_cores(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with core_turns.sharing():
             yield
+
+
+@pytest.fixture(autouse=True)
+def same_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the tests with a report again after a test of programs, in which it ends everything at once."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 
 from shared import command_line
 from shared.command_line import (
+    EXIT_DISK_FULL,
     EXIT_NO_CHECKPOINT,
     EXIT_NON_FINITE,
     EXIT_STOPPED,
@@ -362,7 +366,7 @@ MARKED = (
     "\U0001f600",
 )
 TEXTS = st.text() | st.sampled_from(PLAIN + MARKED)
-PLACES = TEXTS.filter(lambda text: command_line.expand_home(text) == text)
+PLACES = TEXTS.filter(lambda text: not any(part.startswith("~") for part in text.split(",")))
 CONFIGS = st.builds(
     Config,
     data=PLACES,
@@ -451,22 +455,70 @@ def test_an_error_of_a_data_worker_is_one_line_too(capsys):
     assert capsys.readouterr() == ("", "error: data: 'x': expected documents\n")
 
 
-def test_ctrl_c_is_as_before_at_the_end(capsys):
-    before = signal.getsignal(signal.SIGINT)
-    for error in (None, ValueError("x"), UsageError("y")):
-        with contextlib.suppress(ValueError, SystemExit), exit_codes():
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-            if error:
-                raise error
-        assert signal.getsignal(signal.SIGINT) == before
+def test_ctrl_c_ends_a_program_at_once_until_something_else_is_set_up(capsys):
+    for before in (signal.default_int_handler, lambda number, frame: None):
+        for error in (None, ValueError("x"), UsageError("y")):
+            signal.signal(signal.SIGINT, before)
+            with contextlib.suppress(ValueError, SystemExit), exit_codes():
+                assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+                if error:
+                    raise error
+            is_programs = before is signal.default_int_handler  # which goes on to import what it needs
+            assert signal.getsignal(signal.SIGINT) == (signal.SIG_DFL if is_programs else before)
+
+
+def _fail(error, *, while_cleaning_up):
+    if not while_cleaning_up:
+        raise error
+    try:
+        raise error
+    finally:
+        raise KeyError("another")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/a/file"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 51840 vs 51732"),
+        ValueError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_a_status_of_its_own(capsys, error):
+    for wrapped in (False, True):
+        with pytest.raises(SystemExit) as caught, exit_codes():
+            _fail(error, while_cleaning_up=wrapped)
+        assert caught.value.code == EXIT_DISK_FULL
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(r"error: the disk is full: [^\n]*: with room on the disk the same command [^\n]*\n", err)
+
+
+def test_what_cannot_be_printed_ends_nothing(tmp_path):
+    program = """
+import sys
+sys.path.insert(0, {root!r})
+from shared.command_line import exit_codes
+with exit_codes():
+    for number in range(20000):
+        print("äöü 四 a line that fills the pipe")
+    print("done", file=sys.stderr)
+"""
+    (tmp_path / "program.py").write_text(program.format(root=str(ROOT)))
+    python = f"{shlex.quote(sys.executable)} {tmp_path}/program.py"
+    for command in (f"{python} > /dev/full", f"({python}; echo status $? >&2) | head -1", f"{python} > {tmp_path}/out"):
+        options = {"env": {**os.environ, "PYTHONIOENCODING": "ascii"}, "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], timeout=60, **options)
+        assert (done.returncode, done.stderr.replace("status 0\n", "")) == (0, "done\n")
+    assert (tmp_path / "out").read_text().count("\\xe4\\xf6\\xfc \\u56db") == 20000
 
 
 def test_the_exit_statuses_differ():
-    assert len({0, 1, EXIT_USAGE, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT}) == 6
+    assert len({0, 1, EXIT_USAGE, EXIT_DISK_FULL, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT}) == 7
     assert EXIT_USAGE == 2
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), GeneratorExit(), SystemExit(5), OSError("disk full")])
+@pytest.mark.parametrize("error", [ValueError("x"), GeneratorExit(), SystemExit(5), OSError("no such thing")])
 def test_other_exceptions_pass(capsys, error):
     with pytest.raises(type(error)) as caught, exit_codes():
         raise error
