@@ -50,6 +50,8 @@ class Config(fields.RunControl):
     text_pair_column: str = ""  # Column of `data` with the second text. "" = there is none.
     label_column: str = "label"
     """Column of `data` with classes (names or whole numbers), numbers with a point, or lists of tags."""
+    label_kind: Literal["auto", "classes", "numbers"] = "auto"
+    """What labels are that are no lists: classes, numbers to predict, or auto = as they look."""
     labels_per_class: Natural = 0  # Labels of each class that there are, chosen by the seed. 0 = all.
     tokenizer: Place = ""  # Folder or Hub id. "" = the one of `init`.
     seq_length: Count = 128  # Most tokens of a row; what is longer is cut.
@@ -84,7 +86,8 @@ class Config(fields.RunControl):
     probe: bool = False
     """Say before training how well the encoder as it is tells classes: by nearest neighbours, and linearly."""
     best_metric: str = ""
-    """Metric whose best evaluation is exported, such as accuracy, macro_f1, pearson. "" = the first that is logged."""
+    """Metric whose best evaluation is exported, such as accuracy, macro_f1, pearson, loss; of equal ones that with the
+    least loss. "" = the first that is logged."""
     patience: Natural = 0  # Evaluations without a better one after which the run ends. 0 = it does not.
     seeds: Count = 1  # Runs, with seeds from `seed` on, whose mean and standard error are told.
 
@@ -155,10 +158,11 @@ class Split(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """How a model did on a split: metrics, what it mistakes most often, and of each text the label and the answer."""
+    """How a model did on a split: metrics, what it mistakes most often, and of each text row, label and answer."""
 
     metrics: dict[str, float]
     confusions: str
+    rows: list[int]
     labels: list[Any]
     answers: list[Any]
 
@@ -217,16 +221,16 @@ def check_config(cfg: Config) -> None:
     cli.expect(has_sizes, "tokenizer", cfg.tokenizer, "the folder or Hub id of an encoder, for init scratch")
     has_head = cfg.init != "scratch" or not cfg.keep_head
     cli.expect(has_head, "keep_head", True, "a model to start from, not init scratch")
-    known = cfg.best_metric in ("", *METRICS)
-    cli.expect(known, "best_metric", cfg.best_metric, f"one of {', '.join(METRICS)}")
+    known = cfg.best_metric in ("", "loss", *METRICS)
+    cli.expect(known, "best_metric", cfg.best_metric, f"one of loss, {', '.join(METRICS)}")
 
 
 def metrics_of(cfg: Config, task: Task, problem: str) -> tuple[str, ...]:
-    """Names of the metrics to log, first the one whose best evaluation is exported."""
-    usual = tuple(filter(None, (task.metric, *METRICS_OF[problem])))
-    fits = cfg.best_metric in ("", *usual)
-    cli.expect(fits, "best_metric", cfg.best_metric, f"a metric of {problem}: {', '.join(usual)}")
-    return tuple(dict.fromkeys(filter(None, (cfg.best_metric, *usual))))
+    """Names of the metrics to log, first the usual one to choose the best model by."""
+    usual = tuple(dict.fromkeys(filter(None, (task.metric, *METRICS_OF[problem]))))
+    fits = cfg.best_metric in ("", "loss", *usual)
+    cli.expect(fits, "best_metric", cfg.best_metric, f"a metric of {problem}: loss, {', '.join(usual)}")
+    return usual
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,11 +242,14 @@ def open_data(cfg: Config) -> tuple[Task, LabelledTexts, dict[str, LabelledTexts
     task, label_column = TASKS[cfg.task], "label"
     if cfg.data:
         columns = (cfg.text_column, *([cfg.text_pair_column] if cfg.text_pair_column else []))
+        differ = len({*columns, cfg.label_column}) == len(columns) + 1
+        cli.expect(differ, "label_column", cfg.label_column, f"another column than {', '.join(columns)}, each once")
         task, label_column = Task(cfg.data, cfg.data_config, columns, ""), cfg.label_column
     options: dict[str, Any] = {"config": task.config, "columns": task.columns, "label_column": label_column}
-    train = labelled.open_labelled(task.data, **options, split=cfg.data_split, class_names=None)
+    options["label_kind"] = cfg.label_kind
+    train = labelled.open_labelled(task.data, **options, split=cfg.data_split, like=None)
     source = cfg.eval_data or task.data
-    options["class_names"] = train.class_names
+    options["like"] = train
     eval_split = cfg.eval_split or ("" if cfg.eval_data else task.eval_split)
     eval_split = eval_split or validation_split(source, task.config, cfg.test_split)
     eval_split = eval_split or ("train" if cfg.eval_data else "")
@@ -312,6 +319,8 @@ def build_model(cfg: Config, problem: str, class_names: tuple[str, ...], tokeniz
     )
     dropouts = {field: cfg.dropout for field, value in config.to_dict().items() if is_dropout(field, value)}
     head = {"num_labels": 1} if problem == "numbers" else label_numbers(class_names)
+    if problem != "tags":  # or a pipeline makes probabilities of numbers
+        head["problem_type"] = "regression" if problem == "numbers" else "single_label_classification"
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     if cfg.init == "scratch":
         model = model_class.from_config(
@@ -392,7 +401,7 @@ def evaluate(accelerator: Any, model: Any, split: Split, metrics: tuple[str, ...
         results[f"{split.name}/{name}"] = METRICS[name]().compute(**(named if name == "entity_f1" else flat))[name]
     names = split.samples.class_names
     confusions = describe_confusions(flat["references"], flat["predictions"], names) if names else ""
-    return Tried(results, confusions, named["references"], named["predictions"])
+    return Tried(results, confusions, split.samples.rows.tolist(), named["references"], named["predictions"])
 
 
 @torch.no_grad()
@@ -475,7 +484,7 @@ def main(cfg: Config) -> None:
     model = build_model(cfg, train.problem, train.class_names, tokenizer)
     if train.problem == "numbers" and not cfg.keep_head:
         begin_at_mean(model, train.labels)
-    facts = describe(cfg, accelerator, model, rows, evals)
+    facts = describe(cfg, accelerator, model, {"train": rows, **{name: split.rows for name, split in splits.items()}})
     accelerator.print(summary.table(facts))
     if cfg.compile:
         model.compile()
@@ -485,7 +494,8 @@ def main(cfg: Config) -> None:
         accelerator.print(summary.table(probed))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
-    best = Best(f"eval/{metric_names[0]}", run.state)
+    best_metric = cfg.best_metric or metric_names[0]
+    best = Best("eval/" + best_metric, run.state)
     run.is_over = best.has_waited(cfg.patience)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     fingerprints = [texts.fingerprint() for texts in (train, *evals.values())]
@@ -513,7 +523,7 @@ def main(cfg: Config) -> None:
                     tried = evaluate(accelerator, model, test, metric_names, micro_batch_size) if test else tried
                     metrics |= tried.metrics
                     best.metrics |= tried.metrics
-                    run.write_predictions(tried.labels, tried.answers)
+                    run.write_predictions(tried.rows, tried.labels, tried.answers)
                 run.is_over = best.has_waited(cfg.patience)
             run.write(metrics)
             if due.save or run.is_over:
@@ -521,7 +531,7 @@ def main(cfg: Config) -> None:
             if due.push and best.step:  # before the first evaluation there is no model to push
                 run.push()
 
-    cli.expect(best.step > 0, "best_metric", metric_names[0], "a finite value of it once; there is no model to export")
+    cli.expect(best.step > 0, "best_metric", best_metric, "a finite value of it once; there is no model to export")
     results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step, "best_step": best.step}
     usage = USAGE.format(PIPELINE_TAGS[train.problem], example_of(held_out.samples))
     card = {"samples": best.samples, "figures": {}, "evaluation": best.metrics}
@@ -534,20 +544,25 @@ def example_of(samples: LabelledTexts) -> Any:
     return text if samples.pairs is None else {"text": text, "text_pair": samples.pairs[0]}
 
 
-def describe(
-    cfg: Config, accelerator: Any, model: Any, rows: LabelRows, evals: dict[str, LabelledTexts]
-) -> dict[str, Any]:
+def describe(cfg: Config, accelerator: Any, model: Any, rows: dict[str, LabelRows]) -> dict[str, Any]:
     """The numbers that follow from configuration and data, for the table at the start and run.json."""
-    mean_length = round(np.mean(rows.lengths))
-    row = torch.zeros(1, mean_length, dtype=torch.int64)
+    train, cut = rows["train"], sum(some.num_cut for some in rows.values())
+    words = sum(some.num_words_left_out for some in rows.values())
+    of_classes = isinstance(train.labels, np.ndarray) and train.labels.dtype == np.int64
+    unseen = (
+        len(set(train.labels.tolist()).difference(rows["eval"].labels.tolist())) if of_classes and "eval" in rows else 0
+    )
+    row = torch.zeros(1, mean_length := round(np.mean(train.lengths)), dtype=torch.int64)
     return {
         "parameters": model.num_parameters(),
         "labels": "numbers" if model.num_labels == 1 else f"{model.num_labels} classes",
-        "texts": ", ".join(f"{len(texts):,} to {use} on" for use, texts in {"train": rows, **evals}.items()),
+        "texts": ", ".join(f"{len(some):,} to {use} on" for use, some in rows.items()),
+        "texts_cut": f"{cut:,}, with {words:,} words that count nowhere" if words else cut,
+        **({"classes_without_evaluation": unseen} if unseen else {}),
         "tokens_per_row": mean_length,
         "flops_per_row": training_flops(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}),
         "rows_per_update": cfg.global_batch_size,
-        "updates_per_epoch": round(len(rows) / cfg.global_batch_size, 1),
+        "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
         **summary.describe_engine(accelerator),
     }
 
@@ -557,7 +572,7 @@ def report_costs(cfg: Config, accelerator: Any, train: LabelledTexts, tokenizer:
     batch, seconds = to_device(updates[0][0], accelerator.device), None
     with dry_run.without_memory():
         model = build_model(cfg, train.problem, train.class_names, tokenizer)
-        facts = describe(cfg, accelerator, model, updates.rows, {})
+        facts = describe(cfg, accelerator, model, {"train": updates.rows})
         costs = dry_run.costs(accelerator, model, batch, state_bytes_per_parameter(build_optimizer(cfg, model)))
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):
         model = build_model(cfg, train.problem, train.class_names, tokenizer)

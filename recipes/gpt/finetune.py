@@ -476,7 +476,7 @@ def main(cfg: Config) -> None:
                 run.write_samples(shown)
                 if best.is_better(run.step, found, shown):
                     export(cfg, accelerator, model, tokenizer, run.folder)
-                    run.write_predictions(answers.expected, texts)
+                    run.write_predictions(answers.questions, answers.expected, texts)
                 run.is_over = best.has_waited(cfg.patience)
             run.write(metrics)
             if due.save or run.is_over:

@@ -83,8 +83,9 @@ class Config(fields.Images, fields.RunControl):
     """Split on which the best model is tried, and which chooses nothing. "" = none; of the sample, unseen concepts."""
     probe: bool = False
     """Say before training how well the model as it is tells classes: by nearest neighbours, and linearly."""
-    best_metric: Literal["", "accuracy", "balanced_accuracy", "macro_f1", "auc"] = ""
-    """Metric whose best evaluation is exported. "" = accuracy, of several labels auc."""
+    best_metric: Literal["", "accuracy", "balanced_accuracy", "macro_f1", "auc", "loss"] = ""
+    """Metric whose best evaluation is exported; of equal ones that with the least loss. "" = accuracy, of several
+    labels auc."""
     patience: Natural = 0  # Evaluations without a better one after which the run ends. 0 = it does not.
     seeds: Count = 1  # Runs, with seeds from `seed` on, whose mean and standard error are told.
 
@@ -141,7 +142,7 @@ class Tried(NamedTuple):
     metrics: dict[str, float]
     mistakes: str
     answers: Answers | None  # None where an image can have several labels
-    named: tuple[list[Any], list[Any]]  # labels and answers, by the names of classes
+    named: tuple[list[str], list[Any], list[Any]]  # images, and their labels and answers by the names of classes
 
 
 def check_config(cfg: Config) -> None:
@@ -302,12 +303,12 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, split: Split, statistics
     measured = {"loss": sum(of_process for of_process, _ in gathered) / len(labels), **scores_of(labels, likely)}
     measured["skipped"] = len(split.images) - len(labels)
     metrics = {f"{split.name}/{name}": value for name, value in measured.items()}
-    names = np.array(split.images.class_names)
+    names, images = np.array(split.images.class_names), [split.images.files.name(index) for index in indices.tolist()]
     if labels.ndim == 2:
-        named = tuple([names[row == 1].tolist() for row in rows] for rows in (labels, likely >= 0.5))
-        return Tried(metrics, describe_labels(labels, likely >= 0.5, names), None, named)
+        several = ([names[row == 1].tolist() for row in rows] for rows in (labels, likely >= 0.5))
+        return Tried(metrics, describe_labels(labels, likely >= 0.5, names), None, (images, *several))
     answers = Answers(indices, labels, np.argsort(-likely, axis=1, kind="stable")[:, :5].copy(), likely.max(1))
-    named = (names[labels].tolist(), names[answers.guesses[:, 0]].tolist())
+    named = (images, names[labels].tolist(), names[answers.guesses[:, 0]].tolist())
     return Tried(metrics, answers.describe_confusions(split.images.class_names), answers, named)
 
 

@@ -262,20 +262,20 @@ def _classes(dataset: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _several_classes(
-    values: list[list[Any] | None], names: list[str] | None, column: str
+    values: list[list[Any]], names: list[str] | None, column: str
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Which classes each image has, (N, C) of 0 and 1, and the names, as in `_classes`."""
     for row, listed in enumerate(values):
-        is_right = None not in (listed or []) and len(set(listed or [])) == len(listed or [])
-        expected = f"lists of the classes that an image has, each once, row {row} has {listed}"
+        is_right = listed is not None and None not in listed and len(set(listed)) == len(listed)
+        expected = f"lists of the classes that an image has, each once, [] where it has none; row {row} has {listed}"
         expect(is_right, "label_column", column, expected)
-    found = sorted({value for row in values for value in row or []}, key=lambda value: (str(type(value)), value))
+    found = sorted({value for row in values for value in row}, key=lambda value: (str(type(value)), value))
     known = {number: number for number in range(len(names))} if names else {value: n for n, value in enumerate(found)}
-    for row, value in ((row, value) for row, listed in enumerate(values) for value in listed or []):
+    for row, value in ((row, value) for row, listed in enumerate(values) for value in listed):
         expect(value in known, "label_column", column, f"labels from 0 to {len(known) - 1}, row {row} has {value!r}")
     labels = np.zeros((len(values), len(known)), dtype=np.int64)
     for row, listed in enumerate(values):
-        labels[row, [known[value] for value in listed or []]] = 1
+        labels[row, [known[value] for value in listed]] = 1
     return labels, tuple(names or map(str, found))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 class Best:
     """Which evaluation was the best so far by one metric, of which more is better, but of a loss less.
 
+    Small sets of data often give equal values; of these the one with the least loss is the best.
+
     Args:
         metric: its key, such as eval/accuracy or eval/loss.
         state: the state of the checkpoint that the run goes on from; empty at the beginning.
@@ -15,7 +17,7 @@ class Best:
         step: of the best evaluation; 0 = there was none.
         metrics: of that evaluation.
         samples: what was shown of it.
-        waited: evaluations since then.
+        waited: evaluations since the metric was better than before.
     """
 
     def __init__(self, metric: str, state: dict[str, Any]) -> None:
@@ -28,13 +30,22 @@ class Best:
 
     def is_better(self, step: int, metrics: dict[str, float], samples: str) -> bool:
         """Whether an evaluation beats all before it, which is then noted; of equal ones the first counts."""
-        sign = -1.0 if self._metric == "eval/loss" else 1.0
-        value, before = metrics[self._metric], self.metrics.get(self._metric, -sign * math.inf)
         self.waited += 1
-        if not math.isfinite(value) or sign * value <= sign * before:
+        if not math.isfinite(metrics[self._metric]):
             return False
-        self.step, self.metrics, self.samples, self.waited = step, dict(metrics), samples, 0
+        rank, before = self._rank(metrics), self._rank(self.metrics) if self.metrics else (-math.inf, -math.inf)
+        if rank[0] > before[0]:
+            self.waited = 0
+        if rank <= before:
+            return False
+        self.step, self.metrics, self.samples = step, dict(metrics), samples
         return True
+
+    def _rank(self, metrics: dict[str, float]) -> tuple[float, float]:
+        """More is better; where the loss is not a number, it is none that could be less."""
+        loss = metrics.get("eval/loss", math.inf)
+        cost = math.inf if math.isnan(loss) else loss
+        return (-cost if self._metric == "eval/loss" else metrics[self._metric]), -cost
 
     def has_waited(self, patience: int) -> bool:
         """Whether so many evaluations in a row, 0 = any number, were no better than the best."""

@@ -154,7 +154,8 @@ def hardware(processes: int = 0, device: str = "") -> str:
     if cpu_info.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
-    return f"{torch.get_num_threads()} cores of {processor} ({torch.backends.cpu.get_cpu_capability()})"
+    number = torch.get_num_threads()
+    return f"{number} {'core' if number == 1 else 'cores'} of {processor} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _read_mapping(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:

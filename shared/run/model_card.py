@@ -54,13 +54,15 @@ def write_model_card(
     rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in metrics.items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     images = "".join(f"\n### {heading}\n\n![{heading}](figures/{file})\n" for heading, file in figures.items())
+    made = "Fine-tuned" if Path(str(record["command"][0])).stem == "finetune" else "Pre-trained"
+    when = f" after update {record['best_step']:,}, the best evaluation" if "best_step" in record else ""
     commit = f", commit `{record['git_commit'][:12]}`" if record["git_commit"] else ""
     text = f"""---
 {data.to_yaml()}
 ---
 # {_plain(title)}
 
-Pre-trained from {_code(record["init"])} on {_code(record["data"])} with {_code(record["command"][0])}{commit}:
+{made} from {_code(record["init"])} on {_code(record["data"])} with {_code(record["command"][0])}{commit}:
 {record["parameters"]:,} parameters, {record["steps"]:,} updates, {record["training_seconds"]:,.0f} s of training,
 {record["training_flops"]:.3g} floating-point operations on {record["hardware"]}.
 
@@ -72,7 +74,7 @@ It is read by {_library(run_dir)} {record["versions"].get(_library(run_dir), "")
 
 ## Results
 
-Measured on data that was held out of training, each sample counted once.
+Measured on data that was held out of training{when}, each sample counted once.
 
 | metric | value |
 |---|---|

@@ -209,10 +209,10 @@ class Run:
         """Keep what the model made after this update in samples/."""
         self._log.write_samples(self.step, text)
 
-    def write_predictions(self, labels: Sequence[Any], predictions: Sequence[Any]) -> None:
+    def write_predictions(self, samples: Sequence[Any], labels: Sequence[Any], predictions: Sequence[Any]) -> None:
         """See `predictions.write_predictions`; the main process writes."""
         if self._accelerator.is_main_process:
-            predictions_file.write_predictions(self.folder, labels, predictions)
+            predictions_file.write_predictions(self.folder, samples, labels, predictions)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint.

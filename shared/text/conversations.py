@@ -22,7 +22,7 @@ from shared.command_line import UsageError, expect
 from shared.data.local_files import split_named
 from shared.data.subsets import held_out_of_each
 from shared.text import tokenization
-from shared.text.tables import in_utf8, load_splits
+from shared.text.tables import in_utf8, load_split, split_names
 from shared.text.tokenization import CONVERSATION_TOKENS
 from shared.text.vocabulary import special_ids
 
@@ -96,7 +96,7 @@ def open_conversations(
     """Read and check one split.
 
     Args:
-        data: see `load_splits`.
+        data: see `split_names`.
         config: configuration of a Hub data set; "" = its only one.
         split: name of the split; a single file has train alone.
         task_column: of the names of tasks; "" = none.
@@ -106,10 +106,10 @@ def open_conversations(
     Raises:
         UsageError: something is not there, or not what it must be; it names column, row and what was expected.
     """
-    splits = load_splits(data, config, source)
-    name = split_named(split, list(splits))
+    splits = split_names(data, config, source)
+    name = split_named(split, splits)
     expect(bool(name), field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
-    table = splits[name]
+    table = load_split(data, config, name, source, as_text=("prompt", "completion", "text", task_column))
     there = [form for form, columns in FORMS.items() if set(columns) <= set(table.column_names)]
     wanted = "a column messages, or prompt and completion, or text, got"
     expect(bool(there), source, data, f"{wanted} {', '.join(table.column_names)}")

@@ -20,11 +20,15 @@ class LabelRows:
         labels: int64 (N,) classes, float32 (N,) numbers, or of each row a class for every token, -100 where it has
             none.
         padding: of each input, the value that fills a row up.
+        num_cut: texts, or pairs, that are longer than a row.
+        num_words_left_out: words behind a row's end, which have labels and are not there.
     """
 
     columns: dict[str, list[list[int]]]
     labels: Any
     padding: dict[str, int]
+    num_cut: int
+    num_words_left_out: int
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,9 +65,15 @@ def encode(samples: LabelledTexts, tokenizer: Any, seq_length: int) -> LabelRows
         labels: Any = [_first_tokens(*row) for row in zip(words, samples.labels, strict=True)]
     else:
         encoded = tokenizer(list(samples.texts), samples.pairs and list(samples.pairs), **options)
-        labels = samples.labels
+        labels, words = samples.labels, []
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0, "attention_mask": 0}
-    return LabelRows({name: list(encoded[name]) for name in padding if name in encoded}, labels, padding)
+    columns = {name: list(encoded[name]) for name in padding if name in encoded}
+    num_cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    # Words come in order, and a row has those up to its last one.
+    last_words = [max((word for word in row if word is not None), default=-1) for row in words]
+    lengths = map(len, samples.texts if words else [])
+    num_left_out = sum(length - last - 1 for length, last in zip(lengths, last_words, strict=True))
+    return LabelRows(columns, labels, padding, num_cut, num_left_out)
 
 
 def _first_tokens(words: list[int | None], labels: list[int]) -> list[int]:

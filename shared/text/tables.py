@@ -3,7 +3,7 @@
 import contextlib
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".
 _COMPRESSED = (".gz", ".xz", ".zst")
 
 
-def load_splits(data: str, config: str, field: str = "data") -> dict[str, Any]:
-    """The splits of a data set, by name.
+def split_names(data: str, config: str, field: str = "data") -> list[str]:
+    """The splits of a data set.
 
     Args:
         data: a .jsonl, .json, .csv, .tsv or .parquet file, also compressed, which has train alone; a folder of them
@@ -25,23 +25,50 @@ def load_splits(data: str, config: str, field: str = "data") -> dict[str, Any]:
         field: that names it, for the message.
 
     Raises:
-        UsageError: it is not there, or cannot be read.
+        UsageError: it is not there, or has no such file.
     """
     import datasets
 
     path = Path(data).expanduser()
-    if path.is_dir() or path.is_file():
-        files = _local(path)
-        try:
-            found = datasets.load_dataset(**files)
-        except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
-            reason = _one_line(error.__cause__ or error)
-            reason = "there is no record in them" if "StopIteration" in reason or "no data" in reason else reason
-            raise UsageError(f"{field}: {data!r}: expected files that can be read: {reason}") from error
-    else:
+    if path.exists():
+        return list(_local(path, field))
+    with hub_errors(data, field):
+        return datasets.get_dataset_split_names(data, config or None)
+
+
+def load_split(data: str, config: str, split: str, field: str = "data", as_text: Sequence[str] = ()) -> Any:
+    """One split as `datasets` has it; the others are not read.
+
+    Args:
+        data: see `split_names`.
+        config: likewise.
+        split: one of those names.
+        field: that names the data, for the message.
+        as_text: columns of .csv and .tsv files whose cells are texts, whatever they look like; an empty cell is None.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    import datasets
+
+    path = Path(data).expanduser()
+    if not path.exists():
         with hub_errors(data, field):
-            found = datasets.load_dataset(data, config or None)
-    return dict(found)
+            return datasets.load_dataset(data, config or None, split=split)
+    files = _local(path, field)[split]
+    options: dict[str, Any] = {}
+    if _builder_of(files[0]) == "csv":
+        options |= {"converters": dict.fromkeys(as_text, str), "keep_default_na": False, "na_values": [""]}
+        options |= {"sep": "\t"} if ".tsv" in [suffix.lower() for suffix in files[0].suffixes] else {}
+    # The library takes names for patterns, and follows no links where it searches for one.
+    names = [glob.escape(os.path.realpath(file)) for file in files]
+    try:
+        return datasets.load_dataset(_builder_of(files[0]), data_files={split: names}, split=split, **options)
+    except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
+        reason = _one_line(error.__cause__ or error)
+        reason = "there is no record in them" if "StopIteration" in reason or "no data" in reason else reason
+        shown = ", ".join(file.name for file in files[:5])
+        raise UsageError(f"{field}: {data!r}: expected files that can be read, {shown}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -53,24 +80,15 @@ def in_utf8(data: str, field: str = "data") -> Iterator[None]:
         raise UsageError(f"{field}: {data!r}: expected text in UTF-8: {_one_line(error)}") from error
 
 
-def _local(path: Path) -> dict[str, Any]:
-    """What `datasets.load_dataset` takes for a file or a folder."""
+def _local(path: Path, field: str) -> dict[str, list[Path]]:
+    """The files of each split of a file or a folder."""
     files = [path] if path.is_file() else find_files(path, lambda file: not is_about_the_data(file))
     kinds = {file: _builder_of(file) for file in files if _builder_of(file)}
     known = " ".join(_BUILDERS)
-    expect(bool(kinds), "data", str(path), f"a file, or a folder of files, that end in one of {known}")
-    expect(
-        len(set(kinds.values())) == 1,
-        "data",
-        str(path),
-        f"files of one format, got {', '.join(sorted({file.name for file in kinds}))}",
-    )
-    [builder] = set(kinds.values())
-    of_splits = {"train": [path]} if path.is_file() else part_by_split(path, list(kinds), by_file_name=True)
-    # The library takes names for patterns, and follows no links where it searches for one.
-    splits = {split: [glob.escape(os.path.realpath(file)) for file in files] for split, files in of_splits.items()}
-    options: dict[str, Any] = {"sep": "\t"} if any(".tsv" in file.suffixes for file in kinds) else {}
-    return {"path": builder, "data_files": splits, **options}
+    expect(bool(kinds), field, str(path), f"a file, or a folder of files, that end in one of {known}")
+    names = ", ".join(sorted(file.name for file in kinds)[:5])
+    expect(len(set(kinds.values())) == 1, field, str(path), f"files of one format, got {names}")
+    return {"train": [path]} if path.is_file() else part_by_split(path, list(kinds), by_file_name=True)
 
 
 def _builder_of(file: Path) -> str:
@@ -86,7 +104,7 @@ def validation_split(data: str, config: str, test_split: str = "", field: str = 
     Raises:
         UsageError: the data set cannot be read.
     """
-    return split_to_evaluate_on(list(load_splits(data, config, field)), test_split)
+    return split_to_evaluate_on(split_names(data, config, field), test_split)
 
 
 def _one_line(error: BaseException) -> str:

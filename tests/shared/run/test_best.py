@@ -32,3 +32,15 @@ def test_the_first_of_the_best_is_kept_over_any_stop(
     if finite:
         assert best.metrics == {metric: best_of(finite), "eval/other": 1.0}
         assert best.samples == f"at {expected}"
+
+
+def test_of_equal_values_the_least_loss_is_the_best() -> None:
+    best = Best("eval/accuracy", {})
+    steps = [(0.5, 3.0), (0.5, 2.0), (0.5, math.nan), (0.5, 2.0), (0.4, 0.1), (0.5, 1.0), (0.6, 9.0)]
+    better, waited = [], []
+    for step, (accuracy, loss) in enumerate(steps):
+        if best.is_better(step, {"eval/accuracy": accuracy, "eval/loss": loss}, ""):
+            better.append(step)
+        waited.append(best.waited)
+    assert better == [0, 1, 5, 6]
+    assert waited == [0, 1, 2, 3, 4, 5, 0]  # patience is for the metric

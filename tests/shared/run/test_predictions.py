@@ -12,6 +12,6 @@ VALUES = st.text(st.characters(codec="utf-8")) | st.floats(allow_nan=False) | st
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_predictions_come_back_in_their_order(tmp_path: Path, pairs: list[tuple[object, object]]) -> None:
     labels, predictions = [label for label, _ in pairs], [guess for _, guess in pairs]
-    write_predictions(tmp_path, labels, predictions)
+    write_predictions(tmp_path, ["a \udce9.png"] * len(pairs), labels, predictions)
     assert read_predictions(tmp_path) == (labels, predictions)
     assert (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").count("\n") == len(pairs)

@@ -18,7 +18,9 @@ def tokenizer() -> Any:
 
 def test_rows_are_the_tokenizer_s_and_batches_as_long_as_their_longest(tokenizer: Any) -> None:
     texts = ["the cat", "the dog sees the cat", "cat"]
-    rows = encode(LabelledTexts("classes", texts, None, np.array([2, 0, 1]), ("a", "b", "c")), tokenizer, 64)
+    rows = encode(
+        LabelledTexts("classes", texts, None, np.array([2, 0, 1]), ("a", "b", "c"), np.arange(3)), tokenizer, 64
+    )
     assert rows.lengths == tuple(len(tokenizer(text)["input_ids"]) for text in texts)
     batch = rows.batch([0, 1])
     expected = tokenizer(texts[:2], padding=True, return_tensors="np")
@@ -30,9 +32,10 @@ def test_rows_are_the_tokenizer_s_and_batches_as_long_as_their_longest(tokenizer
 
 
 def test_of_a_pair_the_longer_text_is_cut(tokenizer: Any) -> None:
-    pairs = LabelledTexts("numbers", ["the cat"], ["dog " * 40], np.array([0.5], dtype=np.float32), ())
+    pairs = LabelledTexts("numbers", ["the cat"], ["dog " * 40], np.array([0.5], dtype=np.float32), (), np.arange(1))
     rows = encode(pairs, tokenizer, 16)
     assert rows.lengths == (16,)
+    assert (rows.num_cut, rows.num_words_left_out) == (1, 0)
     text = tokenizer.decode(rows.columns["input_ids"][0])
     assert text.startswith("[CLS] the cat [SEP] dog")
     assert rows.columns["token_type_ids"][0][-1] == 1
@@ -42,7 +45,11 @@ def test_of_a_pair_the_longer_text_is_cut(tokenizer: Any) -> None:
 def test_the_first_token_of_a_word_has_its_label(tokenizer: Any) -> None:
     words = ["the", "unbelievable", "dog"]
     assert len(tokenizer.tokenize(words[1])) > 1
-    rows = encode(LabelledTexts("tags", [words, ["cat"]], None, [[0, 1, 2], [1]], ("O", "B-A", "B-B")), tokenizer, 64)
+    rows = encode(
+        LabelledTexts("tags", [words, ["cat"]], None, [[0, 1, 2], [1]], ("O", "B-A", "B-B"), np.arange(2)),
+        tokenizer,
+        64,
+    )
     ids, labels = rows.columns["input_ids"][0], rows.labels[0]
     assert [label for label in labels if label != IGNORED] == [0, 1, 2]
     place = labels.index(1)
@@ -50,3 +57,14 @@ def test_the_first_token_of_a_word_has_its_label(tokenizer: Any) -> None:
     batch = rows.batch([0, 1])
     assert batch["labels"].shape == batch["input_ids"].shape
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+
+
+def test_what_a_row_has_no_room_for_is_counted(tokenizer: Any) -> None:
+    assert len(tokenizer.tokenize("c")) == 1
+    lengths = [20, 5, 0, 16]
+    labels = [[0] * length for length in lengths]
+    samples = LabelledTexts("tags", [["c"] * length for length in lengths], None, labels, ("O", "B"), np.arange(4))
+    rows = encode(samples, tokenizer, 12)
+    assert (rows.num_cut, rows.num_words_left_out) == (2, 20 - 10 + 16 - 10)
+    assert sum(label != IGNORED for row in rows.labels for label in row) == 10 + 5 + 10
+    assert encode(samples, tokenizer, 64).num_cut == 0

@@ -22,7 +22,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def opened(data: Path | str, **options: Any) -> LabelledTexts:
     usual: dict[str, Any] = {"config": "", "split": "train", "columns": ("text",), "label_column": "label"}
-    return open_labelled(str(data), **{**usual, "class_names": None, **options})
+    return open_labelled(str(data), **{**usual, "label_kind": "auto", "like": None, **options})
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -72,7 +72,63 @@ def test_classes_of_another_split_have_the_numbers_of_the_training_data(tmp_path
         tmp_path / "eval.parquet"
     )
     train = opened(tmp_path / "data")
-    assert opened(tmp_path / "eval.parquet", class_names=train.class_names).labels.tolist() == [1, 0]
+    assert opened(tmp_path / "eval.parquet", like=train).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("labels", "kind", "expected"),
+    [
+        (["01", "1", "2"], "auto", ("01", "1", "2")),
+        (["NA", "None", "yes"], "auto", ("NA", "None", "yes")),
+        (["3", "10", "-1"], "auto", ("-1", "3", "10")),
+        (["0.5", "3", "1e-2"], "auto", [0.5, 3.0, 0.01]),
+        (["1", "2", "3"], "numbers", [1.0, 2.0, 3.0]),
+        (["0.5", "2,5", "high"], "classes", ("0.5", "2,5", "high")),
+        (["1.0", "2.0", "1.0"], "classes", ("1.0", "2.0")),
+        (["0.5", "high", "1.5"], "auto", "numbers alone, as ['0.5'] is, or label_kind classes; row 1 in the split"),
+        (["2,5", "3,5", "4,5"], "auto", "numbers alone, as ['2,5'] is, or label_kind classes; row 0 in the split"),
+        (["0.5", "high", "1.5"], "numbers", "a finite number in every row, row 1 in the split"),
+        (["a", "", "b"], "classes", "a label in every row, row 1 in the split"),
+    ],
+)
+def test_labels_that_are_texts_are_what_all_of_them_look_like_or_what_is_asked_for(
+    tmp_path: Path, form: str, labels: list[str], kind: str, expected: Any
+) -> None:
+    path = tmp_path / f"data.{form}"
+    cells = [f'"{label}"' if label else "" for label in labels]
+    if form == "csv":
+        path.write_text("text,label\n" + "".join(f"x,{cell}\n" for cell in cells))
+    else:
+        write(path, [{"text": "x", "label": label or None} for label in labels])
+    if isinstance(expected, str):
+        with pytest.raises(UsageError) as caught:
+            opened(path, label_kind=kind)
+        assert str(caught.value).startswith(f"label_column: 'label': expected {expected}")
+        return
+    found = opened(path, label_kind=kind)
+    if isinstance(expected, tuple):
+        assert found.class_names == expected
+        assert [found.class_names[label] for label in found.labels] == labels
+    else:
+        assert found.labels.tolist() == pytest.approx(expected)
+
+
+def test_labels_of_evaluation_are_read_as_those_of_training(tmp_path: Path) -> None:
+    numbers = opened(write(tmp_path / "train.jsonl", [{"text": "x", "label": 0.5}]))
+    whole = opened(write(tmp_path / "eval.jsonl", [{"text": "x", "label": 2}, {"text": "x", "label": 3}]), like=numbers)
+    assert (whole.problem, whole.labels.tolist()) == ("numbers", [2.0, 3.0])
+    (tmp_path / "gap.csv").write_text("text,label\nx,1\nx,\nx,2\n")
+    (tmp_path / "mixed.jsonl").write_text('{"text": "x", "label": 0}\n{"text": "x", "label": "one"}\n')
+    for name, expected in {
+        "gap.csv": "expected a label in every row, row 1",
+        "mixed.jsonl": "expected names alone or numbers alone, or label_kind classes or numbers; row 0",
+    }.items():
+        with pytest.raises(UsageError, match=expected):
+            opened(tmp_path / name)
+    several = write(tmp_path / "several.jsonl", [{"text": "x y", "label": ["a", "b"]}])
+    with pytest.raises(UsageError, match="label_column: 'label': expected one label for each text, or with them a"):
+        opened(several)
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -80,7 +136,9 @@ def test_classes_of_another_split_have_the_numbers_of_the_training_data(tmp_path
 
 def samples_of(labels: list[int]) -> LabelledTexts:
     names = tuple(str(label) for label in range(max(labels) + 1))
-    return LabelledTexts("classes", [str(n) for n in range(len(labels))], None, np.array(labels), names)
+    return LabelledTexts(
+        "classes", [str(n) for n in range(len(labels))], None, np.array(labels), names, np.arange(len(labels))
+    )
 
 
 def test_few_labels_keep_their_texts() -> None:
@@ -94,6 +152,7 @@ def test_a_share_of_each_class_is_held_out() -> None:
     train, held_out = hold_out(samples_of([0] * 40 + [1] * 20), 0.1)
     assert np.bincount(held_out.labels).tolist() == [4, 2]
     assert not set(train.texts) & set(held_out.texts)
+    assert [str(row) for row in held_out.rows] == list(held_out.texts)
     assert len(train) + len(held_out) == 60
     train, held_out = hold_out(samples_of([0, 0, 1, 1, 1, 2]), 0.2)
     assert [np.bincount(side.labels, minlength=3).tolist() for side in (train, held_out)] == [[1, 2, 1], [1, 1, 0]]
@@ -134,14 +193,18 @@ def test_bad_data_gets_one_line(tmp_path: Path) -> None:
             {"columns": ("text", "other")},
         ),
         ("label_column: 'stars': expected a column of", good, {"label_column": "stars"}),
-        ("expected a class of the training data (a, b, c), row 9", none, {}),
-        ("row 0 in the split train of", unseen, {"class_names": train.class_names}),
-        ("expected a class of the training data (a, b, c), row 0", tmp_path / "hidden.parquet", {"class_names": "abc"}),
+        ("expected a label in every row, row 9", none, {}),
+        ("row 0 in the split train of", unseen, {"like": train}),
+        ("expected a label in every row, row 0 in the split train of", tmp_path / "hidden.parquet", {"like": train}),
         ("expected two classes at least", lone, {}),
         ("expected a sample of every class", tmp_path / "empty.parquet", {}),
-        ("expected a finite number, row 1", numbers, {}),
+        ("expected a label in every row, row 1", numbers, {}),
         ("expected a label for each of the 2 words of row 0", short, {}),
-        ("text_column: 'label': expected a text in every row", numbers, {"columns": ("label",)}),
+        (
+            "text_column: 'n': expected a text in every row",
+            write(tmp_path / "n.jsonl", [{**ROWS[0], "n": 1}] * 2),
+            {"columns": ("n",)},
+        ),
     ]
     for message, data, options in cases:
         with pytest.raises(UsageError) as caught:

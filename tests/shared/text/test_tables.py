@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.command_line import UsageError
-from shared.text.tables import in_utf8, load_splits, validation_split
+from shared.text.tables import in_utf8, load_split, split_names, validation_split
 
 ROWS = [{"text": f"text {number}", "number": number} for number in range(3)]
 
@@ -29,9 +29,9 @@ def write(file: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz"])
 def test_a_file_of_any_format_has_train_alone(tmp_path: Path, name: str) -> None:
-    splits = load_splits(str(write(tmp_path / name)), "")
-    assert list(splits) == ["train"]
-    assert splits["train"].to_list() == ROWS
+    data = str(write(tmp_path / name))
+    assert split_names(data, "") == ["train"]
+    assert load_split(data, "", "train").to_list() == ROWS
 
 
 def test_the_split_to_evaluate_on_is_found(tmp_path: Path) -> None:
@@ -49,8 +49,22 @@ def test_names_and_folders_of_any_kind_are_read(tmp_path: Path) -> None:
         write(tmp_path / name)
     (tmp_path / "a [v1]" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a [v1]" / "README.json").write_text("about")
-    splits = load_splits(str(tmp_path / "a [v1]"), "")
-    assert {split: len(table) for split, table in splits.items()} == {"train": 9}
+    data = str(tmp_path / "a [v1]")
+    assert split_names(data, "") == ["train"]
+    assert len(load_split(data, "", "train")) == 9
+
+
+def test_a_split_is_read_without_the_others_and_cells_are_texts_where_they_are_to_be(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n007,01\nNA,1\n,None\n")
+    (tmp_path / "test.csv").write_text("text,label\nx,\n")
+    (tmp_path / "validation.csv").write_text('a "broken\nfile,,,\n')
+    train = load_split(str(tmp_path), "", "train", as_text=("text", "label", "other"))
+    assert train.to_list() == [
+        {"text": "007", "label": "01"},
+        {"text": "NA", "label": "1"},
+        {"text": None, "label": "None"},
+    ]
+    assert load_split(str(tmp_path), "", "test").to_list() == [{"text": "x", "label": None}]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
@@ -58,7 +72,7 @@ def test_names_and_folders_of_any_kind_are_read(tmp_path: Path) -> None:
 def test_a_mark_at_the_beginning_is_no_text(tmp_path: Path, name: str, ending: bytes) -> None:
     file = write(tmp_path / name)
     file.write_bytes(codecs.BOM_UTF8 + file.read_bytes().replace(b"\n", ending))
-    assert load_splits(str(file), "")["train"].to_list() == ROWS
+    assert load_split(str(file), "", "train").to_list() == ROWS
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -68,11 +82,11 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": ')
     cases = {str(tmp_path): "files of one format", str(tmp_path / "empty"): "a file, or a folder of files"}
     (tmp_path / "nothing.jsonl").write_text("")
-    cases[str(tmp_path / "broken.jsonl")] = "files that can be read: .*JSON"
-    cases[str(tmp_path / "nothing.jsonl")] = "files that can be read: there is no record in them"
+    cases[str(tmp_path / "broken.jsonl")] = "files that can be read, broken.jsonl: .*JSON"
+    cases[str(tmp_path / "nothing.jsonl")] = "files that can be read, nothing.jsonl: there is no record in them"
     for data, words in cases.items():
         with pytest.raises(UsageError, match=f"data: .*expected {words}") as caught:
-            load_splits(data, "")
+            load_split(data, "", "train")
         assert "\n" not in str(caught.value)
 
 
@@ -81,5 +95,5 @@ def test_text_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
     file.write_bytes('{"text": "café"}\n'.encode("latin-1"))
     expected = r"eval_data: .*latin.jsonl.*expected"
     with pytest.raises(UsageError, match=expected) as caught, in_utf8(str(file), "eval_data"):
-        load_splits(str(file), "", "eval_data")["train"].to_list()
+        load_split(str(file), "", "train", "eval_data").to_list()
     assert "\n" not in str(caught.value)
