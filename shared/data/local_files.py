@@ -15,6 +15,7 @@ SPLIT_WORDS = {  # those of the `datasets` library
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+EVALUATION_SPLITS = ("validation", "val", "dev", "test")  # whose names, or names that so begin, are to evaluate on
 _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])(.*)")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _ABOUT = {"readme", "license", "licence", "licenses", "copying", "notice", "changelog", "citation", "authors"}
@@ -57,9 +58,12 @@ def split_named(asked: str, splits: Sequence[str]) -> str:
 
 
 def split_to_evaluate_on(splits: Sequence[str], apart_from: str = "") -> str:
-    """The first split but `apart_from` whose name begins with validation, val, dev or test; "" = there is none."""
+    """The first of `EVALUATION_SPLITS` that is there, or begins the name of one, but `apart_from`; "" = none."""
     names = [name for name in splits if name != apart_from]
-    return next((name for kind in ("validation", "val", "dev", "test") for name in names if name.startswith(kind)), "")
+    for kind in EVALUATION_SPLITS:
+        if alike := [name for name in names if name.startswith(kind)]:
+            return kind if kind in alike else alike[0]
+    return ""
 
 
 def _split_of(name: str) -> str:

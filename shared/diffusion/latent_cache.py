@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from shared.command_line import UsageError, expect
+from shared.data.local_files import EVALUATION_SPLITS
 from shared.data.randomness import derive_seed, shuffled_indices
-from shared.images.files import HELD_OUT_SEED, VALIDATION_SPLITS, spread
+from shared.images.files import HELD_OUT_SEED, spread
 
 _SIDES, _SUFFIX = ["height", "width"], ".arrow"
 
@@ -287,7 +288,7 @@ def open_splits(
     for name in asked:
         expect(name in names, "eval_splits", name, expected)
     train, others = Latents(folder, manifest, split), [name for name in names if name != split]
-    asked = asked or [name for name in others if name.startswith(VALIDATION_SPLITS)]
+    asked = asked or [name for name in others if name.startswith(EVALUATION_SPLITS)]
     if asked:
         return train, {name: Latents(folder, manifest, name) for name in asked}
     number = round(len(train) * eval_fraction)

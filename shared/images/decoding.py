@@ -1,4 +1,4 @@
-"""From the bytes of a JPEG, PNG or WebP file to an RGB crop.
+"""From the bytes of a JPEG, PNG, WebP, BMP, GIF or TIFF file to an RGB crop.
 
 A JPEG is decoded at the smallest of the scales 1/1, 1/2, 1/4 and 1/8 that covers the crop, which libjpeg-turbo computes
 straight from the coefficients. Grey, palette, 16-bit, CMYK and transparent images become RGB as transformers'
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 0.25 GB of RGB
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112  # EXIF tag
 _EXIF_WITHIN = 1 << 16  # bytes of a file in which an EXIF block begins
 
@@ -33,7 +33,7 @@ class EncodedImage:
     """An image whose size is known and whose pixels are not decoded yet.
 
     Args:
-        data: bytes of a JPEG, PNG or WebP file.
+        data: bytes of a file.
 
     Attributes:
         width: in pixels, after EXIF rotation.
@@ -62,6 +62,8 @@ class EncodedImage:
             turned = ImageOps.exif_transpose(self._image) if is_turned else self._image
             self._image, (self.width, self.height) = turned, turned.size
             self.has_16_bits = turned.mode.startswith("I")
+            if turned.mode == "F":
+                raise BadImage("pixels are floating-point numbers, of which nothing says what is white")
 
     def keep_pixels(self) -> None:
         """Decode the image now and keep its pixels instead of its file.

@@ -1,11 +1,12 @@
 """Where images come from: files in folders, Parquet, WebDataset tars, or a Hub data set, read by index.
 
-All of them go through `datasets`, which finds splits by the names of files and folders (train, validation or val,
-test). What belongs to an image is read elsewhere: its class in `labelled.py`, its caption in
+Folders are read by `folders.py`, the others by `datasets`; splits of local data are told by
+`shared/data/local_files.py`. What belongs to an image is read elsewhere: its class in `labelled.py`, its caption in
 `captioned.py`.
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,16 @@ import numpy as np
 
 from shared.command_line import UsageError, expect
 from shared.data.hub_ids import is_hub_id
+from shared.data.local_files import find_files, part_by_split, split_named, split_to_evaluate_on
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.aspect_ratios import nearest_bucket
 from shared.images.decoding import BadImage, EncodedImage
+from shared.images.folders import METADATA_FILES, is_image, open_image_folder, split_images
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-VALIDATION_SPLITS = ("validation", "val", "test")  # where none is named, the first so called, or so beginning
+_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 HELD_OUT_SEED = 0  # of the images held out, so that runs of any seed compare
 _SAMPLED_IMAGES = 64
+_STREAMED_SHARDS = 64  # into which a folder of images is dealt where it is streamed
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,12 @@ class ImageFiles:
 
     def read(self, index: int) -> bytes:
         """The bytes of a file; empty if it cannot be read."""
-        image = self.dataset[int(self.indices[index])][self.image_column]
-        if image["bytes"] is not None:
-            return image["bytes"]
-        try:
-            return Path(image["path"]).read_bytes()
-        except OSError:
-            return b""
+        return encoded_bytes(self.dataset[int(self.indices[index])][self.image_column])
 
     def name(self, index: int) -> str:
         """Path of the file, or what the data set calls it, and its row."""
         row = int(self.indices[index])
-        return f"{self.dataset[row][self.image_column]['path'] or 'unnamed'} (row {row})"
+        return f"{(self.dataset[row][self.image_column] or {}).get('path') or 'unnamed'} (row {row})"
 
     def fingerprint(self) -> str:
         """Changes when images do, as far as some of them tell."""
@@ -67,6 +64,19 @@ class ImageFiles:
     def subset(self, chosen: np.ndarray) -> "ImageFiles":
         """Those at the given positions."""
         return ImageFiles(self.dataset, self.image_column, self.indices[chosen])
+
+
+def encoded_bytes(image: dict[str, Any] | None) -> bytes:
+    """The bytes of an image that is not decoded; empty if there is none, or its file cannot be read."""
+    import fsspec
+
+    if image is None or image["bytes"] is not None or not image["path"]:
+        return (image or {}).get("bytes") or b""
+    try:
+        with fsspec.open(image["path"], "rb") if "://" in image["path"] else open(image["path"], "rb") as stream:
+            return stream.read()
+    except OSError:
+        return b""
 
 
 def open_files(data: str, config: str, split: str, image_column: str) -> ImageFiles:
@@ -96,10 +106,22 @@ def open_split(
     import datasets
 
     splits = list_splits(data, config)
-    expect(split in splits, field, split, f"one of {', '.join(splits)}, the splits of {data!r}")
+    name = split_named(split, splits)
+    expect(bool(name), field, split, f"one of {', '.join(splits)}, the splits of {data!r}")
+    path = Path(os.path.expanduser(data))
     with _load_errors(data):
-        dataset = datasets.load_dataset(**_builder(data, config), split=split, streaming=streaming)
-    return dataset, _pick_image(dataset, image_column)
+        if not path.exists():
+            dataset = datasets.load_dataset(data, config or None, split=name, streaming=streaming)
+        elif _files_of(data, path):
+            # The library takes names for patterns, and follows no links where it searches for one.
+            files = [glob.escape(os.path.realpath(file)) for file in _files_of(data, path)[name]]
+            kind = _BUILDERS[Path(files[0]).suffix.lower()]
+            dataset = datasets.load_dataset(kind, data_files={name: files}, split=name, streaming=streaming)
+        else:
+            dataset = open_image_folder(data, name)
+            dataset = dataset.to_iterable_dataset(min(len(dataset), _STREAMED_SHARDS)) if streaming else dataset
+    column = _pick_image(dataset, image_column)
+    return dataset.cast_column(column, datasets.Image()), column
 
 
 def without_decoding(dataset: Any, image: str) -> Any:
@@ -113,17 +135,16 @@ def list_splits(data: str, config: str) -> list[str]:
     """The splits of a data set, in the form of `open_files`, found without loading it."""
     import datasets
 
+    path = Path(os.path.expanduser(data))
     with _load_errors(data):
-        source = _builder(data, config)
-        return datasets.get_dataset_split_names(source.pop("path"), source.pop("name", None), **source)
+        if not path.exists():
+            return datasets.get_dataset_split_names(data, config or None)
+        return list(_files_of(data, path) or split_images(path))
 
 
 def validation_split(data: str, config: str, test_split: str = "") -> str:
     """The split to evaluate on, another one than `test_split`; "" if the data set has none."""
-    splits = [split for split in list_splits(data, config) if split != test_split]
-    exact = [split for split in VALIDATION_SPLITS if split in splits]
-    alike = [split for prefix in VALIDATION_SPLITS for split in splits if split.startswith(prefix)]
-    return next(iter(exact + alike), "")
+    return split_to_evaluate_on(list_splits(data, config), test_split)
 
 
 def hold_out(images: ImageFiles, fraction: float) -> tuple[ImageFiles, ImageFiles]:
@@ -201,28 +222,25 @@ def _some_sides(data: str, images: ImageFiles) -> list[tuple[int, int]]:
     return sides
 
 
-def _builder(data: str, config: str) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset`, which picks a format of its own accord only where a folder holds one."""
-    path = Path(os.path.expanduser(data))
-    if not data or not path.exists():
-        return {"path": data, "name": config or None}
-    kind = _kind_of(data, path)
-    if path.is_file():
-        return {"path": kind, "data_files": {"train": str(path)}}
-    return {"path": kind, "data_dir": str(path), **({"drop_labels": False} if kind == "imagefolder" else {})}
+def _is_shard(file: Path) -> bool:
+    return file.suffix.lower() in _BUILDERS and file.name not in METADATA_FILES
 
 
-def _kind_of(data: str, path: Path) -> str:
-    """The builder for what is at `path`."""
-    names = [path.name] if path.is_file() else (name for _, _, files in os.walk(path) for name in files)
-    kinds = {".parquet": "parquet", ".tar": "webdataset"}
-    if path.is_dir():
-        kinds |= dict.fromkeys(IMAGE_SUFFIXES, "imagefolder")
-    found = next(filter(None, (kinds.get(Path(name).suffix.lower()) for name in names if name[0] != ".")), None)
-    if found is None:
-        expected = "a .parquet or .tar file, or a folder of such files or of one folder of images for each class"
-        raise UsageError(f"data: {data!r}: expected {expected}, found none in it")
-    return found
+def _files_of(data: str, path: Path) -> dict[str, list[Path]]:
+    """The Parquet files or tars of each split; none of a folder of images.
+
+    Raises:
+        UsageError: there is nothing of a known kind, or there are both of these kinds.
+    """
+    files = [path] if path.is_file() else find_files(path, _is_shard)
+    kinds = {file.suffix.lower() for file in files} & _BUILDERS.keys()
+    is_known = bool(kinds) or (path.is_dir() and bool(find_files(path, is_image)))
+    expected = "a .parquet or .tar file, or a folder of such files or of one folder of images for each class"
+    expect(is_known, "data", data, f"{expected}, found none in it")
+    expect(len(kinds) < 2, "data", data, f"files of one kind, got {', '.join(sorted(file.name for file in files)[:5])}")
+    if not kinds:
+        return {}
+    return {"train": files} if path.is_file() else part_by_split(path, files, by_file_name=True)
 
 
 @contextlib.contextmanager
@@ -239,10 +257,18 @@ def _load_errors(data: str) -> Iterator[None]:
 
 
 def _pick_image(dataset: Any, asked: str) -> str:
+    """The column that holds images: of that type, or where none is, bytes or structures of bytes and path."""
     import datasets
 
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    features = dataset.features
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    columns = columns or [name for name, feature in features.items() if _holds_bytes(feature)]
     column = asked or (columns[0] if len(columns) == 1 else "")
     there = ", ".join(columns) or "none does"
     expect(column in columns, "image_column", asked, f"a column that holds images, of which there are: {there}")
     return column
+
+
+def _holds_bytes(feature: Any) -> bool:
+    content = feature.get("bytes") if isinstance(feature, dict) and feature.keys() == {"bytes", "path"} else feature
+    return getattr(content, "dtype", "") in ("binary", "large_binary")

@@ -19,6 +19,7 @@ from shared.images.files import (
     ImageFiles,
     check_eight_bits,
     check_sides,
+    encoded_bytes,
     open_split,
     validation_split,
     without_decoding,
@@ -129,26 +130,16 @@ class _Shard:
         first, end = self._part
         for record in self._records:
             image, label = record[self._image_column], record[self._label_column]
-            name = image["path"] or "unnamed"
+            name = (image or {}).get("path") or "unnamed"
             if label is None or not 0 <= label < len(self._class_names):
                 got = f"label {label}" if label not in (None, -1) else "none"
                 expected = f"expected a label from 0 to {len(self._class_names) - 1} of each image"
                 raise UsageError(f"data: {expected}, got {got} of {name}")
-            data = image["bytes"] if image["bytes"] is not None else _read(image["path"])
+            data = encoded_bytes(image)
             digest = hashlib.blake2b(data, digest_size=8).digest()
             key = int.from_bytes(digest, "little") >> 1
             if first <= key / 2**63 < end:
                 yield StreamedImage(data, label, name, key)
-
-
-def _read(path: str) -> bytes:
-    import fsspec
-
-    try:
-        with fsspec.open(path, "rb") as stream:
-            return stream.read()
-    except OSError:
-        return b""
 
 
 def open_splits(images: Images, label_column: str, largest: int) -> tuple[ImageStream, LabelledImages]:

@@ -33,7 +33,7 @@ def difference(one: np.ndarray, other: Any) -> float:
 
 
 @given(
-    size=st.integers(8, 120),
+    size=st.integers(16, 120),
     left=st.integers(0, 60),
     top=st.integers(0, 60),
     width=st.integers(40, 140),
@@ -163,9 +163,19 @@ def test_any_bytes_give_a_image_or_a_bad_image(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF"])
-def test_other_formats_are_not_opened(form: str) -> None:
-    with pytest.raises(BadImage):
-        EncodedImage(encode(photograph().convert("L"), form))
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1"])
+def test_what_microscopes_and_satellites_write_is_read(form: str, mode: str) -> None:
+    original = photograph().convert(mode)
+    image = EncodedImage(encode(original, form))
+    expected = Image.open(io.BytesIO(encode(original, form))).convert("RGB")
+    assert (image.width, image.height) == original.size
+    assert np.array_equal(image.cover(original.height, original.width), np.asarray(expected))
+
+
+def test_floating_point_pixels_and_other_formats_are_not_opened() -> None:
+    for data in (encode(photograph().convert("F"), "TIFF"), encode(photograph(), "PPM")):
+        with pytest.raises(BadImage):
+            EncodedImage(data)
 
 
 @pytest.mark.parametrize(("size", "fraction"), [(56, 1.0), (96, 0.875), (64, 0.95), (400, 0.9)])

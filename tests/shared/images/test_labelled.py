@@ -201,7 +201,7 @@ def test_bad_input_gets_one_line(folder: Path, tmp_path: Path) -> None:
         ("label_column: 'label': expected a column of classes or of lists", {"data": structures}),
         ("expected grey images of 8 bits a pixel", {"data": deep}),
         ("expected a data set of images that can be read", {"data": tmp_path / "broken.parquet"}),
-        ("data_split: 'dev': expected one of train, validation", {"data": folder, "split": "dev"}),
+        ("data_split: 'test': expected one of train, validation", {"data": folder, "split": "test"}),
         ("image_column: 'photo': expected", {"data": folder, "image_column": "photo"}),
         ("label_column: 'breed': expected", {"data": folder, "label_column": "breed"}),
     ]
