@@ -1,6 +1,6 @@
 """Where images come from: files in folders, Parquet, WebDataset tars, or a Hub data set, read by index.
 
-Folders are read by `folders.py`, the others by `datasets`; splits of local data are told by
+Folders are read by `folders.py`, local tars by `tars.py`, the others by `datasets`; splits of local data are told by
 `shared/data/local_files.py`. What belongs to an image is read elsewhere: its class in `labelled.py`, its caption in
 `captioned.py`.
 """
@@ -23,8 +23,9 @@ from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.aspect_ratios import nearest_bucket
 from shared.images.decoding import BadImage, EncodedImage
 from shared.images.folders import METADATA_FILES, is_image, open_image_folder, split_images
+from shared.images.tars import open_tars
 
-_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+_SHARD_SUFFIXES = (".parquet", ".tar")
 HELD_OUT_SEED = 0  # of the images held out, so that runs of any seed compare
 _SAMPLED_IMAGES = 64
 _STREAMED_SHARDS = 64  # into which a folder of images is dealt where it is streamed
@@ -113,10 +114,7 @@ def open_split(
         if not path.exists():
             dataset = datasets.load_dataset(data, config or None, split=name, streaming=streaming)
         elif _files_of(data, path):
-            # The library takes names for patterns, and follows no links where it searches for one.
-            files = [glob.escape(os.path.realpath(file)) for file in _files_of(data, path)[name]]
-            kind = _BUILDERS[Path(files[0]).suffix.lower()]
-            dataset = datasets.load_dataset(kind, data_files={name: files}, split=name, streaming=streaming)
+            dataset = _open_shards(_files_of(data, path)[name], name, streaming)
         else:
             dataset = open_image_folder(data, name)
             dataset = dataset.to_iterable_dataset(min(len(dataset), _STREAMED_SHARDS)) if streaming else dataset
@@ -222,8 +220,19 @@ def _some_sides(data: str, images: ImageFiles) -> list[tuple[int, int]]:
     return sides
 
 
+def _open_shards(files: Sequence[Path], split: str, streaming: bool) -> Any:
+    """Parquet files or tars, as `datasets` has them."""
+    import datasets
+
+    if files[0].suffix.lower() == ".tar":
+        return open_tars(files, streaming=streaming)
+    # The library takes names for patterns, and follows no links where it searches for one.
+    names = [glob.escape(os.path.realpath(file)) for file in files]
+    return datasets.load_dataset("parquet", data_files={split: names}, split=split, streaming=streaming)
+
+
 def _is_shard(file: Path) -> bool:
-    return file.suffix.lower() in _BUILDERS and file.name not in METADATA_FILES
+    return file.suffix.lower() in _SHARD_SUFFIXES and file.name not in METADATA_FILES
 
 
 def _files_of(data: str, path: Path) -> dict[str, list[Path]]:
@@ -233,7 +242,7 @@ def _files_of(data: str, path: Path) -> dict[str, list[Path]]:
         UsageError: there is nothing of a known kind, or there are both of these kinds.
     """
     files = [path] if path.is_file() else find_files(path, _is_shard)
-    kinds = {file.suffix.lower() for file in files} & _BUILDERS.keys()
+    kinds = {file.suffix.lower() for file in files}.intersection(_SHARD_SUFFIXES)
     is_known = bool(kinds) or (path.is_dir() and bool(find_files(path, is_image)))
     expected = "a .parquet or .tar file, or a folder of such files or of one folder of images for each class"
     expect(is_known, "data", data, f"{expected}, found none in it")
