@@ -96,7 +96,9 @@ def _pick_caption(dataset: Any, data: str, asked: str, image: str) -> str:
     ]
     if not asked and not texts:
         expected = "captions: a metadata.jsonl with file_name and caption beside the images, or a column of texts"
-        raise UsageError(f"data: {data!r}: expected {expected}, got images alone")
+        others = ", ".join(name for name in dataset.features if name != image)
+        got = f"columns that are no texts, {others}" if others else "images alone"
+        raise UsageError(f"data: {data!r}: expected {expected}, got {got}")
     column = asked or next((name for name in _USUAL_COLUMNS if name in texts), "")
     expect(column in texts, "caption_column", asked, f"a column of texts, there are: {', '.join(texts) or 'none'}")
     return column

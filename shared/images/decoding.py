@@ -151,13 +151,23 @@ class EncodedImage:
                 if factor == 1:
                     # Both flags change a pixel by a few of its 256 steps: not where an image is evaluated.
                     is_fast = scale != 1
-                    return simplejpeg.decode_jpeg(self._data, "RGB", fastdct=is_fast, fastupsample=is_fast)
+                    return _decode_jpeg(self._data, fastdct=is_fast, fastupsample=is_fast)
                 least = {"min_height": self.height // factor, "min_width": self.width // factor}
-                return simplejpeg.decode_jpeg(self._data, "RGB", fastdct=True, fastupsample=True, **least)
+                return _decode_jpeg(self._data, fastdct=True, fastupsample=True, **least)
             if self.has_16_bits:
                 grey = (np.asarray(self._image, dtype=np.float64) / 257).round().astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             return np.array(self._image.convert("RGB"))
+
+
+def _decode_jpeg(data: bytes, **options: Any) -> np.ndarray:
+    """Pixels of a JPEG, also of one with stray bytes between its parts, which some cameras write."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", **options)
+    except ValueError as error:
+        if "extraneous bytes before marker" not in str(error):
+            raise
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False, **options)
 
 
 @contextlib.contextmanager

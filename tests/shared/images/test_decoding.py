@@ -172,6 +172,15 @@ def test_what_microscopes_and_satellites_write_is_read(form: str, mode: str) -> 
     assert np.array_equal(image.cover(original.height, original.width), np.asarray(expected))
 
 
+def test_a_jpeg_with_stray_bytes_is_read_and_a_cut_one_is_not() -> None:
+    whole = encode(photograph(), "JPEG")
+    stray = whole[:-2] + bytes(4) + whole[-2:]
+    box = (0, 0, *photograph().size)
+    assert np.array_equal(EncodedImage(stray).crop(box, 32), EncodedImage(whole).crop(box, 32))
+    with pytest.raises(BadImage):
+        EncodedImage(whole[: len(whole) // 2]).crop(box, 32)
+
+
 def test_floating_point_pixels_and_other_formats_are_not_opened() -> None:
     for data in (encode(photograph().convert("F"), "TIFF"), encode(photograph(), "PPM")):
         with pytest.raises(BadImage):
