@@ -514,6 +514,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, pairs: SentencePairs) ->
         "flops_per_pair": training_flops(model, inputs),
         "pairs_per_update": cfg.global_batch_size,
         "updates_per_epoch": "unknown" if cfg.dry_run else pairs.updates_per_epoch(cfg.global_batch_size),
+        **pairs.cache.lost.described(),
         **summary.describe_engine(accelerator),
     }
 

@@ -5,23 +5,23 @@
                                         /documents.bin   int64: where each document ends in sentences.bin
                            /summary.json
 
-The order of sentences, paragraphs and documents is kept. The key covers the data, the tokenizer and the settings, and a
-folder is complete or absent, as in `token_cache`.
+The order of sentences, paragraphs and documents is kept; what a tokenizer of words loses of a text is counted. The key
+covers the data, the tokenizer and the settings, and a folder is complete or absent, as in `token_cache`.
 """
 
 import contextlib
 import dataclasses
 import json
-import logging
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, expect
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.document_pool import map_documents
@@ -29,11 +29,52 @@ from shared.text.documents import Texts
 from shared.text.token_cache import SPLITS, cache_key, content_share, map_file
 from shared.text.vocabulary import num_ids
 
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MOST_UNKNOWN = 0.2  # share of the characters above which what is learnt is how to guess [UNK]
 LONGEST_SENTENCE = 1024  # tokens, more than any row holds; what is longer is no sentence and is cut
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # how PEP 383 writes bytes that are not UTF-8
+_FAR_FROM_LATIN = re.compile("[\u0590-\u1fff]")  # behind Latin, Greek and Cyrillic, whose accents are no letters
+_VOWEL_SIGN = "\u0941"  # of Devanagari
 _BLANK_LINE = re.compile(r"\n\s*\n")
+
+
+@dataclasses.dataclass
+class Lost:
+    """What of a corpus the model never sees.
+
+    Attributes:
+        characters: of its sentences in all.
+        unknown: in tokens that are [UNK].
+        marks: signs that are parts of letters in their script (vowels of Hindi), which `lowercase` takes for accents.
+        bytes: that are no UTF-8, and became a character for all of them.
+        documents: of one sentence, which give no pair.
+        cuts: within sentences that are longer than `LONGEST_SENTENCE`.
+    """
+
+    characters: int = 0
+    unknown: int = 0
+    marks: int = 0
+    bytes: int = 0
+    documents: int = 0
+    cuts: int = 0
+
+    def add(self, other: "Lost") -> None:
+        """Count another one's too."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def described(self) -> dict[str, str]:
+        """Rows of what is lost, for the table at the start; none where nothing is."""
+        characters = max(1, self.characters)
+        rows = {
+            "characters_unknown": f"{self.unknown:,}, {self.unknown / characters:.2%}",
+            "vowel_signs_lost": f"{self.marks:,}, {self.marks / characters:.2%}, none with --no_lowercase",
+            "bytes_not_utf8": f"{self.bytes:,}",
+            "documents_of_one_sentence": f"{self.documents:,}, left out",
+            "sentences_cut": f"{self.cuts:,} times, after {LONGEST_SENTENCE:,} tokens",
+        }
+        numbers = (self.unknown, self.marks, self.bytes, self.documents, self.cuts)
+        return {name: text for (name, text), number in zip(rows.items(), numbers, strict=True) if number}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +94,11 @@ class SentenceCache:
     tokens: np.ndarray
     sentence_ends: np.ndarray
     document_ends: np.ndarray
+
+    @property
+    def lost(self) -> "Lost":
+        """Of the whole corpus, both splits."""
+        return Lost(**json.loads((self.folder.parent / "summary.json").read_text())["lost"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the files itself; numpy would send it all tokens."""
@@ -103,14 +149,18 @@ def split_corpus(
             _split_batch,
             documents,
             start=_start_worker,
-            arguments=(tokenizer.backend_tokenizer.to_str(), language, one_sentence_per_line),
+            arguments=(tokenizer.backend_tokenizer.to_str(), tokenizer.unk_token_id, language, one_sentence_per_line),
             num_processes=num_processes,
             description="splitting into sentences",
         )
         with written_aside(folder) as aside:
             _write(aside, results, num_ids(tokenizer), eval_fraction)
     train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
-    _report_oddities(folder)
+    lost = train.lost
+    share = lost.unknown / max(1, lost.characters)
+    # Words of more than 100 characters are unknown to WordPiece, as in text without blanks; so are rare characters.
+    expected = "words that the tokenizer knows; {:.1%} of the characters are in words that are unknown to it"
+    expect(share <= MOST_UNKNOWN, "data", getattr(documents, "name", ""), expected.format(share))
     return train, held_out
 
 
@@ -144,7 +194,11 @@ def _write_joined(folder: Path, caches: Sequence[SentenceCache]) -> None:
             files["sentences"].write((cache.sentence_ends + tokens).tobytes())
             files["documents"].write((cache.document_ends + sentences).tobytes())
             tokens, sentences = tokens + len(cache.tokens), sentences + len(cache.sentence_ends)
-    (folder / "summary.json").write_text(json.dumps({"dtype": caches[0].tokens.dtype.name}))
+    lost = Lost()
+    for cache in caches:
+        lost.add(cache.lost)
+    summary = {"dtype": caches[0].tokens.dtype.name, "lost": dataclasses.asdict(lost)}
+    (folder / "summary.json").write_text(json.dumps(summary))
 
 
 def open_sentence_cache(folder: Path, split: str) -> SentenceCache:
@@ -156,18 +210,19 @@ def open_sentence_cache(folder: Path, split: str) -> SentenceCache:
 
 
 def _write(
-    folder: Path, results: Iterable[list[tuple[list[np.ndarray], float]]], num_ids: int, eval_fraction: float
+    folder: Path, results: Iterable[list[tuple[list[np.ndarray], float, Lost]]], num_ids: int, eval_fraction: float
 ) -> None:
     dtype = np.dtype(np.uint16 if num_ids <= 1 << 16 else np.uint32)
     writers = {split: _SplitWriter(folder / split, dtype) for split in SPLITS}
     held_out_shares: set[float] = set()
-    num_single = num_cut = 0
+    lost = Lost()
     for documents in results:
-        for sentences, share in documents:
+        for sentences, share, of_document in documents:
+            lost.add(of_document)
             whole = [piece for sentence in sentences for piece in np.split(sentence, _cuts(len(sentence)))]
-            num_cut += len(whole) - len(sentences)
+            lost.cuts += len(whole) - len(sentences)
             if len(whole) < 2:
-                num_single += len(whole)
+                lost.documents += len(whole)
                 continue
             if eval_fraction > 0 and len(held_out_shares) < 2:
                 held_out_shares.add(share)
@@ -179,22 +234,14 @@ def _write(
         if needed[split] and counts[split] < 2:
             raise UsageError(
                 f"data: expected at least 2 documents of 2 sentences or more to {split} on, for a next sentence from "
-                f"another document, got {counts[split]} ({num_single} have one sentence; equal ones stay together)"
+                f"another document, got {counts[split]} ({lost.documents} have one sentence; equal ones stay together)"
             )
-    summary = {"dtype": dtype.name, "documents": counts, "of_one_sentence": num_single, "cut": num_cut}
+    summary = {"dtype": dtype.name, "documents": counts, "lost": dataclasses.asdict(lost)}
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
 def _cuts(length: int) -> list[int]:
     return list(range(LONGEST_SENTENCE, length, LONGEST_SENTENCE))
-
-
-def _report_oddities(folder: Path) -> None:
-    summary = json.loads((folder / "summary.json").read_text())
-    if summary["of_one_sentence"]:
-        logger.warning("%d documents have one sentence and are left out", summary["of_one_sentence"])
-    if summary["cut"]:
-        logger.info("sentences of more than %d tokens were cut, %d times", LONGEST_SENTENCE, summary["cut"])
 
 
 class _SplitWriter:
@@ -223,17 +270,25 @@ class _SplitWriter:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer_json: str, language: str, one_sentence_per_line: bool) -> None:
+def _start_worker(tokenizer_json: str, unknown: int, language: str, one_sentence_per_line: bool) -> None:
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer_json)
     backend.encode_special_tokens = True  # a text that spells [SEP] has no separator there
-    _worker.update(backend=backend, language=language, one_sentence_per_line=one_sentence_per_line)
+    _worker.update(backend=backend, unknown=unknown, language=language, one_sentence_per_line=one_sentence_per_line)
+    normalizer = backend.normalizer
+    _worker["loses_marks"] = normalizer is not None and normalizer.normalize_str(_VOWEL_SIGN) == ""
 
 
-def _split_batch(texts: list[str]) -> list[list[tuple[list[np.ndarray], float]]]:
+def _split_batch(texts: list[str]) -> list[list[tuple[list[np.ndarray], float, Lost]]]:
     """For each text its documents, several where blank lines end them: sentences of at least a token, content share."""
-    return [[_encode(sentences) for sentences in _documents(_readable(text))] for text in texts]
+    found = []
+    for text in texts:
+        documents = [_encode(sentences) for sentences in _documents(_readable(text))]
+        if documents:
+            documents[0][2].bytes += len(_ESCAPED_BYTE.findall(text))
+        found.append(documents)
+    return found
 
 
 def _documents(text: str) -> list[list[str]]:
@@ -244,10 +299,22 @@ def _documents(text: str) -> list[list[str]]:
     return [sentencex.segment(_worker["language"], text)]
 
 
-def _encode(sentences: list[str]) -> tuple[list[np.ndarray], float]:
+def _encode(sentences: list[str]) -> tuple[list[np.ndarray], float, Lost]:
     encodings = _worker["backend"].encode_batch_fast(sentences, add_special_tokens=False)
     ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings if encoding.ids]
-    return ids, content_share("\n".join(sentences).encode())
+    lost = Lost(characters=sum(map(len, sentences)))
+    for sentence, encoding in zip(sentences, encodings, strict=True):
+        if _worker["unknown"] in encoding.ids:  # the fast encoding has no places in the text
+            placed = _worker["backend"].encode(sentence, add_special_tokens=False)
+            pairs = zip(placed.ids, placed.offsets, strict=True)
+            lost.unknown += sum(end - start for token, (start, end) in pairs if token == _worker["unknown"])
+        if _worker["loses_marks"]:
+            lost.marks += sum(map(_is_part_of_letter, _FAR_FROM_LATIN.findall(sentence)))
+    return ids, content_share("\n".join(sentences).encode()), lost
+
+
+def _is_part_of_letter(character: str) -> bool:
+    return unicodedata.category(character) == "Mn"
 
 
 def _readable(text: str) -> str:

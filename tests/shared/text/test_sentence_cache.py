@@ -1,6 +1,5 @@
 import itertools
 import json
-import logging
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,12 +97,34 @@ def test_all_can_be_held_out(wordpiece: Any, tmp_path: Path) -> None:
     assert (len(train.document_ends), len(held_out.document_ends)) == (0, 2)
 
 
-def test_documents_of_one_sentence_are_left_out_and_counted(
-    wordpiece: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_documents_of_one_sentence_are_left_out_and_counted(wordpiece: Any, tmp_path: Path) -> None:
     train, _ = split(Corpus("One. Two.", "Alone.", "", "  \n", "Three. Four. Five."), wordpiece, tmp_path)
     assert [len(document) for document in sentences_of(train)] == [2, 3]
-    assert "1 documents have one sentence" in caplog.text
+    assert train.lost.described() == {"documents_of_one_sentence": "1, left out"}
+
+
+def test_what_the_tokenizer_loses_of_a_text_is_counted_also_over_several_corpora(tmp_path: Path) -> None:
+    texts = ["किताब पानी में है। " * 8, "नदी और पेड़। यह घर है। " * 8]
+    for lowercase in (True, False):
+        tokenizer = train_wordpiece(texts, vocab_size=200, seq_length=64, lowercase=lowercase)
+        folder = tmp_path / str(lowercase)
+        hindi, _ = split(Corpus(*texts), tokenizer, folder, language="hi")
+        signs = sum(text.count(sign) for text in texts for sign in "\u0941\u0947\u0948\u0902\u093c")
+        assert hindi.lost.marks == (signs if lowercase else 0)
+        assert hindi.lost.unknown == 0
+        strange = [f"यह घर है। {'x' * 120} {'y' * 3}. यह।", "नदी। caf\udce9 घर है।" + "पानी में है। " * 60]
+        latin, _ = split(Corpus(*strange), tokenizer, folder, language="hi", one_sentence_per_line=False)
+        assert latin.lost.unknown == 120 + 3 + len("caf\ufffd")
+        assert latin.lost.bytes == 1
+        joined = join_caches([hindi, latin], folder)
+        assert joined.lost.unknown == latin.lost.unknown
+        assert joined.lost.characters == hindi.lost.characters + latin.lost.characters
+        assert ("vowel_signs_lost" in joined.lost.described()) == lowercase
+        expected = (
+            r"data: '': expected words that the tokenizer knows; [4-9]\d\.\d% of the characters are in words that"
+        )
+        with pytest.raises(UsageError, match=expected):
+            split(Corpus("acgt" * 40 + ". acgt है।", "घर है। " + "acgt" * 40), tokenizer, folder, language="hi")
 
 
 @pytest.mark.parametrize(
@@ -122,13 +143,13 @@ def test_too_few_documents_for_two_splits_are_refused(wordpiece: Any, tmp_path: 
 
 @pytest.mark.timeout(60)
 @pytest.mark.slow
-def test_a_long_line_without_an_end_is_cut(wordpiece: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_a_long_line_without_an_end_is_cut(wordpiece: Any, tmp_path: Path) -> None:
     train, _ = split(Corpus("word " * 2_000_000, "One. Two."), wordpiece, tmp_path)  # 10 MB
     lengths = np.diff(train.sentence_ends, prepend=0)
     assert lengths.max() == LONGEST_SENTENCE
     assert lengths[:-2].sum() == len(wordpiece.encode("word")[1:-1]) * 2_000_000
-    assert f"sentences of more than {LONGEST_SENTENCE} tokens were cut" in caplog.text
+    assert train.lost.cuts == len(lengths) - 3  # sentences
+    assert "sentences_cut" in train.lost.described()
 
 
 def test_special_tokens_and_odd_bytes_in_the_text_are_text(wordpiece: Any, tmp_path: Path) -> None:
