@@ -231,7 +231,7 @@ class _Unbreakable:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(AttributeError, OSError):  # of what is no text file, or cannot be flushed
             stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:

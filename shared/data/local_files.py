@@ -48,7 +48,9 @@ def part_by_split(folder: Path, files: Sequence[Path], *, by_file_name: bool) ->
         known = [SPLIT_WORDS[part.lower()] for part in folders if part.lower() in SPLIT_WORDS]
         split = known[0] if known else _split_of(name) if by_file_name else ""
         splits.setdefault(split, []).append(file)
-    return {"train": list(files)} if "" in splits else splits
+    if "" in splits:
+        return {"train": list(files)}
+    return {split: splits[split] for split in sorted(splits, key=_place_of)}
 
 
 def split_named(asked: str, splits: Sequence[str]) -> str:
@@ -64,6 +66,13 @@ def split_to_evaluate_on(splits: Sequence[str], apart_from: str = "") -> str:
         if alike := [name for name in names if name.startswith(kind)]:
             return kind if kind in alike else alike[0]
     return ""
+
+
+def _place_of(split: str) -> tuple[int, str]:
+    """Splits to train on come first, then those to choose by, then those to test on."""
+    match = _SPLIT_NAME.match(split)
+    assert match, "a split's name begins with a word for one"
+    return ("train", "validation", "test").index(SPLIT_WORDS[match[1]]), split
 
 
 def _split_of(name: str) -> str:

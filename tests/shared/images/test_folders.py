@@ -64,7 +64,7 @@ def test_links_and_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
 
 def test_images_in_split_folders_have_no_class(tmp_path: Path) -> None:
     data = write(tmp_path, "train/1.png", "train/2.png", "dev/3.png")
-    assert files.list_splits(str(data), "") == ["validation", "train"]
+    assert files.list_splits(str(data), "") == ["train", "validation"]
     assert len(files.open_files(str(data), "", "dev", "")) == 1
     with pytest.raises(UsageError, match="label_column: '': expected the column of the classes, there are: no column"):
         classes_of(data)

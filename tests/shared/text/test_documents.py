@@ -131,7 +131,7 @@ def test_a_folder_with_splits_is_trained_on_one_and_evaluated_on_another(tmp_pat
     [held_out], _ = open_held_out(Corpus(data="prose", eval_data=str(tmp_path), eval_split="test"))
     assert list(held_out) == ["three"]
     assert open_held_out(Corpus(data=f"{tmp_path},{tmp_path / 'test.jsonl'}"))[1] == 0.05
-    expected = f"data_split: 'other': expected one of the splits of {str(tmp_path)!r}: test, train, validation"
+    expected = f"data_split: 'other': expected one of the splits of {str(tmp_path)!r}: train, validation, test"
     with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):
         texts(tmp_path, split="other")
 
