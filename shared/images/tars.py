@@ -119,7 +119,8 @@ def _members(file: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
                     assert content is not None, "a file has content"
                     yield member.name, content.read
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UsageError(f"data: {file!r}: expected a tar that can be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"data: {file!r}: expected a tar that can be read: {reason}") from error
 
 
 def _parted(name: str, current: str) -> tuple[str, str]:
