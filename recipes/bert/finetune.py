@@ -2,7 +2,7 @@ r"""Fine-tune a BERT, or any other encoder, on texts with labels: classes, numbe
 
 Papers: Devlin et al. 2019 (sections 4 and 5), Mosbach et al. 2021 (bias correction, and enough updates for few labels),
 Howard and Ruder 2018 (rates by layer). With no arguments it starts from outputs/bert and learns which of 24 kinds of
-thing a definition of WordNet is of. recipes/bert/README.md has what pre-training is worth here.
+thing a definition of WordNet is of; where that is not there, from a model that is shipped.
 
     accelerate launch recipes/bert/finetune.py
     accelerate launch recipes/bert/finetune.py --init google-bert/bert-base-uncased --task mnli
@@ -11,7 +11,7 @@ thing a definition of WordNet is of. recipes/bert/README.md has what pre-trainin
 
 # Shapes: B texts of a micro-batch, T tokens of a row, C classes.
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,9 +57,9 @@ class Config(fields.RunControl):
     seq_length: Count = 128  # Most tokens of a row; what is longer is cut.
 
     # Model
-    init: Place = "outputs/bert"
+    init: Place = ""
     """Run folder or Hub id of the encoder to start from; or scratch: new weights, of the sizes that the configuration
-    beside `tokenizer` says."""
+    beside `tokenizer` says. "" = outputs/bert, or the shipped model where that is not there."""
     keep_head: bool = False  # Begin with the head of `init` too, which was tuned on the same classes.
     dropout: Share = 0.1  # Dropout probability everywhere in the model. 0 = none.
 
@@ -97,6 +97,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
         CONFIG = cli.parse(Config)
 
 import math
+import os
 
 import evaluate as evaluate_library
 import numpy as np
@@ -167,6 +168,7 @@ class Tried(NamedTuple):
     answers: list[Any]
 
 
+TRAINED, SHIPPED = "outputs/bert", Path(__file__).parent / "assets" / "bert_1_hour"
 GLUE = "nyu-mll/glue"
 TASKS = {  # Wang et al. 2019, table 1, and the columns of its data set
     "supersenses": Task(str(labelled.SAMPLES / "supersenses"), "", ("text",), "train", test_split="test"),
@@ -231,6 +233,12 @@ def metrics_of(cfg: Config, task: Task, problem: str) -> tuple[str, ...]:
     fits = cfg.best_metric in ("", "loss", *usual)
     cli.expect(fits, "best_metric", cfg.best_metric, f"a metric of {problem}: loss, {', '.join(usual)}")
     return usual
+
+
+def with_init(cfg: Config) -> Config:
+    """The configuration with the encoder that it leaves open, as config.yaml records it."""
+    found = TRAINED if Path(TRAINED).is_dir() else os.path.relpath(SHIPPED)
+    return replace(cfg, init=cfg.init or found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -467,6 +475,7 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
 def main(cfg: Config) -> None:
     """Train, evaluate, and leave the best model as `from_pretrained` and `pipeline` load it."""
     check_config(cfg)
+    cfg = with_init(cfg)
     accelerator, micro_batch_size = start(cfg)
     with node_main_first(accelerator):
         task, train, evals = open_data(cfg)
