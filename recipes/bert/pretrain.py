@@ -109,7 +109,7 @@ from shared.models.pretrained import check_saved_sizes, load_pretrained
 from shared.optim import schedules
 from shared.optim.lamb import Lamb
 from shared.optim.muon import MuonWithAdamW, for_engine
-from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.optim.optimizers import clip_and_step, set_learning_rates, split_weights, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
@@ -395,11 +395,7 @@ def sample(
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     """Muon for hidden matrices and AdamW for embeddings, heads, norms and biases; or AdamW or LAMB for all."""
-    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    is_table.add(id(model.cls.seq_relationship.weight))
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    tables = [parameter for parameter in model.parameters() if id(parameter) in is_table]
-    hidden = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in is_table]
+    hidden, tables, vectors = split_weights(model, model.cls.seq_relationship.weight)
     if cfg.optimizer == "muon":
         matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
         rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}

@@ -55,8 +55,9 @@ class Config(fields.RunControl):
     """Run folder or Hub id of the model to start from; or scratch: new weights, of the sizes that the configuration
     beside `tokenizer` says."""
     dropout: Share = 0.0  # Dropout probability, where the model has dropout. 0 = none.
-    attention: Literal["sdpa", "flex_attention"] = "sdpa"
-    """Attention kernel; flex_attention, for GPUs, skips what other examples of a row hold."""
+    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
+    """Attention kernel; flex_attention, for GPUs, skips what other examples of a row hold; eager is slow, for models of
+    the Hub that have no other."""
     lora_rank: Natural = 0
     """Rank of an adapter that is trained beside the frozen model. 0 = the model itself is trained."""
     lora_alpha: Natural = 0  # The adapter's product is scaled by lora_alpha / lora_rank. 0 = 2 x lora_rank.
@@ -115,7 +116,7 @@ from shared.models.export import export_model
 from shared.models.target_head import head_at_targets
 from shared.optim import schedules
 from shared.optim.muon import MuonWithAdamW, for_engine
-from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.optim.optimizers import clip_and_step, set_learning_rates, split_weights, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
@@ -193,7 +194,7 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
     if cfg.optimizer == "muon" and accelerator.distributed_type == "DEEPSPEED":
         expected = "0 for Muon under DeepSpeed, which would clip not its gradient but its update"
         cli.expect(cfg.max_grad_norm == 0, "max_grad_norm", cfg.max_grad_norm, expected)
-    has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
+    has_kernel = cfg.attention != "flex_attention" or accelerator.device.type == "cuda"
     cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
 
 
@@ -377,13 +378,11 @@ def with_rates(cfg: Config) -> Config:
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     """Muon for hidden matrices and AdamW for embeddings, head, norms and biases; or AdamW for all that is trained."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    is_table.add(id(model.get_output_embeddings().weight))
-    hidden = [weight for weight in trained if weight.ndim >= 2 and id(weight) not in is_table]
-    tables = [weight for weight in trained if id(weight) in is_table]
-    vectors = [weight for weight in trained if weight.ndim < 2]
+    hidden, tables, vectors = split_weights(model, model.get_output_embeddings().weight)
     if cfg.optimizer == "muon":
+        is_of_matrices = all(weight.ndim == 2 for weight in hidden)
+        expected = f"adamw for {model.config.model_type}, in which some weights are no matrices"
+        cli.expect(is_of_matrices, "optimizer", cfg.optimizer, expected)
         matrices = {"params": hidden, "lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
         rest = {"params": tables + vectors, "lr": cfg.learning_rate, "weight_decay": 0.0, "use_muon": False}
         return MuonWithAdamW([matrices, rest], betas=(0.8, 0.95))  # as in pre-training

@@ -57,8 +57,9 @@ class Config(fields.Corpus, fields.RunControl):
     num_heads: Count = 2  # Attention heads.
     num_kv_heads: Natural = 0  # Key and value heads of nanochat and llama. 0 = num_heads.
     dropout: Share = 0.0  # Dropout probability: everywhere in gpt2, of attention weights in the others. 0 = none.
-    attention: Literal["sdpa", "flex_attention"] = "sdpa"
-    """Attention kernel; flex_attention, for GPUs, skips what other documents of a row hold."""
+    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
+    """Attention kernel; flex_attention, for GPUs, skips what other documents of a row hold; eager is slow, for models
+    of the Hub that have no other."""
     init: Place = "scratch"
     """scratch, or a run folder or Hub id to start from (continued pre-training): its weights, sizes and dropout."""
 
@@ -101,7 +102,7 @@ from shared.models.causal_lm import load_causal_lm
 from shared.models.export import export_model
 from shared.optim import schedules
 from shared.optim.muon import MuonWithAdamW, for_engine
-from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
+from shared.optim.optimizers import clip_and_step, set_learning_rates, split_weights, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
@@ -141,7 +142,7 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
         cli.expect(cfg.max_grad_norm == 0, "max_grad_norm", cfg.max_grad_norm, expected)
         expected = "adamw under DeepSpeed for gpt2, whose matrices are stored as (in, out) and three in one"
         cli.expect(cfg.architecture != "gpt2", "optimizer", cfg.optimizer, expected)
-    has_kernel = cfg.attention == "sdpa" or accelerator.device.type == "cuda"
+    has_kernel = cfg.attention != "flex_attention" or accelerator.device.type == "cuda"
     cli.expect(has_kernel, "attention", cfg.attention, f"sdpa on {accelerator.device.type}, which has no other")
 
 
@@ -323,11 +324,7 @@ def sample(cfg: Config, accelerator: Any, model: Any, tokenizer: Any) -> str:
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     """Muon for hidden matrices and AdamW for embeddings, head, norms and biases; or AdamW for all."""
-    is_table = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    is_table.add(id(model.get_output_embeddings().weight))
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    tables = [parameter for parameter in model.parameters() if id(parameter) in is_table]
-    hidden = [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in is_table]
+    hidden, tables, vectors = split_weights(model, model.get_output_embeddings().weight)
     if cfg.optimizer == "adamw":
         # Decay on all but biases and gains (Radford et al. 2018, section 4.1); rates and betas of Brown et al. 2020, B.
         groups = [
@@ -336,6 +333,9 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
         ]
         kept = [group for group in groups if group["params"]]
         return torch.optim.AdamW(kept, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
+    is_of_matrices = all(weight.ndim == 2 for weight in hidden)
+    expected = f"adamw for {model.config.model_type}, in which some weights are no matrices"
+    cli.expect(is_of_matrices, "optimizer", cfg.optimizer, expected)
     # Query, key and value are matrices of their own (Jordan et al. 2024); GPT-2 has them in one, stored as (in, out).
     is_gpt2 = model.config.model_type == "gpt2"
     joined = {id(weight) for name, weight in model.named_parameters() if is_gpt2 and name.endswith("c_attn.weight")}
@@ -446,7 +446,8 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any]
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     inputs, seconds = {**batch, "use_cache": False}, None
     with dry_run.without_memory():
-        model = build_model(replace(cfg, attention="sdpa"), tokenizer)
+        is_countable = cfg.attention != "flex_attention"
+        model = build_model(cfg if is_countable else replace(cfg, attention="sdpa"), tokenizer)
         facts = describe(cfg, accelerator, model, train)
         costs = dry_run.costs(accelerator, model, inputs, state_bytes_per_parameter(build_optimizer(cfg, model)))
     if dry_run.can_time(accelerator, facts["flops_per_row"] * len(batch["input_ids"]), costs["memory: total"]):

@@ -78,7 +78,7 @@ def _check_what_tokens_see(model: Any, name: str) -> None:
     others = [ids.index_fill(1, changed, 0) for changed in (torch.arange(length), torch.tensor([2 * length - 1]))]
     attention = model.config._attn_implementation
     with load_errors("init", name):  # one that takes no positions, or has no sdpa, or needs other inputs
-        model.set_attn_implementation("sdpa")  # flex_attention has no kernel for CPUs
+        model.set_attn_implementation("sdpa" if attention == "flex_attention" else attention)  # which CPUs lack
         logits, other_first, other_last = (
             model(input_ids=row, position_ids=positions, use_cache=False).logits for row in (ids, *others)
         )

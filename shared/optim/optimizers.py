@@ -19,6 +19,25 @@ def decay_of_matrices(model: torch.nn.Module, weight_decay: float) -> list[dict[
     ]
 
 
+def split_weights(
+    model: torch.nn.Module, head: torch.Tensor
+) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """What is trained of a language model: weights of hidden layers, tables of embeddings and the head, and vectors.
+
+    Args:
+        model: whose weights that need no gradient are left out.
+        head: the weight of its output layer, which may be that of an embedding.
+    """
+    is_table = {id(head), *(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding))}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    hidden = [weight for weight in trained if weight.ndim >= 2 and id(weight) not in is_table]
+    return (
+        hidden,
+        [weight for weight in trained if id(weight) in is_table],
+        [weight for weight in trained if weight.ndim < 2],
+    )
+
+
 def state_bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
     """Bytes that AdamW, LAMB, SGD or `MuonWithAdamW` keep in float32: of two moments, of one, or of none."""
 

@@ -58,14 +58,18 @@ def training_flops(model: nn.Module, inputs: dict[str, Any]) -> float:
     kernel = sdpa_kernel(SDPBackend.MATH)
     with FakeTensorMode(allow_non_fake_inputs=True), kernel, _attention_by_sdpa(model), torch.no_grad():
         tensors = (*model.named_parameters(), *model.named_buffers())
-        state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors}
+        state = {name: _shaped_like(tensor) for name, tensor in tensors}
         arguments = {
-            name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
+            name: _shaped_like(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
         }
         with FlopCounterMode(display=False) as counter:
             functional_call(model, state, (), arguments)
     return 3.0 * counter.get_total_flops()
+
+
+def _shaped_like(tensor: Tensor) -> Tensor:
+    """An empty tensor; floats are bfloat16, the only type for which torch knows the shape of products of experts."""
+    return torch.empty(tensor.shape, dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
 
 
 @contextlib.contextmanager

@@ -9,40 +9,113 @@ import torch
 
 from shared.command_line import UsageError
 from shared.models.causal_lm import load_causal_lm, new_causal_lm, set_dropout
+from shared.performance.flops import training_flops
 from shared.text.tokenization import train_byte_level_bpe
+from tests.conftest import ROOT
+
+SEE_EACH_OTHER = "another architecture than {}: documents of one row see each other in it"
+NO_KERNEL = "of such a model: .*"
+# Kinds of models by what becomes of them; recipes/gpt/README.md has the same table.
+KINDS = {
+    "": [
+        *(
+            "ctrl",
+            "falcon",
+            "gemma3_text",
+            "gpt2",
+            "gpt_neox",
+            "gptj",
+            "llama",
+            "mistral",
+            "mixtral",
+            "nanochat",
+            "phi",
+        ),
+        *("qwen2", "qwen3"),
+    ],
+    "eager": ["gemma2", "gpt_neo"],
+    SEE_EACH_OTHER: [
+        "bamba",
+        "bert",
+        "camembert",
+        "electra",
+        "lfm2",
+        "opt",
+        "qwen3_next",
+        "recurrent_gemma",
+        "roberta",
+    ],
+    NO_KERNEL: ["bloom", "falcon_mamba", "mamba", "mpt", "openai-gpt", "rwkv"],
+}
+FAST = ("bert", "bloom", "gemma2", "gpt2", "lfm2", "llama", "mixtral", "opt")
+OWN_SIZES: dict[str, dict[str, Any]] = {  # where the usual names do not make a model small
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "bamba": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "attn_layer_indices": [1],
+    },
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_heads": 2, "num_layers": 2},
+    "gptj": {"rotary_dim": 4},
+    "mixtral": {"num_local_experts": 2},
+    "phi": {"partial_rotary_factor": 0.5},
+    "qwen3": {"head_dim": 8},
+    "qwen3_next": {
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "recurrent_gemma": {"lru_width": 16, "head_dim": 8, "attention_window_size": 32},
+    "rwkv": {"attention_hidden_size": 16, "context_length": 32},
+}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "reason"),
+    ("model_type", "outcome"),
     [
-        ("gpt2", ""),
-        ("llama", ""),
-        ("mixtral", ""),
-        ("opt", "another architecture than opt: documents of one row see each other in it"),
-        ("lfm2", "another architecture than lfm2: documents of one row see each other in it"),
-        ("bloom", "of such a model: "),  # has no sdpa
-        ("bert", "another architecture than bert: documents of one row see each other in it"),
+        pytest.param(kind, outcome, marks=[] if kind in FAST else [pytest.mark.slow])
+        for outcome, kinds in KINDS.items()
+        for kind in kinds
     ],
 )
-def test_a_model_in_which_documents_of_a_row_see_each_other_is_refused(
-    tmp_path: Path, model_type: str, reason: str
-) -> None:
+def test_a_model_is_trained_or_refused_by_what_its_tokens_see(tmp_path: Path, model_type: str, outcome: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 0}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32, "bos_token_id": 0}
-    sizes |= {"ffn_dim": 32, "word_embed_proj_dim": 16} if model_type == "opt" else {}
-    sizes |= {"layer_types": ["conv", "full_attention"]} if model_type == "lfm2" else {}
+    sizes |= {"pad_token_id": 0, **OWN_SIZES.get(model_type, {})}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(tmp_path / "model")
     tokenizer = train_byte_level_bpe(["some words"], 300, 32)
-    if not reason:
-        load_causal_lm(str(tmp_path / "model"), tokenizer, 32, "sdpa")
+    attention = "eager" if outcome == "eager" else "sdpa"
+    if outcome in ("", "eager"):
+        model = load_causal_lm(str(tmp_path / "model"), tokenizer, 32, attention)
+        row = torch.zeros(1, 32, dtype=torch.int64)
+        assert training_flops(model, {"input_ids": row, "use_cache": False}) > 0
         return
     with pytest.raises(UsageError) as caught:
-        load_causal_lm(str(tmp_path / "model"), tokenizer, 32, "sdpa")
-    assert re.match(r"init: '.*/model': expected .*" + reason, str(caught.value))
+        load_causal_lm(str(tmp_path / "model"), tokenizer, 32, attention)
+    assert re.match(r"init: '.*/model': expected .*" + outcome.format(model_type), str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+def test_the_readme_has_the_kinds() -> None:
+    text = (ROOT / "recipes" / "gpt" / "README.md").read_text()
+    for kinds in KINDS.values():
+        assert f"| {', '.join(sorted(kinds))} |" in text
 
 
 def test_a_new_model_has_the_sizes_and_is_checked_likewise(tmp_path: Path) -> None:
