@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -188,16 +188,19 @@ def exit_codes() -> Iterator[None]:
     Ctrl-C ends the process at once, without a traceback, unless something else is set up inside; also later, while the
     program imports what it needs. Output that cannot be printed or written does not end it.
     """
-    status = 0
+    message, status = "", 0
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     outputs = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Unbreakable, outputs)
+    sys.stdout, sys.stderr = (stream and _Unbreakable(stream) for stream in outputs)
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except UsageError as error:
         # One raised in a data worker comes with that process's traceback as a part of its text.
         message, status = f"error: {str(error).strip().rpartition('UsageError: ')[2]}", EXIT_USAGE
+        if _is_disk_full(error):
+            message, status = f"error: the disk is full: {error}", EXIT_DISK_FULL
     except RunStopped as error:
         message, status = f"stopped: {error}", EXIT_STOPPED
     except TooManyNonFiniteUpdates as error:
@@ -212,14 +215,13 @@ def exit_codes() -> Iterator[None]:
     else:
         _leave_process_group()
     finally:
+        if status and is_speaking_process():
+            line = redact(" ".join(message.splitlines()))
+            print(line, file=sys.stderr, flush=True)  # noqa: T201 (the accelerator may not exist yet)
         sys.stdout, sys.stderr = outputs
         if on_interrupt is not signal.default_int_handler:
             signal.signal(signal.SIGINT, on_interrupt)
     if status:
-        if is_speaking_process():
-            sys.stdout.flush()
-            line = redact(" ".join(message.splitlines()))
-            print(line, file=sys.stderr, flush=True)  # noqa: T201 (the accelerator may not exist yet)
         sys.exit(status)
 
 
@@ -241,6 +243,8 @@ class _Unbreakable:
         """Write as the stream does."""
         try:
             return self._stream.write(text)
+        except BlockingIOError:  # a reader that is slow, not gone
+            return 0
         except OSError:
             self._let_go()
             return len(text)
@@ -249,8 +253,14 @@ class _Unbreakable:
         """Flush as the stream does."""
         try:
             self._stream.flush()
+        except BlockingIOError:
+            pass
         except OSError:
             self._let_go()
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write as the stream does."""
+        self.write("".join(lines))
 
     def _let_go(self) -> None:
         """Send to nowhere what is left of this output, what is in its buffer too."""
@@ -264,7 +274,8 @@ def _is_disk_full(error: BaseException | None) -> bool:
     if error is None:
         return False
     is_said = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    is_said = is_said or any(words in str(error) for words in ("No space left on device", "unexpected pos"))
+    is_said |= "No space left on device" in str(error)
+    is_said |= isinstance(error, RuntimeError) and "unexpected pos" in str(error)
     return is_said or _is_disk_full(error.__cause__ or error.__context__)
 
 

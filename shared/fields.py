@@ -116,15 +116,16 @@ class Corpus:
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     data_split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub data set, or of a folder that has splits."""
     text_column: str = ""
     """Column of the text. "" = the only column that holds text, or the one called text."""
 
     # Evaluation
     eval_data: Places = ""
-    """Data to evaluate on, in the same forms. "" = hold out eval_fraction of the documents."""
+    """Data to evaluate on, in the same forms. "" = of folders with splits the one to validate or to test on, else hold
+    out eval_fraction of the documents."""
     eval_split: str = "validation"
-    """Split of eval_data if it is a Hub data set."""
+    """Split of eval_data if it is a Hub data set or a folder with splits."""
     eval_fraction: Share = 0.05
     """Share of the documents held out, by their content, where eval_data is not given. 0 = none, with eval_data."""
 

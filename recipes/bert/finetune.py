@@ -42,7 +42,8 @@ class Config(fields.RunControl):
     """Embedded: supersenses (of a definition), hypernyms (is the first a kind of the second) or eras (when a president
     said it); or a task of GLUE."""
     data: Place = ""
-    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them that are named after splits, or a Hub data set id.
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, with splits or without, or a Hub data set
+    id.
     "" = that of `task`."""
     data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
     data_split: str = "train"  # Split to train on.
@@ -111,6 +112,7 @@ from tqdm import tqdm
 
 from shared.data.batches import IGNORED, to_device
 from shared.data.length_groups import samples_of_update
+from shared.data.local_files import usual_name
 from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
 from shared.metrics import scores
@@ -216,7 +218,8 @@ print(pipeline({!r}, "path/of/this/folder")({!r}))"""
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
-    cli.expect(cfg.test_split != cfg.data_split, "test_split", cfg.test_split, "another split than the one to train on")
+    is_other = usual_name(cfg.test_split) != usual_name(cfg.data_split)
+    cli.expect(is_other, "test_split", cfg.test_split, "another split than the one to train on")
     evaluates = not cfg.patience or cfg.eval_every > 0
     cli.expect(evaluates, "patience", cfg.patience, "0 where eval_every is 0, since it counts evaluations")
     has_sizes = cfg.init != "scratch" or bool(cfg.tokenizer)
@@ -237,8 +240,10 @@ def metrics_of(cfg: Config, task: Task, problem: str) -> tuple[str, ...]:
 
 def with_init(cfg: Config) -> Config:
     """The configuration with the encoder that it leaves open, as config.yaml records it."""
-    found = TRAINED if Path(TRAINED).is_dir() else os.path.relpath(SHIPPED)
-    return replace(cfg, init=cfg.init or found)
+    record = Path(cfg.output_dir) / "config.yaml"  # of a run that goes on, wherever that is done
+    before = (yaml.safe_load(record.read_text(encoding="utf-8")) or {}) if record.is_file() else {}
+    found = TRAINED if (Path(TRAINED) / "config.json").is_file() else os.path.relpath(SHIPPED)
+    return replace(cfg, init=cfg.init or before.get("init") or found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,8 +266,11 @@ def open_data(cfg: Config) -> tuple[Task, LabelledTexts, dict[str, LabelledTexts
     eval_split = cfg.eval_split or ("" if cfg.eval_data else task.eval_split)
     eval_split = eval_split or validation_split(source, task.config, cfg.test_split)
     eval_split = eval_split or ("train" if cfg.eval_data else "")
-    cli.expect(not cfg.test_split or cfg.test_split != eval_split, "test_split", cfg.test_split, NO_CHOICE)
-    chooses_by_own = source == task.data and eval_split == cfg.data_split  # by labels that are to be few as well
+    is_free = usual_name(cfg.test_split) != usual_name(eval_split) or not eval_split
+    cli.expect(is_free, "test_split", cfg.test_split, NO_CHOICE)
+    chooses_by_own = source == task.data and usual_name(eval_split) == usual_name(
+        cfg.data_split
+    )  # by labels that are to be few as well
     evals: dict[str, LabelledTexts] = {}
     if eval_split and not chooses_by_own:
         evals["eval"] = labelled.open_labelled(source, **options, split=eval_split, field="eval_split")

@@ -38,7 +38,7 @@ class Config(fields.RunControl):
 
     # Data
     data: Place = "answers"
-    """answers (embedded), a .jsonl, .json or .parquet file, a folder of them that are named after splits, or a Hub data
+    """answers (embedded), a .jsonl, .json or .parquet file, a folder of them, with splits or without, or a Hub data
     set id, with a column messages, or prompt and completion, or text."""
     data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
     data_split: str = "train"  # Split to train on.
@@ -107,6 +107,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from shared.data.batches import IGNORED, to_device
+from shared.data.local_files import usual_name
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.data.updates import Updates, load_updates
 from shared.metrics.scores import ExactMatch, RougeL
@@ -204,7 +205,8 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 
 def open_data(cfg: Config) -> tuple[Conversations, Conversations]:
     """The examples to train on, and those to evaluate on."""
-    cli.expect(cfg.eval_split != cfg.data_split or bool(cfg.eval_data), "eval_split", cfg.eval_split, NO_EVAL_SPLIT)
+    is_other = usual_name(cfg.eval_split) != usual_name(cfg.data_split) or bool(cfg.eval_data)
+    cli.expect(is_other, "eval_split", cfg.eval_split, NO_EVAL_SPLIT)
     data = str(conversations.SAMPLES / "answers") if cfg.data == "answers" else cfg.data
     column = cfg.task_column or ("task" if cfg.data == "answers" else "")
     train = conversations.open_conversations(data, config=cfg.data_config, split=cfg.data_split, task_column=column)

@@ -101,6 +101,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from shared.data.batches import IGNORED, to_device
+from shared.data.local_files import usual_name
 from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
 from shared.images import captioned, files, labelled
@@ -142,13 +143,15 @@ class Tried(NamedTuple):
     metrics: dict[str, float]
     mistakes: str
     answers: Answers | None  # None where an image can have several labels
-    named: tuple[list[str], list[Any], list[Any]]  # images, and their labels and answers by the names of classes
+    indices: np.ndarray  # of the images
+    named: tuple[list[Any], list[Any]]  # their labels and answers, by the names of classes
 
 
 def check_config(cfg: Config) -> None:
     """Raise `UsageError` for what fields say against each other; their own limits stand beside them."""
     fields.check_run_control(cfg)
-    cli.expect(cfg.test_split != cfg.data_split, "test_split", cfg.test_split, "another split than the one to train on")
+    is_other = usual_name(cfg.test_split) != usual_name(cfg.data_split)
+    cli.expect(is_other, "test_split", cfg.test_split, "another split than the one to train on")
     evaluates = not cfg.patience or cfg.eval_every > 0
     cli.expect(evaluates, "patience", cfg.patience, "0 where eval_every is 0, since it counts evaluations")
     cli.expect(not (cfg.keep_head and cfg.scratch), "keep_head", True, "False for new weights")
@@ -184,12 +187,13 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[labelled.LabelledImages, d
         train = labelled.open_images(data, config=cfg.data_config, split=cfg.data_split, **columns)
         files.check_sides(data, train.files, max(cfg.image_size, cfg.eval_image_size))
         eval_split = eval_split or files.validation_split(data, cfg.data_config, test_split)
-        cli.expect(not test_split or test_split != eval_split, "test_split", test_split, NO_CHOICE)
+        is_free = not test_split or usual_name(test_split) != usual_name(eval_split)
+        cli.expect(is_free, "test_split", test_split, NO_CHOICE)
         chosen = {"eval": eval_split, "test": test_split}
         evals = {
             name: labelled.open_images(data, config=cfg.data_config, split=split, **columns, field=f"{name}_split")
             for name, split in chosen.items()
-            if split not in ("", cfg.data_split)
+            if split and usual_name(split) != usual_name(cfg.data_split)
         }
     evals = {
         name: labelled.number_alike(some, train.class_names, chosen[name], f"{name}_split")
@@ -204,7 +208,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[labelled.LabelledImages, d
         train, held_out["eval"] = labelled.hold_out(train, cfg.eval_fraction)
     if cfg.labels_per_class:
         train = labelled.few_of_each_class(train, cfg.labels_per_class, cfg.seed)
-    if eval_split == cfg.data_split:  # by labels that are to be few as well
+    if eval_split and usual_name(eval_split) == usual_name(cfg.data_split):  # by labels that are to be few as well
         train, held_out["eval"] = labelled.hold_out(train, cfg.eval_fraction)
     return train, {**held_out, **evals}
 
@@ -303,13 +307,13 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, split: Split, statistics
     measured = {"loss": sum(of_process for of_process, _ in gathered) / len(labels), **scores_of(labels, likely)}
     measured["skipped"] = len(split.images) - len(labels)
     metrics = {f"{split.name}/{name}": value for name, value in measured.items()}
-    names, images = np.array(split.images.class_names), [split.images.files.name(index) for index in indices.tolist()]
+    names = np.array(split.images.class_names)
     if labels.ndim == 2:
-        several = ([names[row == 1].tolist() for row in rows] for rows in (labels, likely >= 0.5))
-        return Tried(metrics, describe_labels(labels, likely >= 0.5, names), None, (images, *several))
+        named = tuple([names[row == 1].tolist() for row in rows] for rows in (labels, likely >= 0.5))
+        return Tried(metrics, describe_labels(labels, likely >= 0.5, names), None, indices, named)
     answers = Answers(indices, labels, np.argsort(-likely, axis=1, kind="stable")[:, :5].copy(), likely.max(1))
-    named = (images, names[labels].tolist(), names[answers.guesses[:, 0]].tolist())
-    return Tried(metrics, answers.describe_confusions(split.images.class_names), answers, named)
+    named = (names[labels].tolist(), names[answers.guesses[:, 0]].tolist())
+    return Tried(metrics, answers.describe_confusions(split.images.class_names), answers, indices, named)
 
 
 def scores_of(labels: np.ndarray, likely: np.ndarray) -> dict[str, float]:
@@ -469,7 +473,8 @@ def main(cfg: Config) -> None:
                     tried = evaluate(cfg, accelerator, model, test, statistics) if test else tried
                     metrics |= tried.metrics
                     best.metrics |= tried.metrics
-                    run.write_predictions(*tried.named)
+                    images = (test or held_out).images.files
+                    run.write_predictions(map(images.name, tried.indices.tolist()), *tried.named)
                 run.is_over = best.has_waited(cfg.patience)
             run.write(metrics)
             if due.save or bad.are_too_many or run.is_over:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from shared.data.local_files import find_files, part_by_split, split_named, spli
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.aspect_ratios import nearest_bucket
 from shared.images.decoding import BadImage, EncodedImage
-from shared.images.folders import METADATA_FILES, is_image, open_image_folder, split_images
+from shared.images.folders import METADATA_FILES, is_image, open_image_folder
 from shared.images.tars import open_tars
 
 _SHARD_SUFFIXES = (".parquet", ".tar")
@@ -106,17 +106,19 @@ def open_split(
     """
     import datasets
 
-    splits = list_splits(data, config)
-    name = split_named(split, splits)
-    expect(bool(name), field, split, f"one of {', '.join(splits)}, the splits of {data!r}")
     path = Path(os.path.expanduser(data))
     with _load_errors(data):
-        if not path.exists():
+        listing = _list_files(data, path) if path.exists() else None
+        splits = list(listing.splits) if listing else datasets.get_dataset_split_names(data, config or None)
+    name = split_named(split, splits)
+    expect(bool(name), field, split, f"one of {', '.join(splits)}, the splits of {data!r}")
+    with _load_errors(data):
+        if listing is None:
             dataset = datasets.load_dataset(data, config or None, split=name, streaming=streaming)
-        elif _files_of(data, path):
-            dataset = _open_shards(_files_of(data, path)[name], name, streaming)
+        elif listing.are_shards:
+            dataset = _open_shards(listing.splits[name], streaming)
         else:
-            dataset = open_image_folder(data, name)
+            dataset = open_image_folder(data, path, listing.images, listing.metadata, name)
             dataset = dataset.to_iterable_dataset(min(len(dataset), _STREAMED_SHARDS)) if streaming else dataset
     column = _pick_image(dataset, image_column)
     return dataset.cast_column(column, datasets.Image()), column
@@ -137,7 +139,7 @@ def list_splits(data: str, config: str) -> list[str]:
     with _load_errors(data):
         if not path.exists():
             return datasets.get_dataset_split_names(data, config or None)
-        return list(_files_of(data, path) or split_images(path))
+        return list(_list_files(data, path).splits)
 
 
 def validation_split(data: str, config: str, test_split: str = "") -> str:
@@ -220,36 +222,55 @@ def _some_sides(data: str, images: ImageFiles) -> list[tuple[int, int]]:
     return sides
 
 
-def _open_shards(files: Sequence[Path], split: str, streaming: bool) -> Any:
+class _Listing(NamedTuple):
+    """What is at a path, found by going through it once."""
+
+    splits: dict[str, list[Path]]
+    are_shards: bool  # Parquet files or tars, else images
+    images: Sequence[Path]
+    metadata: Sequence[Path]
+
+
+def _list_files(data: str, path: Path) -> _Listing:
+    """The Parquet files, tars or images of each split.
+
+    Raises:
+        UsageError: there is nothing of a known kind, or there are Parquet files and tars.
+    """
+    files = (
+        [path]
+        if path.is_file()
+        else find_files(path, lambda file: _is_shard(file) or is_image(file) or _is_metadata(file))
+    )
+    shards, images = [file for file in files if _is_shard(file)], [file for file in files if is_image(file)]
+    expected = "a .parquet or .tar file, or a folder of such files or of one folder of images for each class"
+    is_known = bool(shards) or (bool(images) and path.is_dir())
+    expect(is_known, "data", data, f"{expected}, found none in it")
+    shown = ", ".join(file.name for file in shards[:5])
+    expect(len({file.suffix.lower() for file in shards}) < 2, "data", data, f"files of one kind, got {shown}")
+    if path.is_file():
+        return _Listing({"train": files}, True, [], [])
+    splits = part_by_split(path, shards or images, by_file_name=bool(shards))
+    return _Listing(splits, bool(shards), images, [file for file in files if _is_metadata(file)])
+
+
+def _open_shards(files: Sequence[Path], streaming: bool) -> Any:
     """Parquet files or tars, as `datasets` has them."""
     import datasets
 
     if files[0].suffix.lower() == ".tar":
         return open_tars(files, streaming=streaming)
-    # The library takes names for patterns, and follows no links where it searches for one.
+    # The library takes names for patterns, follows no links where it looks for one, and refuses some names of splits.
     names = [glob.escape(os.path.realpath(file)) for file in files]
-    return datasets.load_dataset("parquet", data_files={split: names}, split=split, streaming=streaming)
+    return datasets.load_dataset("parquet", data_files={"train": names}, split="train", streaming=streaming)
 
 
 def _is_shard(file: Path) -> bool:
-    return file.suffix.lower() in _SHARD_SUFFIXES and file.name not in METADATA_FILES
+    return file.suffix.lower() in _SHARD_SUFFIXES and not _is_metadata(file)
 
 
-def _files_of(data: str, path: Path) -> dict[str, list[Path]]:
-    """The Parquet files or tars of each split; none of a folder of images.
-
-    Raises:
-        UsageError: there is nothing of a known kind, or there are both of these kinds.
-    """
-    files = [path] if path.is_file() else find_files(path, _is_shard)
-    kinds = {file.suffix.lower() for file in files}.intersection(_SHARD_SUFFIXES)
-    is_known = bool(kinds) or (path.is_dir() and bool(find_files(path, is_image)))
-    expected = "a .parquet or .tar file, or a folder of such files or of one folder of images for each class"
-    expect(is_known, "data", data, f"{expected}, found none in it")
-    expect(len(kinds) < 2, "data", data, f"files of one kind, got {', '.join(sorted(file.name for file in files)[:5])}")
-    if not kinds:
-        return {}
-    return {"train": files} if path.is_file() else part_by_split(path, files, by_file_name=True)
+def _is_metadata(file: Path) -> bool:
+    return file.name in METADATA_FILES
 
 
 @contextlib.contextmanager

@@ -8,17 +8,22 @@
 with two underscores, follows no links, and cannot find names with brackets.
 """
 
+import csv
 import json
 import logging
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.command_line import UsageError, expect
-from shared.data.local_files import SPLIT_WORDS, find_files, part_by_split
+from shared.data.local_files import SPLIT_WORDS, part_by_split
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+_WHOLE = re.compile(r"-?(0|[1-9]\d*)")
 
 logger = logging.getLogger(__name__)
 
@@ -28,28 +33,29 @@ def is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES
 
 
-def split_images(folder: Path) -> dict[str, list[Path]]:
-    """The images of each split."""
-    return part_by_split(folder, find_files(folder, is_image), by_file_name=False)
-
-
-def open_image_folder(data: str, split: str) -> Any:
+def open_image_folder(data: str, folder: Path, images: Sequence[Path], metadata: Sequence[Path], split: str) -> Any:
     """One split as `datasets` has it: the column image, with paths, and label or those of the metadata.
 
-    Images of which the metadata says nothing are left out, and counted.
+    Images of which the metadata says nothing are left out, and so are its rows without an image; both are counted.
+
+    Args:
+        data: name for messages.
+        folder: that was searched.
+        images: found in it.
+        metadata: metadata files found in it.
+        split: one of those by `part_by_split`.
 
     Raises:
         UsageError: a metadata file cannot be read, or names no image that is there.
     """
     import datasets
 
-    folder = Path(data).expanduser()
-    splits = split_images(folder)
-    metadata = find_files(folder, lambda file: file.name in METADATA_FILES)
+    splits = part_by_split(folder, images, by_file_name=False)
     if metadata:
-        return _with_metadata(data, splits[split], metadata)
-    has_splits = all(any(map(_is_split, _folders(folder, file))) for files in splits.values() for file in files)
-    classes = {file: _class_of(_folders(folder, file), has_splits) for files in splits.values() for file in files}
+        return _with_metadata(data, splits[split], images, metadata)
+    start = len(folder.parts)
+    has_splits = all(any(map(_is_split, file.parts[start:-1])) for file in images)
+    classes = {file: _class_of(file.parts[start:-1], has_splits) for file in images}
     columns: dict[str, Any] = {"image": [_image(str(file)) for file in splits[split]]}
     features: dict[str, Any] = {"image": datasets.Image()}
     if all(classes.values()):
@@ -70,11 +76,6 @@ def _image(file: str) -> dict[str, Any]:
     return {"path": file, "bytes": None}
 
 
-def _folders(folder: Path, file: Path) -> tuple[str, ...]:
-    """Names of the folders between both."""
-    return file.relative_to(folder).parts[:-1]
-
-
 def _is_split(name: str) -> bool:
     return name.lower() in SPLIT_WORDS
 
@@ -85,28 +86,34 @@ def _class_of(folders: tuple[str, ...], has_splits: bool) -> str:
     return folders[-1] if len(folders) > behind_split else ""
 
 
-def _with_metadata(data: str, files: Sequence[Path], metadata: Sequence[Path]) -> Any:
-    """The images that the metadata names, and what it says of them."""
+def _with_metadata(data: str, files: Sequence[Path], everywhere: Sequence[Path], metadata: Sequence[Path]) -> Any:
+    """The images of a split that the metadata names, each as often as it does, and what it says of them."""
     import datasets
 
-    rows: dict[str, dict[str, Any]] = {}
+    of_split, anywhere = set(map(str, files)), set(map(str, everywhere))
+    rows: list[tuple[str, dict[str, Any]]] = []
+    num_without = 0
     for file in metadata:
         for row, record in enumerate(_records(data, file)):
             name = record.pop("file_name", None)
             is_name = isinstance(name, str) and bool(name)
             expect(is_name, "data", data, f"the name of an image, file_name, in row {row} of {file.name}, got {name!r}")
-            rows[str(file.parent / name)] = record
-    there = set(map(str, files))
-    known = [name for name in rows if name in there]
-    expect(bool(known), "data", data, f"images that {metadata[0].name} names, there is none of {sorted(rows)[:1]}")
-    number = len(files) - len(known)
-    if number:
-        first = next(str(file) for file in files if str(file) not in rows)
+            expect("image" not in record, "data", data, f"no column called image in {file.name}, which is the image's")
+            path = os.path.normpath(file.parent / name)
+            num_without += path not in anywhere
+            rows += [(path, record)] if path in of_split else []
+    expect(bool(rows), "data", data, f"images that {metadata[0].name} names, it names none of {files[0].name}, ...")
+    if num_without:
+        logger.warning("%d rows of the metadata name no image that is there and are left out", num_without)
+    known = {name for name, _ in rows}
+    if len(known) < len(files):
+        first = next(str(file) for file in files if str(file) not in known)
+        number = len(files) - len(known)
         logger.warning("%d of %d images are in no metadata and left out, the first is %s", number, len(files), first)
-    columns = sorted({column for name in known for column in rows[name]})
+    columns = sorted({column for _, record in rows for column in record})
     try:
-        table = {column: [rows[name].get(column) for name in known] for column in columns}
-        images = datasets.Dataset.from_dict({"image": [_image(name) for name in known], **table})
+        table = {column: [record.get(column) for _, record in rows] for column in columns}
+        images = datasets.Dataset.from_dict({"image": [_image(name) for name, _ in rows], **table})
         return images.cast_column("image", datasets.Image())
     except Exception as error:  # Arrow's and the library's errors about values of several kinds have no common class
         reason = " ".join(str(error).split())
@@ -115,21 +122,22 @@ def _with_metadata(data: str, files: Sequence[Path], metadata: Sequence[Path]) -
 
 def _records(data: str, file: Path) -> list[dict[str, Any]]:
     """The rows of a metadata file."""
-    import pandas
     import pyarrow.parquet
 
     try:
-        if file.suffix == ".jsonl":
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        if file.suffix == ".parquet":
+            return pyarrow.parquet.read_table(file).to_pylist()
+        with file.open(encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None) as lines:
+            if file.suffix == ".csv":
+                return _of_csv(list(csv.DictReader(lines, strict=True)))
             return [dict(json.loads(line)) for line in lines if line.strip()]
-        if file.suffix == ".csv":
-            table = pandas.read_csv(file, dtype={"file_name": str}, keep_default_na=False, na_values=[""])
-            return [{key: None if value != value else value for key, value in row.items()} for row in _rows_of(table)]
-        return pyarrow.parquet.read_table(file).to_pylist()
-    except Exception as error:  # JSON's, pandas', Arrow's and decoding errors have no common class
+    except Exception as error:  # errors of JSON, CSV, Arrow and decoding have no common class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"data: {data!r}: expected rows that can be read in {file.name}: {reason}") from error
 
 
-def _rows_of(table: Any) -> list[dict[str, Any]]:
-    return table.astype(object).to_dict("records")
+def _of_csv(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whole numbers where all cells of a column are, None for an empty cell; what is behind the last column goes."""
+    names = [name for name in (rows[0] if rows else {}) if name]
+    whole = {name for name in names if all(_WHOLE.fullmatch(row[name] or "") for row in rows)} - {"file_name"}
+    return [{name: int(row[name]) if name in whole else row[name] or None for name in names} for row in rows]

@@ -2,8 +2,10 @@
 
     0001.jpg, 0001.cls, 0001.txt, 0001.json
 
-The image is the column image, or called after its suffix where all have the same; .cls is a class, a whole number or a
-name; .txt a caption; the keys of .json are columns of their own. `datasets` reads such tars too, but only where all
+The image is the column image, or called after its suffix where all have the same; of several in a sample it is the
+first whose name has no other dot. .cls is a class, a whole number or a name; .txt a caption; the keys of .json are
+columns of their own. Files of a sample are alike up to the first dot, or where names number samples behind it
+(photo.0001.jpg) up to the last. `datasets` reads such tars too, but only where all
 samples have the files of the first five, and names have no other dot.
 """
 
@@ -16,9 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, expect
 from shared.images.folders import IMAGE_SUFFIXES
 
+_FORMAT_VERSION = 1  # of what is stored of a tar
+_EMPTY = ""
 _WHOLE = re.compile(r"-?\d+")
 
 
@@ -36,12 +40,14 @@ def open_tars(files: Sequence[Path], *, streaming: bool) -> Any:
 
     names = [str(file) for file in files]
     features = _features_of(names[:1] if streaming else names)
-    texts = tuple(name for name, feature in features.items() if getattr(feature, "dtype", "") == "string")
-    arguments = {"files": names, "columns": tuple(features), "texts": texts}  # the library shards what is a list
+    types = tuple((name, getattr(feature, "dtype", "")) for name, feature in features.items())
+    arguments = {"files": names, "types": types}  # the library shards what is a list
     if streaming:
         return datasets.IterableDataset.from_generator(_records, features, gen_kwargs=arguments)
     versions = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    fingerprint = hashlib.sha256(repr((versions, sorted(features))).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    fingerprint = hashlib.sha256(
+        repr((_FORMAT_VERSION, versions, str(features))).encode("utf-8", "surrogateescape")
+    ).hexdigest()[:16]
     return datasets.Dataset.from_generator(_records, features, gen_kwargs=arguments, fingerprint=fingerprint)
 
 
@@ -49,36 +55,65 @@ def _features_of(files: Sequence[str]) -> Any:
     """The columns of all samples, first the image; each with the type that holds all of its values."""
     import datasets
 
-    kinds: dict[str, set[type]] = {}
+    kinds: dict[str, set[str]] = {}
     suffixes: set[str] = set()
     for sample in _samples(files, with_images=False):
         suffixes.add(sample.suffix)
         for column, value in sample.columns.items():
-            kinds.setdefault(column, set()).add(type(value))
+            kinds.setdefault(column, set()).add(_kind_of(value))
     if not suffixes:
         raise UsageError(f"data: {files[0]!r}: expected samples with an image, found none in it")
     image = suffixes.pop() if len(suffixes) == 1 else "image"
-    types = {column: _type_of(found - {type(None)}) for column, found in kinds.items() if column != image}
+    types = {column: _type_of(found - {_EMPTY}) for column, found in kinds.items() if column != image}
     return datasets.Features({image: datasets.Image(), **types})
 
 
-def _type_of(kinds: set[type]) -> Any:
+def _kind_of(value: Any) -> str:
+    """The type of a value, or of what a list holds; "" = of nothing."""
+    if isinstance(value, list):
+        inner = {_kind_of(item) for item in value}
+        return f"list of {inner.pop()}" if len(inner) == 1 else "list of " if not inner else "other"
+    return "" if value is None else type(value).__name__
+
+
+def _type_of(kinds: set[str]) -> Any:
+    """What holds values of these kinds: of one kind as they are, of several as texts."""
     import datasets
 
-    numbers = "int64" if kinds == {int} else "float64"
-    return datasets.Value(numbers if kinds and kinds <= {int, float} else "string")
+    whole = {
+        "list of int": datasets.List(datasets.Value("int64")),
+        "list of str": datasets.List(datasets.Value("string")),
+    }
+    lists = kinds - {"list of "}
+    if len(lists) == 1 and (kind := next(iter(lists))) in whole:
+        return whole[kind]
+    numbers = "int64" if kinds == {"int"} else "float64"
+    is_number = bool(kinds) and kinds <= {"int", "float"}
+    return datasets.Value(numbers if is_number else "bool" if kinds == {"bool"} else "string")
 
 
-def _records(files: Sequence[str], columns: Sequence[str], texts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Of each sample the columns, the first of which is the image; in `texts` every value is a text."""
-    image, *others = columns
+def _records(files: Sequence[str], types: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Of each sample the columns, the first of which is the image, as their types ask."""
+    (image, _), *others = types
     for sample in _samples(files, with_images=True):
         record: dict[str, Any] = {image: {"path": sample.name, "bytes": sample.data}}
-        for column in others:
-            value = sample.columns.get(column)
-            is_other = column in texts and not isinstance(value, str | None)
-            record[column] = json.dumps(value, ensure_ascii=False) if is_other else value
+        for column, dtype in others:
+            record[column] = _fitted(sample.columns.get(column), dtype, column, sample)
         yield record
+
+
+def _fitted(value: Any, dtype: str, column: str, sample: "_Sample") -> Any:
+    """A value as its column's type asks: a text where that holds several kinds.
+
+    Raises:
+        UsageError: it is of another kind than those that the columns were found from, as in a stream.
+    """
+    if dtype == "string":
+        return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
+    fits = {"int64": ("", "int"), "float64": ("", "int", "float"), "bool": ("", "bool")}.get(dtype)
+    is_right = fits is None or _kind_of(value) in fits
+    expect(is_right, "data", sample.name, f"a value of type {dtype} in {column}, as in the first tar, got {value!r}")
+    return value
 
 
 @dataclasses.dataclass
@@ -89,6 +124,7 @@ class _Sample:
     suffix: str = ""
     name: str = ""
     data: bytes = b""
+    is_plain: bool = False
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -96,42 +132,63 @@ def _samples(files: Sequence[str], *, with_images: bool) -> Iterator[_Sample]:
     """The samples that have an image, its bytes only `with_images`."""
     for file in files:
         sample = _Sample("")
-        for name, read in _members(file):
-            key, suffix = _parted(name, sample.key)
+        for key, suffix, name, read in _members(file):
             if key != sample.key:
                 yield from [sample] if sample.suffix else []
                 sample = _Sample(key)
-            is_image = f".{suffix}" in IMAGE_SUFFIXES
-            if is_image and not sample.suffix:
-                sample.suffix, sample.name, sample.data = suffix, name, read() if with_images else b""
+            is_image, is_plain = f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES, "." not in suffix
+            if is_image and (not sample.suffix or (is_plain and not sample.is_plain)):
+                sample.suffix, sample.name, sample.is_plain = suffix.rpartition(".")[2], name, is_plain
+                sample.data = read() if with_images else b""
             elif not is_image:
                 sample.columns |= _columns_of(file, name, suffix, read)
         yield from [sample] if sample.suffix else []
 
 
-def _members(file: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Of each file in a tar that is not hidden its name, and what reads it."""
+def _members(file: str) -> Iterator[tuple[str, str, str, Callable[[], bytes]]]:
+    """Of each file in a tar that is not hidden: its sample's key, its suffix, its name, and what reads it."""
     try:
         with tarfile.open(file) as tar:
-            for member in tar:
-                if member.isfile() and not Path(member.name).name.startswith("."):
-                    content = tar.extractfile(member)
-                    assert content is not None, "a file has content"
-                    yield member.name, content.read
+            members = [member for member in tar if member.isfile() and not Path(member.name).name.startswith(".")]
+            _check_end(file, tar)
+            part = _parted_at_last if _number_behind_a_dot([member.name for member in members]) else _parted_at_first
+            for member in members:
+                content = tar.extractfile(member)
+                assert content is not None, "a file has content"
+                yield *part(member.name), member.name, content.read
     except (tarfile.TarError, OSError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"data: {file!r}: expected a tar that can be read: {reason}") from error
 
 
-def _parted(name: str, current: str) -> tuple[str, str]:
-    """Key and suffix of a file: parted at its first dot if that goes on with the current sample, else at its last.
+def _check_end(file: str, tar: tarfile.TarFile) -> None:
+    """Raise `UsageError` where the library took a damaged header for the end."""
+    assert tar.fileobj is not None, "it is open"
+    tar.fileobj.seek(tar.offset)
+    is_end = not any(tar.fileobj.read(tarfile.BLOCKSIZE))
+    expect(is_end, "data", file, f"a tar that can be read: the header at byte {tar.offset} is damaged")
 
-    So 0001.seg.png is of 0001, and photo.0001.jpg a sample of its own.
-    """
+
+def _number_behind_a_dot(names: Sequence[str]) -> bool:
+    """Whether what stands between the first and the last dot tells samples apart: more of it than there are keys."""
+    keys, between = (
+        {_parted_at_first(name)[0] for name in names},
+        {_parted_at_first(name)[1].rpartition(".")[0] for name in names},
+    )
+    return len(between - {""}) > len(keys)
+
+
+def _parted_at_first(name: str) -> tuple[str, str]:
+    """Key and suffix: 0001.seg.png is of 0001."""
     folder, _, base = name.rpartition("/")
-    first, last = base.partition("."), base.rpartition(".")
-    key, suffix = (first[0], first[2]) if f"{folder}/{first[0]}" == current else (last[0], last[2])
+    key, _, suffix = base.partition(".")
     return f"{folder}/{key}", suffix.lower()
+
+
+def _parted_at_last(name: str) -> tuple[str, str]:
+    """Key and suffix: photo.0001.jpg is of photo.0001."""
+    key, _, suffix = name.rpartition(".")
+    return key, suffix.lower()
 
 
 def _columns_of(file: str, name: str, suffix: str, read: Callable[[], bytes]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ Every process makes every call. What is `due` is the same on all of them, so a b
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -209,7 +209,7 @@ class Run:
         """Keep what the model made after this update in samples/."""
         self._log.write_samples(self.step, text)
 
-    def write_predictions(self, samples: Sequence[Any], labels: Sequence[Any], predictions: Sequence[Any]) -> None:
+    def write_predictions(self, samples: Iterable[Any], labels: Sequence[Any], predictions: Sequence[Any]) -> None:
         """See `predictions.write_predictions`; the main process writes."""
         if self._accelerator.is_main_process:
             predictions_file.write_predictions(self.folder, samples, labels, predictions)

@@ -138,7 +138,9 @@ class Beginning:
                 return
 
 
-def open_texts(data: str, *, config: str, split: str, text_column: str) -> LocalTexts | HubTexts:
+def open_texts(
+    data: str, *, config: str, split: str, text_column: str, field: str = "data_split"
+) -> LocalTexts | HubTexts:
     """Find and check a corpus without reading all of it.
 
     Args:
@@ -146,11 +148,12 @@ def open_texts(data: str, *, config: str, split: str, text_column: str) -> Local
         config: configuration of a Hub data set; "" = its only one.
         split: of a Hub data set, or of a folder that has splits.
         text_column: column of the text; "" = the only column that holds text, or the one called text.
+        field: that names the split, for the message.
 
     Raises:
         UsageError: nothing is there, nothing is in it, or the column is not there.
     """
-    files = local_files(data, split)
+    files = local_files(data, split, field)
     if not files:
         texts: LocalTexts | HubTexts = _open_hub_texts(data, config=config, split=split, text_column=text_column)
     else:
@@ -206,7 +209,8 @@ def open_held_out(corpus: Corpus) -> tuple[list[LocalTexts | HubTexts], float]:
     """
     columns = {"config": corpus.data_config, "text_column": corpus.text_column}
     if corpus.eval_data:
-        return open_corpora(corpus.eval_data, split=corpus.eval_split, **columns), 0.0
+        of_eval = list_corpora(corpus.eval_data, split=corpus.eval_split, **columns)
+        return [open_texts(**of_one, field="eval_split") for of_one in of_eval], 0.0
     corpora = list_corpora(corpus.data, split=corpus.data_split, **columns)
     names = [of_one["data"] for of_one in corpora]
     if set(names) <= SAMPLES.keys():
@@ -214,7 +218,7 @@ def open_held_out(corpus: Corpus) -> tuple[list[LocalTexts | HubTexts], float]:
         return [LocalTexts(name, files, corpus.text_column or "text") for name, files in sources.items()], 0.0
     paths = [Path(os.path.expanduser(name)) for name in names]
     splits = [list(list_splits(path)) if path.is_dir() else [] for path in paths]
-    evals = [split_to_evaluate_on(of_one, corpus.data_split) for of_one in splits]
+    evals = [split_to_evaluate_on(there, of_one["split"]) for there, of_one in zip(splits, corpora, strict=True)]
     if all(evals):
         return [open_texts(**{**of_one, "split": split}) for of_one, split in zip(corpora, evals, strict=True)], 0.0
     return [], corpus.eval_fraction
@@ -230,7 +234,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short
 
 
-def local_files(data: str, split: str) -> tuple[Path, ...]:
+def local_files(data: str, split: str, field: str = "data_split") -> tuple[Path, ...]:
     """The readable files of a sample, file or folder; none if there is no such thing, then it may be a Hub id.
 
     Raises:
@@ -244,7 +248,7 @@ def local_files(data: str, split: str) -> tuple[Path, ...]:
     splits = list_splits(path)
     name = split_named(split, list(splits)) if len(splits) > 1 else next(iter(splits))
     if not name:
-        raise UsageError(f"data_split: {split!r}: expected one of the splits of {data!r}: {', '.join(splits)}")
+        raise UsageError(f"{field}: {split!r}: expected one of the splits of {data!r}: {', '.join(splits)}")
     return tuple(splits[name])
 
 

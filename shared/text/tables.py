@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.command_line import UsageError, expect
-from shared.data.local_files import find_files, is_about_the_data, part_by_split, split_to_evaluate_on
+from shared.data.local_files import find_files, part_by_split, split_to_evaluate_on
 from shared.text.documents import hub_errors
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -37,7 +37,7 @@ def split_names(data: str, config: str, field: str = "data") -> list[str]:
 
 
 def load_split(data: str, config: str, split: str, field: str = "data", as_text: Sequence[str] = ()) -> Any:
-    """One split as `datasets` has it; the others are not read.
+    """One split as `datasets` has it; other files are not read, but of a Hub data set.
 
     Args:
         data: see `split_names`.
@@ -63,7 +63,8 @@ def load_split(data: str, config: str, split: str, field: str = "data", as_text:
     # The library takes names for patterns, and follows no links where it searches for one.
     names = [glob.escape(os.path.realpath(file)) for file in files]
     try:
-        return datasets.load_dataset(_builder_of(files[0]), data_files={split: names}, split=split, **options)
+        # Under a name of our own, since the library refuses some that files have.
+        return datasets.load_dataset(_builder_of(files[0]), data_files={"train": names}, split="train", **options)
     except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
         reason = _one_line(error.__cause__ or error)
         reason = "there is no record in them" if "StopIteration" in reason or "no data" in reason else reason
@@ -82,7 +83,7 @@ def in_utf8(data: str, field: str = "data") -> Iterator[None]:
 
 def _local(path: Path, field: str) -> dict[str, list[Path]]:
     """The files of each split of a file or a folder."""
-    files = [path] if path.is_file() else find_files(path, lambda file: not is_about_the_data(file))
+    files = [path] if path.is_file() else find_files(path, _builder_of)
     kinds = {file: _builder_of(file) for file in files if _builder_of(file)}
     known = " ".join(_BUILDERS)
     expect(bool(kinds), field, str(path), f"a file, or a folder of files, that end in one of {known}")

@@ -110,7 +110,7 @@ def pack_examples(
 
 
 def _write(folder: Path, examples: Iterator[Example], seq_length: int) -> None:
-    """The files but for their name; memory stays flat however many examples there are."""
+    """The files but for their name; of each example a few numbers are kept in memory, and not its tokens."""
     ends, num_cut, num_left_out = [0], 0, 0
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "is_target.bin").open("wb") as targets:
         for ids, is_target in examples:

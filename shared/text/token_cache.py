@@ -24,7 +24,7 @@ from shared.text import tokenization
 from shared.text.document_pool import map_documents
 from shared.text.vocabulary import num_ids, special_ids
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # of what is stored, and of how files are read: 3 takes byte-order marks for no text
 SPLITS = ("train", "eval")
 
 

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from shared.command_line import UsageError
-from shared.images import files, labelled
-from shared.images.folders import split_images
+from shared.images import captioned, files, labelled
 
 OPTIONS = {"config": "", "split": "train", "image_column": "", "label_column": ""}
 
@@ -90,12 +89,25 @@ def test_images_that_the_metadata_does_not_name_are_left_out_and_counted(
     assert f"1 of 3 images are in no metadata and left out, the first is {tmp_path}/train/3.png" in caplog.text
 
 
+def test_every_row_of_the_metadata_is_a_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Several captions of an image, letters that some take for ends of lines, and rows without an image, counted."""
+    write(tmp_path, "1.png", "x/2.png")
+    rows = [("1.png", "a\u2028b"), ("./1.png", "b\x0b"), ("x/../x/2.png", "c"), ("gone.png", "d")]
+    lines = (json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in rows)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    options = {"config": "", "split": "train", "image_column": "", "caption_column": "", "max_bad_fraction": 0.0}
+    with caplog.at_level(logging.WARNING):
+        assert list(captioned.open_captioned(str(tmp_path), **options).captions) == ["a b", "b", "c"]
+    assert "1 rows of the metadata name no image that is there and are left out" in caplog.text
+
+
 def test_metadata_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     write(tmp_path, "1.png")
     for content, expected in {
         '{"file_name": ': "expected rows that can be read in metadata.jsonl",
         '{"label": "a"}': "expected the name of an image, file_name, in row 0 of metadata.jsonl, got None",
-        '{"file_name": "2.png"}': "expected images that metadata.jsonl names, there is none of",
+        '{"file_name": "2.png"}': "expected images that metadata.jsonl names, it names none of 1.png",
+        '{"file_name": "1.png", "image": "x"}': "expected no column called image in metadata.jsonl",
         "[1]": "expected rows that can be read in metadata.jsonl",
     }.items():
         (tmp_path / "metadata.jsonl").write_text(content)
@@ -124,7 +136,7 @@ def test_images_in_parquet_are_found_with_and_without_the_librarys_type(tmp_path
 
 def test_files_of_two_kinds_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "c.png")
-    assert split_images(tmp_path) == {"train": [tmp_path / "c.png"]}
+    assert len(files.open_files(str(tmp_path), "", "train", "")) == 1
     (tmp_path / "a.parquet").touch()
     (tmp_path / "b.tar").touch()
     with pytest.raises(UsageError, match=r"expected files of one kind, got a\.parquet, b\.tar"):

@@ -44,12 +44,18 @@ def test_suffixes_may_differ_between_samples_and_tars(tmp_path: Path) -> None:
 
 def test_names_may_have_dots_and_samples_more_than_one_image(tmp_path: Path) -> None:
     members = {"d/photo.1.png": picture(shade=1), "d/photo.1.cls": b"0", "d/photo.2.png": picture(shade=2)}
-    members |= {"d/photo.2.cls": b"10", "e/1.png": picture(shade=3), "e/1.seg.png": picture(), "e/1.cls": b"2"}
-    members |= {"d/._photo.1.png": b"of another system", "lonely.cls": b"1"}
+    members |= {"d/photo.2.cls": b"10", "d/photo.3.png": picture(shade=3), "d/photo.3.cls": b"2"}
+    members |= {"d/._photo.1.png": b"of another system", "d/photo.lonely.cls": b"1"}
     path = write(tmp_path / "a.tar", members)
     assert opened(path) == [(picture(shade=1), "0"), (picture(shade=2), "10"), (picture(shade=3), "2")]
     stream = files.open_split(str(path), "", "train", "", streaming=True)[0]
     assert [record["cls"] for record in stream] == [0, 10, 2]
+    members = {"1.depth.png": picture(), "1.png": picture(shade=1), "1.cls": b"a"}
+    members |= {"2.cls": b"b", "2.png": picture(shade=2), "2.seg.png": picture()}
+    assert opened(write(tmp_path / "b.tar", members)) == [(picture(shade=1), "a"), (picture(shade=2), "b")]
+    single = {"img.jpg": picture("JPEG"), "img.cls": b"a", "img.1.jpg": picture("JPEG"), "img.1.cls": b"b"}
+    single |= {"img.2.jpg": picture("JPEG"), "img.2.cls": b"b"}
+    assert len(opened(write(tmp_path / "c.tar", single))) == 3
 
 
 def test_a_missing_class_is_named_and_a_class_in_json_is_read(tmp_path: Path) -> None:
@@ -90,8 +96,12 @@ def test_captions_are_read_from_json_that_begins_with_nulls(tmp_path: Path) -> N
 def test_tars_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.tar", {"0.jpg": picture(), "0.cls": b"a", "1.jpg": picture(), "1.cls": b"b"})
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:1800])
+    broken = bytearray(whole.read_bytes())
+    broken[2 * 1024 : 2 * 1024 + 200] = bytes(range(1, 201))
+    (tmp_path / "broken.tar").write_bytes(broken)
     cases = {
         tmp_path / "cut.tar": "expected a tar that can be read: ",
+        tmp_path / "broken.tar": "expected a tar that can be read: the header at byte 2048 is damaged",
         write(tmp_path / "texts.tar", {"0.txt": b"a", "0.cls": b"a"}): "expected samples with an image, found none",
         write(
             tmp_path / "wrong.tar", {"0.jpg": picture(), "0.json": b"{"}
@@ -101,6 +111,22 @@ def test_tars_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=expected) as caught:
             opened(path)
         assert "\n" not in str(caught.value)
+
+
+def test_lists_are_several_labels_and_a_stream_has_the_types_of_its_first_tar(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for number, labels in enumerate((["b", "a"], [], ["a"])):
+        row = {"label": labels, "is_new": True, "sizes": [number, 4]}
+        members |= {f"{number}.jpg": picture(), f"{number}.json": json.dumps(row).encode()}
+    images = labelled.open_images(str(write(tmp_path / "a.tar", members)), **OPTIONS)
+    assert (images.class_names, images.labels.tolist()) == (("a", "b"), [[1, 1], [0, 0], [1, 0]])
+    dataset = files.open_split(str(tmp_path / "a.tar"), "", "train", "", streaming=False)[0]
+    assert (dataset["is_new"][0], dataset["sizes"][2]) == (True, [2, 4])
+    write(tmp_path / "two" / "0.tar", {"0.jpg": picture(), "0.cls": b"3", "0.json": b'{"score": 1}'})
+    write(tmp_path / "two" / "1.tar", {"0.jpg": picture(), "0.cls": b"cat", "0.json": b'{"score": 0.5}'})
+    stream = files.open_split(str(tmp_path / "two"), "", "train", "", streaming=True)[0]
+    with pytest.raises(UsageError, match=r"expected a value of type int64 in (cls|score), as in the first tar, got"):
+        list(stream)
 
 
 def test_tars_are_streamed_by_shard(tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ def test_a_folder_with_splits_is_trained_on_one_and_evaluated_on_another(tmp_pat
     assert (list(held_out), fraction) == (["two"], 0.0)
     [held_out], _ = open_held_out(Corpus(data="prose", eval_data=str(tmp_path), eval_split="test"))
     assert list(held_out) == ["three"]
+    for data, split in ((f"{tmp_path}:split=validation", "train"), (str(tmp_path), "val")):
+        [held_out], _ = open_held_out(Corpus(data=data, data_split=split))
+        assert list(held_out) == ["three"]
+    with pytest.raises(UsageError, match=r"^eval_split: 'dev_b': expected one of the splits of"):
+        open_held_out(Corpus(data="prose", eval_data=str(tmp_path), eval_split="dev_b"))
     assert open_held_out(Corpus(data=f"{tmp_path},{tmp_path / 'test.jsonl'}"))[1] == 0.05
     expected = f"data_split: 'other': expected one of the splits of {str(tmp_path)!r}: train, validation, test"
     with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"):

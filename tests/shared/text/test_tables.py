@@ -48,7 +48,7 @@ def test_names_and_folders_of_any_kind_are_read(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name)
     (tmp_path / "a [v1]" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "a [v1]" / "README.json").write_text("about")
+    (tmp_path / "a [v1]" / "README.md").write_text("about")
     data = str(tmp_path / "a [v1]")
     assert split_names(data, "") == ["train"]
     assert len(load_split(data, "", "train")) == 9
@@ -65,6 +65,9 @@ def test_a_split_is_read_without_the_others_and_cells_are_texts_where_they_are_t
         {"text": None, "label": "None"},
     ]
     assert load_split(str(tmp_path), "", "test").to_list() == [{"text": "x", "label": None}]
+    (tmp_path / "test-un seen.csv").write_text("text,label\ny,1\n")
+    assert split_names(str(tmp_path), "") == ["train", "validation", "test", "test-un seen"]
+    assert load_split(str(tmp_path), "", "test-un seen").to_list() == [{"text": "y", "label": 1}]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
