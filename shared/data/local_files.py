@@ -28,8 +28,8 @@ _ABOUT_SUFFIXES = ("", ".txt", ".md", ".rst")
 _ABOUT = {"readme", "license", "licence", "licenses", "copying", "notice", "changelog", "citation", "authors"}
 
 
-def find_files(folder: Path, is_wanted: Callable[[Path], object]) -> list[Path]:
-    """The files below `folder` that are wanted, sorted; what cannot be entered is passed over and named in the log."""
+def find_files(folder: Path, is_wanted: Callable[[str], object]) -> list[Path]:
+    """The files below `folder` whose names are wanted, sorted; what cannot be entered is passed over and logged."""
     entered: set[tuple[int, int]] = set()
     found: list[str] = []
     waiting = [str(folder)]  # real folders, then linked ones
@@ -38,12 +38,12 @@ def find_files(folder: Path, is_wanted: Callable[[Path], object]) -> list[Path]:
         for start in waiting:
             _walk(start, entered, found, links)
         waiting = sorted(links)
-    return [file for file in map(Path, sorted(found)) if is_wanted(file)]
+    return list(map(Path, sorted(file for file in found if is_wanted(os.path.basename(file)))))  # Path is slow
 
 
-def is_about_the_data(file: Path) -> bool:
-    """Whether a text is a README, a license or the like, which no folder of texts means as data."""
-    stem, *suffixes = file.name.lower().split(".")
+def is_about_the_data(name: str) -> bool:
+    """Whether the name is that of a README, a license or the like, which no folder of texts means as data."""
+    stem, *suffixes = name.lower().split(".")
     return stem in _ABOUT and ".".join(["", *suffixes[:1]]) in _ABOUT_SUFFIXES
 
 

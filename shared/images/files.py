@@ -22,7 +22,7 @@ from shared.data.local_files import find_files, part_by_split, split_named, spli
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.aspect_ratios import nearest_bucket
 from shared.images.decoding import BadImage, EncodedImage
-from shared.images.folders import METADATA_FILES, is_image, open_image_folder
+from shared.images.folders import IMAGE_SUFFIXES, METADATA_FILES, is_image, open_image_folder
 from shared.images.tars import open_tars
 
 _SHARD_SUFFIXES = (".parquet", ".tar")
@@ -237,12 +237,11 @@ def _list_files(data: str, path: Path) -> _Listing:
     Raises:
         UsageError: there is nothing of a known kind, or there are Parquet files and tars.
     """
-    files = (
-        [path]
-        if path.is_file()
-        else find_files(path, lambda file: _is_shard(file) or is_image(file) or _is_metadata(file))
-    )
-    shards, images = [file for file in files if _is_shard(file)], [file for file in files if is_image(file)]
+    wanted = (*IMAGE_SUFFIXES, *_SHARD_SUFFIXES, *METADATA_FILES)
+    files = [path] if path.is_file() else find_files(path, lambda name: name.lower().endswith(wanted))
+    metadata = [file for file in files if file.name in METADATA_FILES]
+    shards = [file for file in files if file.name.lower().endswith(_SHARD_SUFFIXES) and file.name not in METADATA_FILES]
+    images = [file for file in files if is_image(file.name)]
     expected = "a .parquet or .tar file, or a folder of such files or of one folder of images for each class"
     is_known = bool(shards) or (bool(images) and path.is_dir())
     expect(is_known, "data", data, f"{expected}, found none in it")
@@ -251,7 +250,7 @@ def _list_files(data: str, path: Path) -> _Listing:
     if path.is_file():
         return _Listing({"train": files}, True, [], [])
     splits = part_by_split(path, shards or images, by_file_name=bool(shards))
-    return _Listing(splits, bool(shards), images, [file for file in files if _is_metadata(file)])
+    return _Listing(splits, bool(shards), images, metadata)
 
 
 def _open_shards(files: Sequence[Path], streaming: bool) -> Any:
@@ -263,14 +262,6 @@ def _open_shards(files: Sequence[Path], streaming: bool) -> Any:
     # The library takes names for patterns, follows no links where it looks for one, and refuses some names of splits.
     names = [glob.escape(os.path.realpath(file)) for file in files]
     return datasets.load_dataset("parquet", data_files={"train": names}, split="train", streaming=streaming)
-
-
-def _is_shard(file: Path) -> bool:
-    return file.suffix.lower() in _SHARD_SUFFIXES and not _is_metadata(file)
-
-
-def _is_metadata(file: Path) -> bool:
-    return file.name in METADATA_FILES
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ _WHOLE = re.compile(r"-?(0|[1-9]\d*)")
 logger = logging.getLogger(__name__)
 
 
-def is_image(file: Path) -> bool:
+def is_image(name: str) -> bool:
     """Whether a file's name is that of an image."""
-    return file.suffix.lower() in IMAGE_SUFFIXES
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def open_image_folder(data: str, folder: Path, images: Sequence[Path], metadata: Sequence[Path], split: str) -> Any:

@@ -265,7 +265,7 @@ def list_splits(path: Path) -> dict[str, list[Path]]:
         if not _format_of(path):
             raise UsageError(f"data: {str(path)!r}: expected a file that ends in one of {known}")
         return {"train": [path]}
-    files = find_files(path, lambda file: _format_of(file) and not is_about_the_data(file))
+    files = find_files(path, lambda name: _format_of(Path(name)) and not is_about_the_data(name))
     if not files:
         raise UsageError(f"data: {str(path)!r}: expected a folder with files that end in one of {known}")
     return part_by_split(path, files, by_file_name=True)

@@ -83,7 +83,7 @@ def in_utf8(data: str, field: str = "data") -> Iterator[None]:
 
 def _local(path: Path, field: str) -> dict[str, list[Path]]:
     """The files of each split of a file or a folder."""
-    files = [path] if path.is_file() else find_files(path, _builder_of)
+    files = [path] if path.is_file() else find_files(path, lambda name: _builder_of(Path(name)))
     kinds = {file: _builder_of(file) for file in files if _builder_of(file)}
     known = " ".join(_BUILDERS)
     expect(bool(kinds), field, str(path), f"a file, or a folder of files, that end in one of {known}")
