@@ -332,6 +332,6 @@ def test_a_hub_data_set_is_read_like_the_files_it_is_made_of(tmp_path: Path) -> 
     sizes = [len(local.files.read(index)) for index in range(3)]
     assert read("tester/colors", "train") == [names, [1, 0, 1], sizes, ["train", "validation"], "validation"]
     assert read("tester/colors", "validation")[1] == [0, 1]
-    assert read("tester/colors", "dev").startswith("data_split: 'dev': expected one of train, validation")
+    assert read("tester/colors", "test").startswith("data_split: 'test': expected one of train, validation")
     assert read("tester/nothing", "train").startswith("data: 'tester/nothing': expected a data set of images")
     hub.stop()
