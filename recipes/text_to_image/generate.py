@@ -92,7 +92,7 @@ def read_prompts(cfg: Config) -> list[str]:
     if not cfg.prompts_file:
         return [cfg.prompt]
     try:
-        lines = Path(cfg.prompts_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(cfg.prompts_file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "") or "other bytes"
         raise cli.UsageError(f"prompts_file: {cfg.prompts_file!r}: expected a text file, got {reason}") from error

@@ -144,7 +144,7 @@ def read_template(file: str) -> str:
         UsageError: it cannot be read.
     """
     try:
-        template = Path(file).read_text(encoding="utf-8")
+        template = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"chat_template: {file!r}: expected a file with a template: {error}") from error
     expect(bool(template.strip()), "chat_template", file, "a file with a template, it is empty")
