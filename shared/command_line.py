@@ -207,7 +207,7 @@ def exit_codes() -> Iterator[None]:
         message, status = f"error: {error}", EXIT_NON_FINITE
     except NoUsableCheckpoint as error:
         message, status = f"error: {error}", EXIT_NO_CHECKPOINT
-    except Exception as error:
+    except Exception as error:  # what libraries make of a full disk has no common class; all else is raised again
         if not _is_disk_full(error):
             raise
         expected = "with room on the disk the same command goes on from the newest checkpoint"

@@ -268,9 +268,8 @@ def open_data(cfg: Config) -> tuple[Task, LabelledTexts, dict[str, LabelledTexts
     eval_split = eval_split or ("train" if cfg.eval_data else "")
     is_free = usual_name(cfg.test_split) != usual_name(eval_split) or not eval_split
     cli.expect(is_free, "test_split", cfg.test_split, NO_CHOICE)
-    chooses_by_own = source == task.data and usual_name(eval_split) == usual_name(
-        cfg.data_split
-    )  # by labels that are to be few as well
+    is_own = usual_name(eval_split) == usual_name(cfg.data_split)
+    chooses_by_own = source == task.data and is_own  # by labels that are to be few as well
     evals: dict[str, LabelledTexts] = {}
     if eval_split and not chooses_by_own:
         evals["eval"] = labelled.open_labelled(source, **options, split=eval_split, field="eval_split")
@@ -535,13 +534,14 @@ def main(cfg: Config) -> None:
                 tried = evaluate(accelerator, model, held_out, metric_names, micro_batch_size)
                 metrics |= tried.metrics
                 run.write_samples(tried.confusions)
-                if best.is_better(run.step, tried.metrics, tried.confusions):
-                    export_model(accelerator, model, tokenizer, run.folder)
-                    tried = evaluate(accelerator, model, test, metric_names, micro_batch_size) if test else tried
-                    metrics |= tried.metrics
-                    best.metrics |= tried.metrics
-                    run.write_predictions(tried.rows, tried.labels, tried.answers)
+                is_best = best.is_better(run.step, tried.metrics, tried.confusions)
                 run.is_over = best.has_waited(cfg.patience)
+            if due.evaluate and is_best:
+                export_model(accelerator, model, tokenizer, run.folder)
+                tried = evaluate(accelerator, model, test, metric_names, micro_batch_size) if test else tried
+                metrics |= tried.metrics
+                best.metrics |= tried.metrics
+                run.write_predictions(tried.rows, tried.labels, tried.answers)
             run.write(metrics)
             if due.save or run.is_over:
                 run.save(best.state())

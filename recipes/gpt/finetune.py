@@ -475,10 +475,11 @@ def main(cfg: Config) -> None:
                 found, shown, texts = evaluate(cfg, accelerator, model, eval_rows, answers, tokenizer, micro_batch_size)
                 metrics |= found
                 run.write_samples(shown)
-                if best.is_better(run.step, found, shown):
-                    export(cfg, accelerator, model, tokenizer, run.folder)
-                    run.write_predictions(answers.questions, answers.expected, texts)
+                is_best = best.is_better(run.step, found, shown)
                 run.is_over = best.has_waited(cfg.patience)
+            if due.evaluate and is_best:
+                export(cfg, accelerator, model, tokenizer, run.folder)
+                run.write_predictions(answers.questions, answers.expected, texts)
             run.write(metrics)
             if due.save or run.is_over:
                 run.save(best.state())

@@ -467,15 +467,16 @@ def main(cfg: Config) -> None:
                 tried = evaluate(cfg, accelerator, model, held_out, statistics)
                 metrics |= tried.metrics
                 run.write_samples(tried.mistakes)
-                if best.is_better(run.step, tried.metrics, tried.mistakes):
-                    export_model(accelerator, model, processor, run.folder)
-                    draw_answers(accelerator, tried, held_out, run.folder)
-                    tried = evaluate(cfg, accelerator, model, test, statistics) if test else tried
-                    metrics |= tried.metrics
-                    best.metrics |= tried.metrics
-                    images = (test or held_out).images.files
-                    run.write_predictions(map(images.name, tried.indices.tolist()), *tried.named)
+                is_best = best.is_better(run.step, tried.metrics, tried.mistakes)
                 run.is_over = best.has_waited(cfg.patience)
+            if due.evaluate and is_best:
+                export_model(accelerator, model, processor, run.folder)
+                draw_answers(accelerator, tried, held_out, run.folder)
+                tried = evaluate(cfg, accelerator, model, test, statistics) if test else tried
+                metrics |= tried.metrics
+                best.metrics |= tried.metrics
+                images = (test or held_out).images.files
+                run.write_predictions(map(images.name, tried.indices.tolist()), *tried.named)
             run.write(metrics)
             if due.save or bad.are_too_many or run.is_over:
                 run.save({"bad_images": bad.gather(), **best.state()})

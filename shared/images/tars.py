@@ -5,13 +5,14 @@
 The image is the column image, or called after its suffix where all have the same; of several in a sample it is the
 first whose name has no other dot. .cls is a class, a whole number or a name; .txt a caption; the keys of .json are
 columns of their own. Files of a sample are alike up to the first dot, or where names number samples behind it
-(photo.0001.jpg) up to the last. `datasets` reads such tars too, but only where all
-samples have the files of the first five, and names have no other dot.
+(photo.0001.jpg) up to the last. `datasets` reads such tars too, but only where all samples have the files of the first
+five, and names have no other dot.
 """
 
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +22,15 @@ from typing import Any
 from shared.command_line import UsageError, expect
 from shared.images.folders import IMAGE_SUFFIXES
 
+logger = logging.getLogger(__name__)
+
 _FORMAT_VERSION = 1  # of what is stored of a tar
 _EMPTY = ""
 _WHOLE = re.compile(r"-?\d+")
 
 
 def open_tars(files: Sequence[Path], *, streaming: bool) -> Any:
-    """Samples of tars as `datasets` has them; those without an image are left out.
+    """Samples of tars as `datasets` has them; those without an image, and further images, are left out and counted.
 
     Args:
         files: the tars.
@@ -45,9 +48,8 @@ def open_tars(files: Sequence[Path], *, streaming: bool) -> Any:
     if streaming:
         return datasets.IterableDataset.from_generator(_records, features, gen_kwargs=arguments)
     versions = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    fingerprint = hashlib.sha256(
-        repr((_FORMAT_VERSION, versions, str(features))).encode("utf-8", "surrogateescape")
-    ).hexdigest()[:16]
+    key = repr((_FORMAT_VERSION, versions, str(features))).encode("utf-8", "surrogateescape")
+    fingerprint = hashlib.sha256(key).hexdigest()[:16]
     return datasets.Dataset.from_generator(_records, features, gen_kwargs=arguments, fingerprint=fingerprint)
 
 
@@ -57,12 +59,20 @@ def _features_of(files: Sequence[str]) -> Any:
 
     kinds: dict[str, set[str]] = {}
     suffixes: set[str] = set()
+    num_without = num_further = 0
     for sample in _samples(files, with_images=False):
+        num_without += not sample.suffix
+        num_further += max(0, sample.num_images - 1)
+        if not sample.suffix:
+            continue
         suffixes.add(sample.suffix)
         for column, value in sample.columns.items():
             kinds.setdefault(column, set()).add(_kind_of(value))
     if not suffixes:
         raise UsageError(f"data: {files[0]!r}: expected samples with an image, found none in it")
+    if num_without or num_further:
+        shown = f"{num_without} samples without an image and {num_further} further images of samples"
+        logger.warning("of the tars from %s on %s are left out", files[0], shown)
     image = suffixes.pop() if len(suffixes) == 1 else "image"
     types = {column: _type_of(found - {_EMPTY}) for column, found in kinds.items() if column != image}
     return datasets.Features({image: datasets.Image(), **types})
@@ -80,13 +90,9 @@ def _type_of(kinds: set[str]) -> Any:
     """What holds values of these kinds: of one kind as they are, of several as texts."""
     import datasets
 
-    whole = {
-        "list of int": datasets.List(datasets.Value("int64")),
-        "list of str": datasets.List(datasets.Value("string")),
-    }
-    lists = kinds - {"list of "}
-    if len(lists) == 1 and (kind := next(iter(lists))) in whole:
-        return whole[kind]
+    for inner, dtype in (("int", "int64"), ("str", "string")):
+        if kinds - {"list of "} == {f"list of {inner}"}:
+            return datasets.List(datasets.Value(dtype))
     numbers = "int64" if kinds == {"int"} else "float64"
     is_number = bool(kinds) and kinds <= {"int", "float"}
     return datasets.Value(numbers if is_number else "bool" if kinds == {"bool"} else "string")
@@ -96,6 +102,8 @@ def _records(files: Sequence[str], types: Sequence[tuple[str, str]]) -> Iterator
     """Of each sample the columns, the first of which is the image, as their types ask."""
     (image, _), *others = types
     for sample in _samples(files, with_images=True):
+        if not sample.suffix:
+            continue
         record: dict[str, Any] = {image: {"path": sample.name, "bytes": sample.data}}
         for column, dtype in others:
             record[column] = _fitted(sample.columns.get(column), dtype, column, sample)
@@ -125,24 +133,27 @@ class _Sample:
     name: str = ""
     data: bytes = b""
     is_plain: bool = False
+    num_images: int = 0
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _samples(files: Sequence[str], *, with_images: bool) -> Iterator[_Sample]:
-    """The samples that have an image, its bytes only `with_images`."""
+    """All samples, the bytes of their images only `with_images`."""
     for file in files:
-        sample = _Sample("")
+        sample = None
         for key, suffix, name, read in _members(file):
-            if key != sample.key:
-                yield from [sample] if sample.suffix else []
+            if sample is None or key != sample.key:
+                yield from [sample] if sample else []
                 sample = _Sample(key)
-            is_image, is_plain = f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES, "." not in suffix
-            if is_image and (not sample.suffix or (is_plain and not sample.is_plain)):
-                sample.suffix, sample.name, sample.is_plain = suffix.rpartition(".")[2], name, is_plain
-                sample.data = read() if with_images else b""
-            elif not is_image:
+            last, is_plain = suffix.rpartition(".")[2], "." not in suffix
+            if f".{last}" not in IMAGE_SUFFIXES:
                 sample.columns |= _columns_of(file, name, suffix, read)
-        yield from [sample] if sample.suffix else []
+                continue
+            sample.num_images += 1
+            if not sample.suffix or (is_plain and not sample.is_plain):
+                sample.suffix, sample.name, sample.is_plain = last, name, is_plain
+                sample.data = read() if with_images else b""
+        yield from [sample] if sample else []
 
 
 def _members(file: str) -> Iterator[tuple[str, str, str, Callable[[], bytes]]]:
@@ -171,10 +182,8 @@ def _check_end(file: str, tar: tarfile.TarFile) -> None:
 
 def _number_behind_a_dot(names: Sequence[str]) -> bool:
     """Whether what stands between the first and the last dot tells samples apart: more of it than there are keys."""
-    keys, between = (
-        {_parted_at_first(name)[0] for name in names},
-        {_parted_at_first(name)[1].rpartition(".")[0] for name in names},
-    )
+    parted = [_parted_at_first(name) for name in names]
+    keys, between = {key for key, _ in parted}, {suffix.rpartition(".")[0] for _, suffix in parted}
     return len(between - {""}) > len(keys)
 
 
