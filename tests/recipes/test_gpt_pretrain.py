@@ -407,6 +407,18 @@ def test_dry_run_reads_only_the_beginning_of_the_data(
     assert 0 < len(read) < 5_000
 
 
+def test_stacked_experts_are_refused_by_muon_and_taken_by_adamw(gpt: ModuleType) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes))
+    with pytest.raises(cli.UsageError, match="optimizer: 'muon': expected adamw for mixtral, in which some weights"):
+        gpt.build_optimizer(gpt.Config(), model)
+    groups = gpt.build_optimizer(gpt.Config(optimizer="adamw"), model).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
 def test_muon_takes_the_gpt2_s_transposed_matrices_for_what_they_are(gpt: ModuleType, tokenizer: Any) -> None:
     """A layer (4 x width, width) moves by twice what it would as (width, 4 x width), however it is stored."""
     model = gpt.build_model(gpt.Config(**{**TINY, "architecture": "gpt2"}), tokenizer)

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from shared.optim.muon import MuonWithAdamW
-from shared.optim.optimizers import decay_of_matrices, set_learning_rates, state_bytes_per_parameter
+from shared.optim.optimizers import decay_of_matrices, set_learning_rates, split_weights, state_bytes_per_parameter
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -77,3 +77,18 @@ def test_matrices_and_convolutions_alone_decay() -> None:
     assert [group["weight_decay"] for group in decay_of_matrices(model, 0.1)] == [0.1, 0.0]
     assert groups[0] == ["linear.weight", "conv.weight"]
     assert sorted(groups[0] + groups[1]) == sorted(names.values())
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_weights_of_a_language_model_are_hidden_tables_or_vectors(is_tied):
+    """Each that is trained once, whether the head is the table of embeddings or not."""
+    table, hidden, head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False)
+    experts, norm = nn.ParameterList([parameter(2, 4, 4)]), nn.LayerNorm(4)
+    if is_tied:
+        head.weight = table.weight
+    norm.bias.requires_grad = False
+    model = nn.ModuleList([table, hidden, experts, norm, head])
+    found = split_weights(model, head.weight)
+    expected = ([hidden.weight, experts[0]], [table.weight] if is_tied else [table.weight, head.weight])
+    expected += ([hidden.bias, norm.weight],)
+    assert [list(map(id, weights)) for weights in found] == [list(map(id, weights)) for weights in expected]
