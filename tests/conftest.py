@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from shared.data import left_out  # noqa: E402
 from tests import core_turns  # noqa: E402 (found by the line above, since plain `pytest` does not put the root on sys.path)
 
 core_turns.pin_worker()
@@ -254,6 +255,12 @@ def load_recipe(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_out() -> None:
+    """Each test counts for itself what is left out of its data."""
+    left_out.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,8 @@
     python tests/identical.py ../before
     python tests/identical.py ../before --pages gpt/pretrain.py bert/pretrain.py --keep /tmp/identical
 
-Each page makes six updates with its own defaults in three ways: with one process, killed after update 3 and continued;
+Each page makes six updates with its own defaults (those that fine-tune start from an update of the page that
+pre-trains) in three ways: with one process, killed after update 3 and continued;
 with two processes, stopped by SIGTERM and continued; and as a dry run. Compared are exit statuses, last lines, the
 table before training, and all of the run folder but clocks, rates and versions: metrics, weights, optimizer, samples,
 images, card. The runs go side by side, each on a core of its own, so that all add numbers up in the same order. With
@@ -39,6 +40,9 @@ PAGES = {
     "text_to_image/train_vae.py": 2,
     "text_to_image/pretrain.py": 4,
     "text_to_image/pretrain_transformer.py": 4,
+    "bert/finetune.py": 8,
+    "gpt/finetune.py": 4,
+    "resnet/finetune.py": 8,
 }
 CADENCE = ("--max_steps=6", "--warmup_steps=2", "--log_every=1", "--eval_every=3", "--save_every=3")
 # Of run.json, of a checkpoint's state and of metrics.jsonl: what no two runs have alike.
@@ -59,6 +63,11 @@ def run_page(checkout: Path, page: str, folder: Path, core: int) -> None:
         common.mkdir(parents=True, exist_ok=True)
         own.symlink_to(common)
     recipe = str(checkout / "recipes" / page)
+    if page.endswith("finetune.py"):
+        pretrain, trained = recipe.replace("finetune", "pretrain"), f"--output_dir={folder / 'init'}"
+        once = ["--max_steps=1", "--warmup_steps=0", "--eval_every=0", "--save_every=0", trained]
+        start([sys.executable, pretrain, *once], folder / "init.log")
+        flags.append(f"--init={folder / 'init'}")
 
     flags_of = {name: [*flags, f"--output_dir={folder / name}"] for name in ("one", "two", "dry")}
     start([sys.executable, recipe, *flags_of["one"]], folder / "one killed.log", FAULT="after_rename:3")
@@ -117,25 +126,28 @@ def content(folder: Path, translate: Callable[[str], str]) -> dict[str, Any]:
 
 def parts(file: Path, folder: Path, translate: Callable[[str], str]) -> Iterator[tuple[str, Any]]:
     """Parts of a file and what they hold, without what no two runs have alike."""
+
+    def read(text: Path) -> str:
+        return translate(text.read_text().replace(str(folder), "RUNS"))
+
     if file.name == "metrics.jsonl":
-        for line in file.read_text().splitlines():
-            entry = json.loads(translate(line))
+        for entry in map(json.loads, read(file).splitlines()):
             kept = {key: value for key, value in entry.items() if not key.startswith(RATES)}
             yield f"step {entry['step']}", (sorted(entry), kept)
     elif file.name in ("run.json", "state.json"):
-        entry = json.loads(translate(file.read_text()))
+        entry = json.loads(read(file))
         yield from without_volatile(entry.get("state", {}) | {key: entry[key] for key in entry if key != "state"})
-    elif file.name == "config.yaml" and file.parent.name in ("one", "two"):
-        entry = yaml.safe_load(translate(file.read_text()))
+    elif file.name == "config.yaml" and file.parent.name in ("init", "one", "two"):
+        entry = yaml.safe_load(read(file))
         yield from ((key, value) for key, value in entry.items() if key != "output_dir")
     elif file.suffix == ".log":
-        yield "lines", said(translate(file.read_text().replace(str(folder), "RUNS")))
+        yield "lines", said(read(file))
     elif file.name == "README.md":
-        yield "text", clockless(translate(file.read_text()))
+        yield "text", clockless(read(file))
     elif file.suffix == ".txt":
-        yield "text", translate(file.read_text())
+        yield "text", read(file)
     elif file.name in ("config.json", "model_index.json"):
-        entry = json.loads(translate(file.read_text()))
+        entry = json.loads(read(file))
         yield "content", {key: value for key, value in entry.items() if key != "_name_or_path"}  # of the checkout
     elif file.name in ("manifest.json", "recipe.py", "loss.png") or "profile" in file.parts:
         yield "is there", True  # sums of state.json, whose clocks differ; the page; drawn with the same numbers

@@ -110,6 +110,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from shared.data import left_out
 from shared.data.batches import IGNORED, to_device
 from shared.data.length_groups import samples_of_update
 from shared.data.local_files import usual_name
@@ -563,8 +564,10 @@ def example_of(samples: LabelledTexts) -> Any:
 
 def describe(cfg: Config, accelerator: Any, model: Any, rows: dict[str, LabelRows]) -> dict[str, Any]:
     """The numbers that follow from configuration and data, for the table at the start and run.json."""
-    train, cut = rows["train"], sum(some.num_cut for some in rows.values())
-    words = sum(some.num_words_left_out for some in rows.values())
+    train = rows["train"]
+    for use, some in rows.items():
+        left_out.note("ends_of_long_texts", some.num_cut, where=f"the texts to {use} on")
+        left_out.note("words_in_them", some.num_words_left_out, where=f"the texts to {use} on")
     of_classes = isinstance(train.labels, np.ndarray) and train.labels.dtype == np.int64
     unseen = (
         len(set(train.labels.tolist()).difference(rows["eval"].labels.tolist())) if of_classes and "eval" in rows else 0
@@ -574,12 +577,12 @@ def describe(cfg: Config, accelerator: Any, model: Any, rows: dict[str, LabelRow
         "parameters": model.num_parameters(),
         "labels": "numbers" if model.num_labels == 1 else f"{model.num_labels} classes",
         "texts": ", ".join(f"{len(some):,} to {use} on" for use, some in rows.items()),
-        "texts_cut": f"{cut:,}, with {words:,} words that count nowhere" if words else cut,
         **({"classes_without_evaluation": unseen} if unseen else {}),
         "tokens_per_row": mean_length,
         "flops_per_row": training_flops(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}),
         "rows_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
+        "left_out": left_out.counts(),
         **summary.describe_engine(accelerator),
     }
 

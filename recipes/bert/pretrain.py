@@ -98,6 +98,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from shared.data import left_out
 from shared.data.batches import IGNORED, micro_batches, to_device
 from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
@@ -176,6 +177,9 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, dict[s
         sizes |= {"limit_alphabet": cfg.limit_alphabet, "min_frequency": cfg.min_frequency}
         cache_dir = cache_folder(cfg.cache_dir)
         tokenizer = wordpiece.load_or_train(name, texts, **sizes, cache_dir=cache_dir)
+        knows_words = not cfg.whole_word_masking or wordpiece.tells_words(tokenizer)
+        expected = "False with a tokenizer whose tokens do not tell where words begin"
+        cli.expect(knows_words, "whole_word_masking", cfg.whole_word_masking, expected)
         options = {"language": cfg.language, "one_sentence_per_line": cfg.one_sentence_per_line}
         options |= {"cache_dir": cache_dir, "num_processes": usable_cores()}
         splits = [split_corpus(source, tokenizer, eval_fraction=fraction, **options) for source in texts]
@@ -510,7 +514,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, pairs: SentencePairs) ->
         "flops_per_pair": training_flops(model, inputs),
         "pairs_per_update": cfg.global_batch_size,
         "updates_per_epoch": "unknown" if cfg.dry_run else pairs.updates_per_epoch(cfg.global_batch_size),
-        **pairs.cache.lost.described(),
+        "left_out": left_out.counts(),
         **summary.describe_engine(accelerator),
     }
 

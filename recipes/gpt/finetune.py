@@ -106,6 +106,7 @@ import yaml
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from shared.data import left_out
 from shared.data.batches import IGNORED, to_device
 from shared.data.local_files import usual_name
 from shared.data.randomness import derive_seed, shuffled_indices
@@ -506,10 +507,9 @@ def describe(cfg: Config, accelerator: Any, model: Any, rows: TargetRows) -> dic
         "flops_per_row": flops * 2 / 3 if cfg.lora_rank else flops,  # frozen matrices have no gradient
         "rows": len(rows),
         "targets_per_row": targets,
-        "examples_cut": rows.num_cut,
-        "examples_left_out": rows.num_left_out,
         "rows_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(rows) / cfg.global_batch_size, 1),
+        "left_out": left_out.counts(),
         **summary.describe_engine(accelerator),
     }
 

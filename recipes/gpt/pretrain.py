@@ -95,6 +95,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from shared.data import left_out
 from shared.data.batches import IGNORED, to_device
 from shared.data.randomness import derive_seed
 from shared.data.updates import Updates, load_updates
@@ -438,6 +439,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: list[Any]) -> dic
         "flops_per_row": training_flops(model, {"input_ids": row, "use_cache": False}),
         "tokens_per_update": cfg.global_batch_size * cfg.seq_length,
         "updates_per_epoch": round(rows / cfg.global_batch_size, 1) if rows else "unknown, streamed",
+        "left_out": left_out.counts(),
         **summary.describe_engine(accelerator),
     }
 

@@ -100,6 +100,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.data import left_out
 from shared.data.batches import to_device
 from shared.data.randomness import derive_seed
 from shared.diffusion import captions
@@ -168,7 +169,7 @@ def check_config(cfg: Config) -> None:
 def open_tokenizer(cfg: Config, train: Latents) -> Any:
     """The tokenizer of the text encoder that trains along: that of `init`, or one trained on the captions."""
     tokenizer = captions.load_or_train_tokenizer(cfg.init, train.captions(), cfg.vocab_size, cfg.caption_length)
-    captions.warn_of_cut_captions(tokenizer, some_captions([train], 10_000))
+    captions.note_cut_captions(tokenizer, some_captions([train], 10_000))
     return tokenizer
 
 
@@ -478,6 +479,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, empty: T
         "flops_per_sample": training_flops(model, inputs),
         "samples_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
+        "left_out": left_out.counts(),
         **summary.describe_engine(accelerator),
     }
 

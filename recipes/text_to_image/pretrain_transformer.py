@@ -99,6 +99,7 @@ import torch
 from diffusers.models.transformers.transformer_prx import get_image_ids, img2seq, seq2img
 from torch import Tensor, nn
 
+from shared.data import left_out
 from shared.data.batches import to_device
 from shared.data.randomness import derive_seed, uniform_numbers
 from shared.diffusion import captions, latent_updates
@@ -162,7 +163,7 @@ def open_tokenizer(cfg: Config, train: Latents) -> Any:
     """The tokenizer of the text encoder that trains along: that of `init`, or one trained on captions as cleaned."""
     cleaned = captions.clean_captions(train.captions())
     tokenizer = captions.load_or_train_tokenizer(cfg.init, cleaned, cfg.vocab_size, cfg.caption_length)
-    captions.warn_of_cut_captions(captions.CleanedCaptions(tokenizer), some_captions([train], 10_000))
+    captions.note_cut_captions(captions.CleanedCaptions(tokenizer), some_captions([train], 10_000))
     return tokenizer
 
 
@@ -487,6 +488,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, inputs: 
         "flops_per_sample": training_flops(model, {name: values[:1] for name, values in inputs.items()}),
         "samples_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
+        "left_out": left_out.counts(),
         **summary.describe_engine(accelerator),
     }
 

@@ -85,6 +85,7 @@ from torch.nn.functional import normalize
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
+from shared.data import left_out
 from shared.data.batches import to_device
 from shared.data.randomness import derive_seed
 from shared.data.updates import load_updates
@@ -443,6 +444,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: ImageFiles) -> di
         "flops_per_image": training_flops(model, {"pixel_values": image, "noise": torch.zeros(1, channels, *sides)}),
         "images_per_update": cfg.global_batch_size,
         "updates_per_epoch": round(len(train) / cfg.global_batch_size, 1),
+        "left_out": left_out.counts(),
         **summary.describe_engine(accelerator),
     }
 

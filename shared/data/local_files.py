@@ -6,15 +6,13 @@ has such a name. One file called train among others is not a split, nor is a cla
 are of training, others to evaluate on, and others of neither, the data is refused.
 """
 
-import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shared.command_line import expect
-
-logger = logging.getLogger(__name__)
+from shared.data import left_out
 
 SPLIT_WORDS = {  # those of the `datasets` library
     **dict.fromkeys(("train", "training"), "train"),
@@ -29,16 +27,22 @@ _ABOUT = {"readme", "license", "licence", "licenses", "copying", "notice", "chan
 
 
 def find_files(folder: Path, is_wanted: Callable[[str], object]) -> list[Path]:
-    """The files below `folder` whose names are wanted, sorted; what cannot be entered is passed over and logged."""
+    """The files below `folder` whose names are wanted, sorted; others, and what leads nowhere, are counted."""
     entered: set[tuple[int, int]] = set()
     found: list[str] = []
+    broken: list[str] = []
     waiting = [str(folder)]  # real folders, then linked ones
     while waiting:
         links: list[str] = []
         for start in waiting:
-            _walk(start, entered, found, links)
+            _walk(start, entered, found, links, broken)
         waiting = sorted(links)
-    return list(map(Path, sorted(file for file in found if is_wanted(os.path.basename(file)))))  # Path is slow
+    wanted = sorted(file for file in found if is_wanted(os.path.basename(file)))
+    unwanted = sorted(set(found).difference(wanted))
+    others = [file for file in unwanted if not is_about_the_data(os.path.basename(file))]
+    for what, files in (("files_of_other_kinds", others), ("broken_links_and_locked_folders", sorted(broken))):
+        left_out.note(what, len(files), where=str(folder), more=f"such as {next(iter(files), '')}")
+    return list(map(Path, wanted))  # Path is slow
 
 
 def is_about_the_data(name: str) -> bool:
@@ -117,8 +121,8 @@ def _split_of(name: str) -> str:
     return stem if re.search("[a-z]", match[2]) else SPLIT_WORDS[match[1]]
 
 
-def _walk(start: str, entered: set[tuple[int, int]], found: list[str], links: list[str]) -> None:
-    """Add the files below `start` to `found`, and the folders that are links to `links`."""
+def _walk(start: str, entered: set[tuple[int, int]], found: list[str], links: list[str], broken: list[str]) -> None:
+    """Add the files below `start` to `found`, folders that are links to `links`, and to `broken` what leads nowhere."""
     folders = [start]
     while folders:
         folder = folders.pop()
@@ -130,15 +134,17 @@ def _walk(start: str, entered: set[tuple[int, int]], found: list[str], links: li
             with os.scandir(folder) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
-            logger.warning("%s is passed over: %s", folder, error.strerror)
+            broken.append(f"{folder} ({error.strerror})")
             continue
         for entry in visible:
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError as error:  # a link to itself
-                logger.warning("%s is passed over: %s", entry.path, error.strerror)
+                broken.append(f"{entry.path} ({error.strerror})")
                 continue
             if is_folder:
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif is_file:
                 found.append(entry.path)
+            elif entry.is_symlink():
+                broken.append(f"{entry.path} (it is not there)")

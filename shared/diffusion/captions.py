@@ -6,7 +6,6 @@ What is conditioned on is the whole last hidden state, padding included: Stable 
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor
 
 from shared.command_line import expect
+from shared.data import left_out
 from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from shared.diffusion.latent_cache import weights_digest
 from shared.models.pretrained import check_sizes, load_errors, load_pretrained
 from shared.text.vocabulary import num_ids
-
-logger = logging.getLogger(__name__)
 
 _CLIP_KINDS = ("clip", "clip_text_model")  # a whole CLIP and its text half, as config.json calls them
 
@@ -109,12 +107,11 @@ def load_or_train_tokenizer(init: str, captions: Iterable[str], vocab_size: int,
     return train_clip_tokenizer(captions, vocab_size, caption_length)
 
 
-def warn_of_cut_captions(tokenizer: Any, captions: Sequence[str]) -> None:
-    """Say in the log which share of some captions is longer than what the text encoder takes."""
+def note_cut_captions(tokenizer: Any, captions: Sequence[str]) -> None:
+    """Count which of some captions are longer than what the text encoder takes, as left out."""
     _, num_cut = token_ids(tokenizer, captions)
-    if num_cut:
-        share, length = 100 * num_cut / len(captions), tokenizer.model_max_length
-        logger.warning("%.1f %% of the captions are longer than %d tokens and cut", share, length)
+    more = f"of {len(captions):,} looked at, after {tokenizer.model_max_length} tokens"
+    left_out.note("ends_of_long_captions", num_cut, where="the captions", more=more)
 
 
 def text_identity(tokenizer: Any, encoder: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.data.local_files import EVALUATION_SPLITS
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.files import HELD_OUT_SEED, spread
@@ -157,7 +158,8 @@ def finish_cache(
     images, rows = (sum(entry[name] for entry in entries) for name in ("images", "rows"))
     expected = f"at least {1 - rows / images:.3f}, the share of images that could not be decoded"
     expect(images - rows <= max_bad_fraction * images, "max_bad_fraction", max_bad_fraction, expected)
-    manifest = {**identity, "images": images, "rows": rows, "shards": entries}
+    left_out.note("damaged_images", images - rows, where=str(folder))
+    manifest = {**identity, "images": images, "rows": rows, "left_out": left_out.counts(), "shards": entries}
     _write_json(folder / "manifest.json", manifest)
     return manifest
 

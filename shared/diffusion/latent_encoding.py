@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
+from shared.data import left_out
 from shared.data.batches import to_device
 from shared.data.randomness import derive_seed, normal_numbers
 from shared.data.updates import load_updates
 from shared.diffusion import latent_cache
-from shared.diffusion.captions import encode_text, text_identity, token_ids, warn_of_cut_captions
+from shared.diffusion.captions import encode_text, note_cut_captions, text_identity, token_ids
 from shared.diffusion.latent_cache import Latents, Shard
 from shared.fields import LatentData
 from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
@@ -237,11 +238,13 @@ def open_latents(
         if text and manifest["text_encoder"]:
             identity |= text_identity(*text)
         latent_cache.check_identity(manifest, identity, "data", folder)
+        for what, number in manifest.get("left_out", {}).items():  # caches of earlier versions say nothing of it
+            left_out.note(what, number, where=str(folder))
         splits = (source.data_split, source.eval_splits, source.eval_fraction)
         train, held_out = latent_cache.open_splits(folder, manifest, *splits)
     if text is None or manifest["text_encoder"]:
         return train, held_out, manifest, None
-    warn_of_cut_captions(text[0], latent_cache.some_captions([train], 10_000))
+    note_cut_captions(text[0], latent_cache.some_captions([train], 10_000))
     return train, held_out, manifest, text[1].to(accelerator.device)
 
 

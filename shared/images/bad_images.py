@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.data.randomness import derive_seed
 from shared.runtime.collectives import gather_objects
 
@@ -55,6 +56,7 @@ class BadImages:
     def number(self) -> int:
         """How many there are so far, over all processes. Every process calls this."""
         self._known = self.gather()
+        left_out.note("damaged_images", len(self._known), where="the images to train on")
         return len(self._known)
 
     @property

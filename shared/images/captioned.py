@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.images.files import ImageFiles, open_split, without_decoding
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "emoji"
 _USUAL_COLUMNS = ("caption", "text", "txt")
-
-logger = logging.getLogger(__name__)
 
 
 def source_of(data: str) -> str:
@@ -76,9 +74,9 @@ def open_captioned(
     number = len(captions) - len(kept)
     if not len(kept):
         raise UsageError(f"data: {data!r}: expected captions in split {split}, all {number} are empty")
+    first = next((row for row, caption in enumerate(captions) if not caption), "")
+    left_out.note("images_without_a_caption", number, where=f"{data} {split}", more=f"such as row {first}")
     if number:
-        first = next(row for row, caption in enumerate(captions) if not caption)
-        logger.warning("%d of %d captions are empty and left out, the first in row %d", number, len(captions), first)
         share = number / len(captions)
         expected = f"at least {share:.3f}, the share of empty captions"
         expect(share <= max_bad_fraction, "max_bad_fraction", max_bad_fraction, expected)

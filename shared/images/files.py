@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.data.hub_ids import is_hub_id
 from shared.data.local_files import find_files, part_by_split, split_named, split_to_evaluate_on
 from shared.data.randomness import derive_seed, shuffled_indices
@@ -112,6 +113,8 @@ def open_split(
         splits = list(listing.splits) if listing else datasets.get_dataset_split_names(data, config or None)
     name = split_named(split, splits)
     expect(bool(name), field, split, f"one of {', '.join(splits)}, the splits of {data!r}")
+    if listing:
+        left_out.note_splits(data, {other: len(files) for other, files in listing.splits.items()}, read=name)
     with _load_errors(data):
         if listing is None:
             dataset = datasets.load_dataset(data, config or None, split=name, streaming=streaming)
@@ -249,6 +252,8 @@ def _list_files(data: str, path: Path) -> _Listing:
     expect(len({file.suffix.lower() for file in shards}) < 2, "data", data, f"files of one kind, got {shown}")
     if path.is_file():
         return _Listing({"train": files}, True, [], [])
+    beside = [*images, *metadata] if shards else []
+    left_out.note("files_beside_shards", len(beside), where=data, more=f"such as {next(iter(beside), '')}")
     splits = part_by_split(path, shards or images, by_file_name=bool(shards))
     return _Listing(splits, bool(shards), images, metadata)
 

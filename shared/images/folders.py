@@ -10,7 +10,6 @@ with two underscores, follows no links, and cannot find names with brackets.
 
 import csv
 import json
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.data.local_files import SPLIT_WORDS, part_by_split
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 _WHOLE = re.compile(r"-?(0|[1-9]\d*)")
-
-logger = logging.getLogger(__name__)
 
 
 def is_image(name: str) -> bool:
@@ -52,7 +50,7 @@ def open_image_folder(data: str, folder: Path, images: Sequence[Path], metadata:
 
     splits = part_by_split(folder, images, by_file_name=False)
     if metadata:
-        return _with_metadata(data, splits[split], images, metadata)
+        return _with_metadata(data, split, splits[split], images, metadata)
     start = len(folder.parts)
     has_splits = all(any(map(_is_split, file.parts[start:-1])) for file in images)
     classes = {file: _class_of(file.parts[start:-1], has_splits) for file in images}
@@ -86,7 +84,9 @@ def _class_of(folders: tuple[str, ...], has_splits: bool) -> str:
     return folders[-1] if len(folders) > behind_split else ""
 
 
-def _with_metadata(data: str, files: Sequence[Path], everywhere: Sequence[Path], metadata: Sequence[Path]) -> Any:
+def _with_metadata(
+    data: str, split: str, files: Sequence[Path], everywhere: Sequence[Path], metadata: Sequence[Path]
+) -> Any:
     """The images of a split that the metadata names, each as often as it does, and what it says of them."""
     import datasets
 
@@ -103,13 +103,10 @@ def _with_metadata(data: str, files: Sequence[Path], everywhere: Sequence[Path],
             num_without += path not in anywhere
             rows += [(path, record)] if path in of_split else []
     expect(bool(rows), "data", data, f"images that {metadata[0].name} names, it names none of {files[0].name}, ...")
-    if num_without:
-        logger.warning("%d rows of the metadata name no image that is there and are left out", num_without)
+    left_out.note("metadata_rows_without_an_image", num_without, where=data)
     known = {name for name, _ in rows}
-    if len(known) < len(files):
-        first = next(str(file) for file in files if str(file) not in known)
-        number = len(files) - len(known)
-        logger.warning("%d of %d images are in no metadata and left out, the first is %s", number, len(files), first)
+    first = next((str(file) for file in files if str(file) not in known), "")
+    left_out.note("images_without_metadata", len(files) - len(known), where=f"{data} {split}", more=f"such as {first}")
     columns = sorted({column for _, record in rows for column in record})
     try:
         table = {column: [record.get(column) for _, record in rows] for column in columns}

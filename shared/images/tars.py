@@ -12,7 +12,6 @@ five, and names have no other dot.
 import dataclasses
 import hashlib
 import json
-import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.images.folders import IMAGE_SUFFIXES
-
-logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1  # of what is stored of a tar
 _EMPTY = ""
@@ -70,9 +68,9 @@ def _features_of(files: Sequence[str]) -> Any:
             kinds.setdefault(column, set()).add(_kind_of(value))
     if not suffixes:
         raise UsageError(f"data: {files[0]!r}: expected samples with an image, found none in it")
-    if num_without or num_further:
-        shown = f"{num_without} samples without an image and {num_further} further images of samples"
-        logger.warning("of the tars from %s on %s are left out", files[0], shown)
+    where = f"tars from {files[0]} on"
+    left_out.note("samples_without_an_image", num_without, where=where)
+    left_out.note("further_images_of_samples", num_further, where=where)
     image = suffixes.pop() if len(suffixes) == 1 else "image"
     types = {column: _type_of(found - {_EMPTY}) for column, found in kinds.items() if column != image}
     return datasets.Features({image: datasets.Image(), **types})

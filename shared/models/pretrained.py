@@ -1,6 +1,7 @@
 """Weights to start from: a run folder or a Hub id, never anything that could run code."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -139,7 +140,9 @@ def load_errors(field: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # hub, format and shape errors have no common class
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{field}: {name!r}: expected a run folder or a Hub id of such a model: {reason}") from error
+        where = "" if os.path.exists(name) else "there is no such folder here, and as a Hub id: "
+        expected = f"expected a run folder or a Hub id of such a model: {where}{reason}"
+        raise UsageError(f"{field}: {name!r}: {expected}") from error
 
 
 def label_numbers(class_names: Sequence[str]) -> dict[str, Any]:

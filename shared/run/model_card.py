@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.data.hub_ids import is_hub_id
+from shared.run.summary import listed
 
 
 def write_model_card(
@@ -57,6 +58,7 @@ def write_model_card(
     made = "Fine-tuned" if Path(str(record["command"][0])).stem == "finetune" else "Pre-trained"
     when = f" after update {record['best_step']:,}, the best evaluation" if "best_step" in record else ""
     commit = f", commit `{record['git_commit'][:12]}`" if record["git_commit"] else ""
+    left_out = f"Of the data were left out: {listed(record['left_out'])}.\n" if record.get("left_out") else ""
     text = f"""---
 {data.to_yaml()}
 ---
@@ -80,6 +82,7 @@ Measured on data that was held out of training{when}, each sample counted once.
 |---|---|
 {rows}
 
+{left_out}
 ![Loss over the updates](figures/loss.png)
 {images}
 ## Samples

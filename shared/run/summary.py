@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from shared.data import left_out
 from shared.performance.flops import training_flops
 
 
@@ -31,7 +32,8 @@ def describe_classifier(
         images_per_update: over all processes.
 
     Returns:
-        parameters, classes, flops_per_image (forward and backward), images_per_update and updates_per_epoch.
+        parameters, classes, flops_per_image (forward and backward), images_per_update, updates_per_epoch and left_out,
+        the counts of `shared/data/left_out.py`.
     """
     return {
         "parameters": model.num_parameters(),
@@ -39,11 +41,18 @@ def describe_classifier(
         "flops_per_image": training_flops(model, {"pixel_values": torch.zeros(1, 3, side, side)}),
         "images_per_update": images_per_update,
         "updates_per_epoch": round(num_images / images_per_update, 1) if num_images else "unknown, streamed",
+        "left_out": left_out.counts(),
         **describe_engine(accelerator),
     }
 
 
-def table(rows: dict[str, str]) -> str:
-    """Two columns as plain lines: names, and values that start at one column."""
+def table(rows: dict[str, Any]) -> str:
+    """Two columns as plain lines: names, and values that start at one column; counts by name as a list of words."""
     width = max(map(len, rows), default=0)
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows.items())
+    shown = {name: listed(value) if isinstance(value, dict) else value for name, value in rows.items()}
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in shown.items())
+
+
+def listed(counts: dict[str, int]) -> str:
+    """Counts by name in words."""
+    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()) or "nothing"

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from shared.command_line import RunStopped
+from shared.data import left_out
 from shared.fields import RunControl, to_yaml
 from shared.performance.flops import peak
 from shared.performance.profiling import trace_updates
@@ -76,6 +77,7 @@ def start(control: RunControl) -> tuple[Any, int]:
     Raises:
         UsageError: see `check_run_folder`, `launch` and `hub.check_login`.
     """
+    left_out.forget()
     defaults = {field.name: field.default for field in dataclass_fields(control)}
     check_run_folder(Path(control.output_dir), control.resume, asdict(control), defaults)
     launch.follow_launcher()
@@ -261,7 +263,7 @@ class Run:
             self.folder,
             pipeline_tag=pipeline_tag,
             usage=usage,
-            results={"steps": self.step, "training_seconds": self._seconds, **results},
+            results={"steps": self.step, "training_seconds": self._seconds, "left_out": left_out.counts(), **results},
             samples=samples,
             figures=figures,
             evaluation=evaluation,

@@ -1,6 +1,7 @@
 """Folders that are complete or absent, however their writing ends."""
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -9,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from shared.command_line import UsageError
 
 if sys.platform != "win32":
     import fcntl
@@ -21,13 +24,17 @@ def written_aside(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which is flushed and becomes `folder` at the end unless another run was faster.
 
     An exception removes it. What a killed run left stays beside `folder` under a hidden name for a week.
+
+    Raises:
+        UsageError: nothing can be written there.
     """
     for left in folder.parent.glob(f".{folder.name}.*"):
         with contextlib.suppress(OSError):  # another run removes it at the same time
             if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
                 shutil.rmtree(left)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # process numbers repeat on other nodes
-    aside.mkdir(parents=True)
+    with _refusing("cache_dir", folder.parent):
+        aside.mkdir(parents=True)
     try:
         yield aside
         for path in (path for path in aside.rglob("*") if path.is_file()):
@@ -47,9 +54,26 @@ def one_at_a_time(folder: Path) -> Iterator[IO[str]]:
     """Let one process of this node after the other run the block, so that what one built the others only find.
 
     Gives the file that is locked; a program that inherits it holds the lock as well.
+
+    Raises:
+        UsageError: nothing can be written there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+    with _refusing("folder", folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_name(f".{folder.name}.lock").open("w")
+    with file as lock:
         if sys.platform != "win32":  # there several may build the same, which does no harm
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock
+
+
+@contextlib.contextmanager
+def _refusing(field: str, folder: Path) -> Iterator[None]:
+    """Make one line of what goes wrong when something is written into `folder` first, but for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        expected = f"a folder that can be written, or where all is made already: {error.strerror}"
+        raise UsageError(f"{field}: {str(folder)!r}: expected {expected}") from error

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.data.hub_ids import is_hub_id
 from shared.data.local_files import (
     find_files,
@@ -249,6 +250,7 @@ def local_files(data: str, split: str, field: str = "data_split") -> tuple[Path,
     name = split_named(split, list(splits)) if len(splits) > 1 else next(iter(splits))
     if not name:
         raise UsageError(f"{field}: {split!r}: expected one of the splits of {data!r}: {', '.join(splits)}")
+    left_out.note_splits(data, {other: len(files) for other, files in splits.items()}, read=name)
     return tuple(splits[name])
 
 
@@ -265,7 +267,10 @@ def list_splits(path: Path) -> dict[str, list[Path]]:
         if not _format_of(path):
             raise UsageError(f"data: {str(path)!r}: expected a file that ends in one of {known}")
         return {"train": [path]}
-    files = find_files(path, lambda name: _format_of(Path(name)) and not is_about_the_data(name))
+    found = find_files(path, lambda name: _format_of(Path(name)))
+    about = [file for file in found if is_about_the_data(file.name)]
+    files = [file for file in found if file not in about]
+    left_out.note("texts_about_the_data", len(about), where=str(path), more=f"such as {next(iter(about), '')}")
     if not files:
         raise UsageError(f"data: {str(path)!r}: expected a folder with files that end in one of {known}")
     return part_by_split(path, files, by_file_name=True)

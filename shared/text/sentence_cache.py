@@ -22,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.document_pool import map_documents
@@ -63,18 +64,14 @@ class Lost:
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
-    def described(self) -> dict[str, str]:
-        """Rows of what is lost, for the table at the start; none where nothing is."""
-        characters = max(1, self.characters)
-        rows = {
-            "characters_unknown": f"{self.unknown:,}, {self.unknown / characters:.2%}",
-            "vowel_signs_lost": f"{self.marks:,}, {self.marks / characters:.2%}, none with --no_lowercase",
-            "bytes_not_utf8": f"{self.bytes:,}",
-            "documents_of_one_sentence": f"{self.documents:,}, left out",
-            "sentences_cut": f"{self.cuts:,} times, after {LONGEST_SENTENCE:,} tokens",
-        }
-        numbers = (self.unknown, self.marks, self.bytes, self.documents, self.cuts)
-        return {name: text for (name, text), number in zip(rows.items(), numbers, strict=True) if number}
+    def note(self, where: str) -> None:
+        """Count it as left out of the corpus of that name."""
+        unknown, signs = (f"{number / max(1, self.characters):.2%} of all" for number in (self.unknown, self.marks))
+        left_out.note("unknown_characters", self.unknown, where=where, more=unknown)
+        left_out.note("vowel_signs", self.marks, where=where, more=f"{signs}, but none with --no_lowercase")
+        left_out.note("bytes_that_are_not_utf8", self.bytes, where=where)
+        left_out.note("documents_of_one_sentence", self.documents, where=where)
+        left_out.note("cuts_within_sentences", self.cuts, where=where, more=f"after {LONGEST_SENTENCE:,} tokens")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +94,7 @@ class SentenceCache:
 
     @property
     def lost(self) -> "Lost":
-        """Of the whole corpus, both splits."""
+        """Of the whole corpus, both splits; several that were joined do not say it."""
         return Lost(**json.loads((self.folder.parent / "summary.json").read_text())["lost"])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -157,10 +154,12 @@ def split_corpus(
             _write(aside, results, num_ids(tokenizer), eval_fraction)
     train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
     lost = train.lost
+    name = getattr(documents, "name", "the text")
+    lost.note(name)
     share = lost.unknown / max(1, lost.characters)
     # Words of more than 100 characters are unknown to WordPiece, as in text without blanks; so are rare characters.
     expected = "words that the tokenizer knows; {:.1%} of the characters are in words that are unknown to it"
-    expect(share <= MOST_UNKNOWN, "data", getattr(documents, "name", ""), expected.format(share))
+    expect(share <= MOST_UNKNOWN, "data", name, expected.format(share))
     return train, held_out
 
 
@@ -194,11 +193,7 @@ def _write_joined(folder: Path, caches: Sequence[SentenceCache]) -> None:
             files["sentences"].write((cache.sentence_ends + tokens).tobytes())
             files["documents"].write((cache.document_ends + sentences).tobytes())
             tokens, sentences = tokens + len(cache.tokens), sentences + len(cache.sentence_ends)
-    lost = Lost()
-    for cache in caches:
-        lost.add(cache.lost)
-    summary = {"dtype": caches[0].tokens.dtype.name, "lost": dataclasses.asdict(lost)}
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps({"dtype": caches[0].tokens.dtype.name}))
 
 
 def open_sentence_cache(folder: Path, split: str) -> SentenceCache:

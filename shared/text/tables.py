@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.data.local_files import find_files, part_by_split, split_to_evaluate_on
 from shared.text.documents import hub_errors
 
@@ -55,7 +56,9 @@ def load_split(data: str, config: str, split: str, field: str = "data", as_text:
     if not path.exists():
         with hub_errors(data, field):
             return datasets.load_dataset(data, config or None, split=split)
-    files = _local(path, field)[split]
+    splits = _local(path, field)
+    files = splits[split]
+    left_out.note_splits(data, {other: len(there) for other, there in splits.items()}, read=split)
     options: dict[str, Any] = {}
     if _builder_of(files[0]) == "csv":
         options |= {"converters": dict.fromkeys(as_text, str), "keep_default_na": False, "na_values": [""]}

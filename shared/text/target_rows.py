@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.data.batches import IGNORED
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
@@ -106,6 +107,9 @@ def pack_examples(
         with written_aside(folder) as aside:
             _write(aside, _encoded(samples, tokenizer, num_processes), seq_length)
     summary = json.loads((folder / "summary.json").read_text())
+    where = f"{len(samples):,} examples ({folder.name[:8]})"
+    left_out.note("ends_of_long_examples", summary["num_cut"], where=where, more=f"after {seq_length} tokens")
+    left_out.note("examples_without_a_target", summary["num_left_out"], where=where)
     return TargetRows(folder, seq_length, tokenizer.eos_token_id, **summary)
 
 

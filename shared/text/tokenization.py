@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -118,7 +119,9 @@ def load_fast(name: str, **options: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True, **options)
     except Exception as error:  # hub, cache and format errors have no common class
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"tokenizer: {name!r}: expected a tokenizer's folder or Hub id: {reason}") from error
+        where = "" if os.path.exists(name) else "there is no such folder here, and as a Hub id: "
+        expected = f"expected a tokenizer's folder or Hub id, also where init names it: {where}{reason}"
+        raise UsageError(f"tokenizer: {name!r}: {expected}") from error
     if not tokenizer.is_fast:
         raise UsageError(f"tokenizer: {name!r}: expected one with a tokenizer.json")
     if len(tokenizer) <= len(

@@ -18,6 +18,7 @@ from shared.text.vocabulary import num_ids
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"  # begins a token that continues a word
+WORD_STARTS = ("\u0120", "\u010a", "\u2581")  # a blank and a line end in byte-level BPE, a blank in SentencePiece
 
 
 def train_wordpiece(
@@ -144,11 +145,33 @@ def load_wordpiece(name: str) -> Any:
     return tokenizer
 
 
+def tells_words(tokenizer: Any) -> bool:
+    """Whether its tokens say where words begin: those of WordPiece, byte-level BPE and SentencePiece do."""
+    return _is_wordpiece(tokenizer) or any(token.startswith(WORD_STARTS) for token in tokenizer.get_vocab())
+
+
 def continues_word(tokenizer: Any) -> np.ndarray:
-    """For each id whether its token continues the word before it, bool (ids,); what is masked whole is a word."""
+    """For each id whether its token continues the word before it, bool (ids,); what is masked whole is a word.
+
+    In WordPiece a token says so, in byte-level BPE and SentencePiece a token says that it begins a word; there a word
+    is what stands between blanks. None continues one where `tells_words` says no.
+    """
+    tokens, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
+    if _is_wordpiece(tokenizer):
+        inside = {token for token in tokens if token.startswith(CONTINUATION)}
+    elif tells_words(tokenizer):
+        inside = {token for token in tokens if not token.startswith(WORD_STARTS)} - special
+    else:
+        inside = set()
     continues = np.zeros(num_ids(tokenizer), dtype=bool)
-    continues[[number for token, number in tokenizer.get_vocab().items() if token.startswith(CONTINUATION)]] = True
+    continues[[tokens[token] for token in inside]] = True
     return continues
+
+
+def _is_wordpiece(tokenizer: Any) -> bool:
+    from tokenizers.models import WordPiece
+
+    return isinstance(tokenizer.backend_tokenizer.model, WordPiece)
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,7 @@ def test_damaged_images_are_left_out_named_and_refused_beyond_a_share(
         )
     assert "03.png (row 3) cannot be decoded and is left out" in caplog.text
     manifest = latent_cache.read_manifest(tmp_path / "other", "latents")
-    assert (manifest["images"], manifest["rows"]) == (47, 46)
+    assert (manifest["images"], manifest["rows"], manifest["left_out"]) == (47, 46, {"damaged_images": 1})
     assert "train image 3" not in latent_cache.Latents(tmp_path / "other", manifest, "train").captions()
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.data.local_files import (
     SPLIT_WORDS,
     find_files,
@@ -103,6 +104,7 @@ def test_links_are_followed_once_and_a_cycle_ends(tmp_path: Path) -> None:
     (data / "a link to b").symlink_to(data / "b [v1]")
     found = [str(file.relative_to(data)) for file in find_files(data, lambda name: name.endswith(".txt"))]
     assert found == ["a.txt", "b [v1]/c.txt", "file.txt", "linked/deep/f.txt", "linked/e.txt"]
+    assert left_out.counts()["broken_links_and_locked_folders"] == 2
 
 
 def test_what_is_about_the_data_is_none_of_it() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.diffusion.captions import (
     CleanedCaptions,
     build_text_encoder,
@@ -24,9 +25,9 @@ from shared.diffusion.captions import (
     encode_text,
     load_or_train_tokenizer,
     load_text_encoder,
+    note_cut_captions,
     text_identity,
     token_ids,
-    warn_of_cut_captions,
 )
 from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from tests.conftest import ROOT
@@ -147,13 +148,14 @@ def test_a_tokenizer_is_trained_or_that_of_init(tiny_text_encoder: Path, loaded:
     assert found.get_vocab() == loaded[0].get_vocab()
 
 
-def test_cut_captions_are_told_once(loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_cut_captions(loaded[0], CAPTIONS[:3])
+def test_cut_captions_are_counted(loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    note_cut_captions(loaded[0], CAPTIONS[:3])
     assert caplog.text == ""
-    warn_of_cut_captions(CleanedCaptions(loaded[0]), CAPTIONS)
+    note_cut_captions(CleanedCaptions(loaded[0]), CAPTIONS)
     assert [record.getMessage() for record in caplog.records] == [
-        "25.0 % of the captions are longer than 6 tokens and cut"
+        "left out of the captions: 1 ends of long captions, of 4 looked at, after 6 tokens"
     ]
+    assert left_out.counts() == {"ends_of_long_captions": 1}
 
 
 def test_the_encoder_is_frozen_and_in_float32(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.images import captioned, files, labelled
 
 OPTIONS = {"config": "", "split": "train", "image_column": "", "label_column": ""}
@@ -84,21 +84,20 @@ def test_images_that_the_metadata_does_not_name_are_left_out_and_counted(
             (tmp_path / split / "metadata.csv").write_text("\n".join(lines))
         else:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(of_split), tmp_path / split / "metadata.parquet")
-    with caplog.at_level(logging.WARNING):
-        assert classes_of(tmp_path) == {"NA": 1, "dog": 1}
-    assert f"1 of 3 images are in no metadata and left out, the first is {tmp_path}/train/3.png" in caplog.text
+    assert classes_of(tmp_path) == {"NA": 1, "dog": 1}
+    assert f"1 images without metadata, such as {tmp_path}/train/3.png" in caplog.text
+    assert left_out.counts() == {"images_without_metadata": 1, "files_of_other_splits": 1}
 
 
-def test_every_row_of_the_metadata_is_a_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_row_of_the_metadata_is_a_sample(tmp_path: Path) -> None:
     """Several captions of an image, letters that some take for ends of lines, and rows without an image, counted."""
     write(tmp_path, "1.png", "x/2.png")
     rows = [("1.png", "a\u2028b"), ("./1.png", "b\x0b"), ("x/../x/2.png", "c"), ("gone.png", "d")]
     lines = (json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in rows)
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     options = {"config": "", "split": "train", "image_column": "", "caption_column": "", "max_bad_fraction": 0.0}
-    with caplog.at_level(logging.WARNING):
-        assert list(captioned.open_captioned(str(tmp_path), **options).captions) == ["a b", "b", "c"]
-    assert "1 rows of the metadata name no image that is there and are left out" in caplog.text
+    assert list(captioned.open_captioned(str(tmp_path), **options).captions) == ["a b", "b", "c"]
+    assert left_out.counts() == {"metadata_rows_without_an_image": 1}
 
 
 def test_metadata_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.images import captioned, files, labelled, streaming
 
 OPTIONS = {"config": "", "split": "train", "image_column": "", "label_column": ""}
@@ -42,19 +43,19 @@ def test_suffixes_may_differ_between_samples_and_tars(tmp_path: Path) -> None:
     assert opened(tmp_path) == [(picture("JPEG"), "cat"), (picture(), "dog"), (picture("WEBP"), "cat")]
 
 
-def test_names_may_have_dots_and_samples_more_than_one_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_names_may_have_dots_and_samples_more_than_one_image(tmp_path: Path) -> None:
     members = {"d/photo.1.png": picture(shade=1), "d/photo.1.cls": b"0", "d/photo.2.png": picture(shade=2)}
     members |= {"d/photo.2.cls": b"10", "d/photo.3.png": picture(shade=3), "d/photo.3.cls": b"2"}
     members |= {"d/._photo.1.png": b"of another system", "d/photo.lonely.cls": b"1"}
     path = write(tmp_path / "a.tar", members)
     assert opened(path) == [(picture(shade=1), "0"), (picture(shade=2), "10"), (picture(shade=3), "2")]
-    assert "1 samples without an image and 0 further images of samples are left out" in caplog.text
+    assert left_out.counts() == {"samples_without_an_image": 1}
     stream = files.open_split(str(path), "", "train", "", streaming=True)[0]
     assert [record["cls"] for record in stream] == [0, 10, 2]
     members = {"1.depth.png": picture(), "1.png": picture(shade=1), "1.cls": b"a"}
     members |= {"2.cls": b"b", "2.png": picture(shade=2), "2.seg.png": picture()}
     assert opened(write(tmp_path / "b.tar", members)) == [(picture(shade=1), "a"), (picture(shade=2), "b")]
-    assert "0 samples without an image and 2 further images of samples are left out" in caplog.text
+    assert left_out.counts() == {"samples_without_an_image": 1, "further_images_of_samples": 2}
     single = {"img.jpg": picture("JPEG"), "img.cls": b"a", "img.1.jpg": picture("JPEG"), "img.1.cls": b"b"}
     single |= {"img.2.jpg": picture("JPEG"), "img.2.cls": b"b"}
     assert len(opened(write(tmp_path / "c.tar", single))) == 3

@@ -1,5 +1,6 @@
 """Causal language models to go on from: what a packed row needs of them."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,29 @@ from tests.conftest import ROOT
 
 SEE_EACH_OTHER = "another architecture than {}: documents of one row see each other in it"
 NO_KERNEL = "of such a model: .*"
+NO_CAUSAL = "of such a model: Unrecognized configuration class"
 # Kinds of models by what becomes of them; recipes/gpt/README.md has the same table.
 KINDS = {
     "": [
-        *(
-            "ctrl",
-            "falcon",
-            "gemma3_text",
-            "gpt2",
-            "gpt_neox",
-            "gptj",
-            "llama",
-            "mistral",
-            "mixtral",
-            "nanochat",
-            "phi",
-        ),
-        *("qwen2", "qwen3"),
+        "ctrl",
+        "falcon",
+        "falcon-alibi",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "gptj",
+        "llama",
+        "mistral",
+        "mixtral",
+        "nanochat",
+        "phi",
+        "qwen2",
+        "qwen3",
     ],
     "eager": ["gemma2", "gpt_neo"],
     SEE_EACH_OTHER: [
         "bamba",
+        "bart",
         "bert",
         "camembert",
         "electra",
@@ -44,11 +47,36 @@ KINDS = {
         "qwen3_next",
         "recurrent_gemma",
         "roberta",
+        "roberta-decoder",
+        "xlm-roberta",
     ],
-    NO_KERNEL: ["bloom", "falcon_mamba", "mamba", "mpt", "openai-gpt", "rwkv"],
+    NO_KERNEL: [
+        "big_bird",
+        "bloom",
+        "falcon_mamba",
+        "mamba",
+        "mamba2",
+        "megatron-bert",
+        "mpt",
+        "openai-gpt",
+        "rembert",
+        "roformer",
+        "rwkv",
+        "xlnet",
+    ],
+    NO_CAUSAL: ["modernbert", "t5"],
 }
 FAST = ("bert", "bloom", "gemma2", "gpt2", "lfm2", "llama", "mixtral", "opt")
-OWN_SIZES: dict[str, dict[str, Any]] = {  # where the usual names do not make a model small
+OWN_SIZES: dict[str, dict[str, Any]] = {  # where the usual names do not make a model small, or another kind of it
+    "bart": {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "decoder_layers": 1, "encoder_layers": 1},
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
+    "falcon-alibi": {"alibi": True, "new_decoder_architecture": False, "multi_query": False},
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 1},
+    "megatron-bert": {"is_decoder": True},
+    "rembert": {"is_decoder": True, "input_embedding_size": 8, "output_embedding_size": 8},
+    "roberta-decoder": {"is_decoder": True},
+    "roformer": {"is_decoder": True},
+    "xlnet": {"d_model": 16, "d_inner": 16, "n_layer": 1, "n_head": 2},
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "bamba": {
@@ -92,13 +120,17 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # where the usual names do not make a 
     ],
 )
 def test_a_model_is_trained_or_refused_by_what_its_tokens_see(tmp_path: Path, model_type: str, outcome: str) -> None:
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 0}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32, "bos_token_id": 0}
     sizes |= {"pad_token_id": 0, **OWN_SIZES.get(model_type, {})}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(tmp_path / "model")
+    config = AutoConfig.for_model(architecture := re.sub("-(alibi|decoder)$", "", model_type), **sizes)
+    others = {"modernbert": "ModernBertForMaskedLM", "t5": "T5ForConditionalGeneration"}
+    maker = getattr(transformers, others[model_type])._from_config if model_type in others else None
+    (maker or AutoModelForCausalLM.from_config)(config).save_pretrained(tmp_path / "model")
     tokenizer = train_byte_level_bpe(["some words"], 300, 32)
     attention = "eager" if outcome == "eager" else "sdpa"
     if outcome in ("", "eager"):
@@ -108,8 +140,32 @@ def test_a_model_is_trained_or_refused_by_what_its_tokens_see(tmp_path: Path, mo
         return
     with pytest.raises(UsageError) as caught:
         load_causal_lm(str(tmp_path / "model"), tokenizer, 32, attention)
-    assert re.match(r"init: '.*/model': expected .*" + outcome.format(model_type), str(caught.value))
+    assert re.match(r"init: '.*/model': expected .*" + outcome.format(architecture), str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["weights as .bin", "code of its own", "nothing"])
+def test_a_folder_is_refused_and_nothing_of_it_is_run(tmp_path: Path, kind: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, sizes = tmp_path / "model", {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1}
+    if kind != "nothing":
+        LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, intermediate_size=16)).save_pretrained(folder)
+    if kind == "weights as .bin":
+        (folder / "model.safetensors").unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+    elif kind == "code of its own":
+        config = json.loads((folder / "config.json").read_text())
+        config |= {
+            "model_type": "mine",
+            "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "mine.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    expected = {"weights as .bin": "model.safetensors", "code of its own": "custom code", "nothing": "no such folder"}
+    with pytest.raises(UsageError, match=f"init: '.*/model': expected a run folder or a Hub id.*{expected[kind]}"):
+        load_causal_lm(str(folder), train_byte_level_bpe(["some words"], 300, 32), 32, "sdpa")
+    assert not (tmp_path / "canary").exists()
 
 
 def test_the_readme_has_the_kinds() -> None:

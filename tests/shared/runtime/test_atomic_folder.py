@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.command_line import UsageError
 from shared.runtime.atomic_folder import one_at_a_time, written_aside
 
 
@@ -54,6 +55,13 @@ def test_a_rename_that_fails_for_another_reason_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError):
         vanish()
+
+
+def test_where_nothing_can_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for block, field in ((written_aside, "cache_dir"), (one_at_a_time, "folder")):
+        with pytest.raises(UsageError, match=f"{field}: '.*/file/a': expected a folder that can be written.*Not a dir"):
+            block(tmp_path / "file" / "a" / "b").__enter__()
 
 
 def test_what_killed_runs_left_is_removed_after_a_week(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The cache lies where it is asked for, else in HF_HOME, else among temporary files."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from shared.runtime.cache_folder import cache_folder
+from shared.runtime.cache_folder import cache_folder, keep_datasets_where_it_can_write
+from tests.conftest import ROOT
 
 
 def test_the_cache_lies_in_the_home_of_the_hub_where_that_can_be_written(
@@ -19,3 +22,30 @@ def test_the_cache_lies_in_the_home_of_the_hub_where_that_can_be_written(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
     assert cache_folder("").name == f"pretraining_recipes_{os.getuid()}"
+
+
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_datasets_stores_among_temporary_files_where_its_own_folder_cannot_be_written(
+    tmp_path: Path, is_imported: bool
+) -> None:
+    (tmp_path / "home").write_text("a file in the way")
+    program = f"""
+{"import datasets" if is_imported else ""}
+from shared.runtime.cache_folder import keep_datasets_where_it_can_write
+keep_datasets_where_it_can_write()
+import datasets
+made = datasets.Dataset.from_generator(lambda: iter([{{"a": 1}}]))
+print(made[0], made.cache_files[0]["filename"])
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.startswith(f"{{'a': 1}} {tmp_path}/pretraining_recipes_{os.getuid()}/datasets/")
+
+
+def test_datasets_keeps_its_own_folder_where_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "own"))
+    keep_datasets_where_it_can_write()
+    assert os.environ["HF_DATASETS_CACHE"] == str(tmp_path / "own")

@@ -3,12 +3,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, BertTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from shared.command_line import UsageError
 from shared.text.documents import Beginning, open_texts
 from shared.text.tokenization import train_byte_level_bpe
-from shared.text.wordpiece import SPECIAL_TOKENS, continues_word, load_or_train, load_wordpiece, train_wordpiece
+from shared.text.wordpiece import (
+    SPECIAL_TOKENS,
+    continues_word,
+    load_or_train,
+    load_wordpiece,
+    tells_words,
+    train_wordpiece,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +102,30 @@ def test_continuations_are_told_from_words(wordpiece: Any) -> None:
     tokens = wordpiece.convert_ids_to_tokens(list(range(len(wordpiece))))
     assert [bool(flag) for flag in continues] == [token.startswith("##") for token in tokens]
     assert 100 < continues.sum() < 1900
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "trainer", "known"),
+    [
+        (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), trainers.BpeTrainer, True),  # RoBERTa
+        (models.Unigram(), pre_tokenizers.Metaspace(), trainers.UnigramTrainer, True),  # XLM-RoBERTa
+        (models.WordLevel(unk_token="<unk>"), pre_tokenizers.Whitespace(), trainers.WordLevelTrainer, False),
+    ],
+)
+def test_words_of_other_tokenizers(model: Any, before: Any, trainer: Any, known: bool) -> None:
+    """A token called ## is one of text there."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = before
+    text = "unbelievable houses ## unbelievable housed and ##"
+    options = {"unk_token": "<unk>"} if trainer is trainers.UnigramTrainer else {}
+    backend.train_from_iterator(
+        [text] * 9, trainer(vocab_size=60, special_tokens=["<s>", "<unk>"], show_progress=False, **options)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="<s>", unk_token="<unk>")
+    assert tells_words(tokenizer) == known
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    starts = [place for place, begins in enumerate(~continues_word(tokenizer)[ids]) if begins or place == 0]
+    words = [tokenizer.decode(ids[a:b]).strip() for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    if known:
+        assert [word.strip("\u0120\u2581 ") for word in words] == text.split()
+    assert not continues_word(tokenizer)[tokenizer.cls_token_id]
