@@ -134,8 +134,8 @@ def update_run_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a file that is there whole or not at all, and that names neither the user's home folder nor a token."""
-    text, home = json.dumps(content, indent=2), json.dumps(str(Path.home()))[1:-1]
-    if home != "/":
+    text, home = json.dumps(content, indent=2), json.dumps(os.path.expanduser("~"))[1:-1]
+    if home not in ("/", "~"):  # none, or not known
         text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
     write_text(file, redact(text) + "\n")
 

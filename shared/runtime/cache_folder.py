@@ -16,21 +16,23 @@ def cache_folder(cache_dir: str) -> Path:
     return folder if _can_be_written(folder) else _temporary()
 
 
-def keep_datasets_where_it_can_write() -> None:
-    """Let `datasets` store what it makes in a folder for temporary files, where its own cannot be written.
+def keep_caches_where_they_can_be_written() -> None:
+    """Let `datasets` and `evaluate` store what they make among temporary files, where their own folders are read-only.
 
-    It does not by itself, and would say that the data cannot be read.
+    They do not by themselves, and what they raise would say that the data cannot be read.
     """
     from huggingface_hub.constants import HF_HOME
 
-    if _can_be_written(Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")):
-        return
-    folder = _temporary() / "datasets"
-    os.environ["HF_DATASETS_CACHE"] = str(folder)  # for processes that begin later, and where it is imported later
-    if "datasets" in sys.modules:
-        import datasets
-
-        datasets.config.HF_DATASETS_CACHE = folder
+    for library, name, usual in (
+        ("datasets", "HF_DATASETS_CACHE", "datasets"),
+        ("evaluate", "HF_METRICS_CACHE", "metrics"),
+    ):
+        if _can_be_written(Path(os.environ.get(name) or Path(HF_HOME) / usual)):
+            continue
+        folder = _temporary() / usual
+        os.environ[name] = str(folder)  # for processes that begin later, and where it is imported later
+        if library in sys.modules:
+            setattr(sys.modules[library].config, name, folder)
 
 
 def _can_be_written(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from shared.command_line import UsageError, expect
-from shared.runtime.cache_folder import keep_datasets_where_it_can_write
+from shared.runtime.cache_folder import keep_caches_where_they_can_be_written
 
 
 def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, deterministic: bool) -> Any:
@@ -37,7 +37,7 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         ProjectConfiguration,
     )
 
-    keep_datasets_where_it_can_write()
+    keep_caches_where_they_can_be_written()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise UsageError(f"accelerate config: mixed_precision: {precision!r}: expected no or bf16")

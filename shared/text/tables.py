@@ -30,7 +30,7 @@ def split_names(data: str, config: str, field: str = "data") -> list[str]:
     """
     import datasets
 
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.exists():
         return list(_local(path, field))
     with hub_errors(data, field):
@@ -52,7 +52,7 @@ def load_split(data: str, config: str, split: str, field: str = "data", as_text:
     """
     import datasets
 
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if not path.exists():
         with hub_errors(data, field):
             return datasets.load_dataset(data, config or None, split=split)

@@ -252,6 +252,20 @@ def test_short_home_folders_do_not_spoil_the_record(tmp_path, monkeypatch, home)
     assert record(tmp_path / "run")["command"] == ["pretrain.py", "--data", "/data/srv/x", "--resume", "/srvfs"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the list of users is a POSIX one")
+def test_a_user_without_a_home_folder_has_a_record(tmp_path, monkeypatch):
+    """As in a container that runs under a number that no list of users knows."""
+    import pwd
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", "/data/~"])
+    assert record(tmp_path / "run")["command"] == ["pretrain.py", "--data", "/data/~"]
+
+
 def test_facts_are_added_and_keep_their_values(tmp_path):
     before = record(tmp_path / "run")
     facts = {"training_flops": 1e16, "steps": 5, "training_seconds": 1e-05, "data": "ü"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.runtime.cache_folder import cache_folder, keep_datasets_where_it_can_write
+from shared.runtime.cache_folder import cache_folder, keep_caches_where_they_can_be_written
 from tests.conftest import ROOT
 
 
@@ -30,10 +30,12 @@ def test_datasets_stores_among_temporary_files_where_its_own_folder_cannot_be_wr
 ) -> None:
     (tmp_path / "home").write_text("a file in the way")
     program = f"""
-{"import datasets" if is_imported else ""}
-from shared.runtime.cache_folder import keep_datasets_where_it_can_write
-keep_datasets_where_it_can_write()
+{"import datasets, evaluate" if is_imported else ""}
+from shared.runtime.cache_folder import keep_caches_where_they_can_be_written
+keep_caches_where_they_can_be_written()
 import datasets
+from shared.metrics.scores import Accuracy
+assert Accuracy().compute(predictions=[1], references=[1]) == {{"accuracy": 1.0}}
 made = datasets.Dataset.from_generator(lambda: iter([{{"a": 1}}]))
 print(made[0], made.cache_files[0]["filename"])
 """
@@ -47,5 +49,5 @@ def test_datasets_keeps_its_own_folder_where_that_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "own"))
-    keep_datasets_where_it_can_write()
+    keep_caches_where_they_can_be_written()
     assert os.environ["HF_DATASETS_CACHE"] == str(tmp_path / "own")

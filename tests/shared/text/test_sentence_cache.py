@@ -120,7 +120,7 @@ def test_what_the_tokenizer_loses_of_a_text_is_counted_also_over_several_corpora
         assert latin.lost.bytes == 1
         assert ("vowel_signs" in left_out.counts()) == lowercase
         expected = (
-            r"data: 'the text': expected words that the tokenizer knows; [4-9]\d\.\d% of the characters are in words that"
+            r"data: 'the text': expected words that the tokenizer knows; [4-9]\d\.\d% of the characters are in words"
         )
         with pytest.raises(UsageError, match=expected):
             split(Corpus("acgt" * 40 + ". acgt है।", "घर है। " + "acgt" * 40), tokenizer, folder, language="hi")
