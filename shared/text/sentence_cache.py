@@ -158,7 +158,8 @@ def split_corpus(
     lost.note(name)
     share = lost.unknown / max(1, lost.characters)
     # Words of more than 100 characters are unknown to WordPiece, as in text without blanks; so are rare characters.
-    expected = "words that the tokenizer knows; {:.1%} of the characters are in words that are unknown to it"
+    expected = "words that the tokenizer knows; {:.1%} of the characters are in words that are unknown to it, "
+    expected += "as where words have no blanks between them"
     expect(share <= MOST_UNKNOWN, "data", name, expected.format(share))
     return train, held_out
 
