@@ -372,6 +372,26 @@ def test_sigkill_while_saving_loses_nothing(corpus: Path, reference: Path, tmp_p
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000012"]
 
 
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(corpus: Path, tmp_path: Path) -> None:
+    command = flags(data=corpus, output_dir=tmp_path / "run", max_steps=2000, save_every=0, log_every=1)
+    first = launch(*command)
+    while first.poll() is None and not (tmp_path / "run" / "metrics.jsonl").is_file():
+        time.sleep(0.05)
+    second = launch(*command)
+    _, said = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert (
+        f"error: output_dir: {str(tmp_path / 'run')!r}: expected a folder that no other run writes into, proc" in said
+    )
+    first.terminate()
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 75
+    assert "saved at step" in said
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_too_many_bad_updates_stop_the_run(
     gpt: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

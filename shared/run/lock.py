@@ -1,0 +1,68 @@
+"""One run writes into a folder at a time."""
+
+import errno
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from shared.command_line import UsageError
+
+if sys.platform != "win32":
+    import fcntl
+
+WAIT_SECONDS = 10.0  # for a run that was just ended and still saves
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+
+logger = logging.getLogger(__name__)
+
+
+def lock_folder(folder: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str] | None:
+    """Lock a run folder until the file that is returned is closed, or this process ends, however it does.
+
+    The lock is the system's (POSIX record locks), which NFS has too: that of a dead process, or after a while of a dead
+    machine, is gone, so nothing stale has to be told from what lives. None where the file system or the system has no
+    such locks; then nothing keeps two runs apart.
+
+    Args:
+        folder: is there.
+        wait_seconds: for another one to end.
+
+    Raises:
+        UsageError: another process holds it; it says which.
+    """
+    if sys.platform == "win32":
+        return None
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                logger.warning("%s cannot be locked (%s): see that no other run writes there", folder, error.strerror)
+                return None
+            if time.monotonic() >= deadline:
+                expected = f"expected a folder that no other run writes into, {_holder(file)} does"
+                raise UsageError(f"output_dir: {str(folder)!r}: {expected}") from error
+            time.sleep(0.2)
+    file.truncate(0)
+    about = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    file.write(json.dumps(about))
+    file.flush()
+    return file
+
+
+def _holder(file: IO[str]) -> str:
+    """Who holds the lock, in words."""
+    file.seek(0)
+    try:
+        about = json.loads(file.read())
+    except ValueError:  # it is being written
+        return "one"
+    return f"process {about['process']} on {about['host']} (since {about['since']})"
