@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn.functional import interpolate
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 0.25 GB of RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # bytes of a text or colour profile beside the pixels; Pillow's 1 MB is too few
 _ORIENTATION = 0x0112  # EXIF tag
 _EXIF_WITHIN = 1 << 16  # bytes of a file in which an EXIF block begins
 

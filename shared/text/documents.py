@@ -10,6 +10,8 @@ and come back exactly from the tokenizer. A folder may have splits, see `shared/
 import codecs
 import contextlib
 import dataclasses
+import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -17,6 +19,7 @@ import json
 import lzma
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +50,8 @@ _MARKS = {  # the longer first: the mark of UTF-32 begins with one of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _LOOKED_AT = 1 << 12  # bytes of a file's beginning that tell its encoding
+_READ_AT_ONCE = 1 << 14  # compressed bytes, of which some make a thousand times as many
+_ARROWS_WINDOW, _LARGEST_WINDOW = 1 << 27, 1 << 31  # bytes; `zstd --long=31` writes the latter
 _LEAST_NULS = 8  # one zero byte in so many is no text in UTF-8; in UTF-16 of English every other byte is
 _CORPUS_OPTION = re.compile(r":([a-z_]+)=")
 _SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
@@ -331,7 +336,8 @@ def _columns_of(file: Path) -> dict[str, bool]:
         schema = _parquet(file).schema_arrow
         # Of a dictionary (pandas' category) what it holds.
         kinds = {field.name: field.type.value_type if is_dictionary(field.type) else field.type for field in schema}
-        return {name: str(kind) in ("string", "large_string", "string_view") for name, kind in kinds.items()}
+        # Another file may have text where this one has nulls alone.
+        return {name: str(kind) in ("string", "large_string", "string_view", "null") for name, kind in kinds.items()}
     return text_columns(record for _, record in _records(file)) if _format_of(file) == ".jsonl" else {}
 
 
@@ -410,13 +416,15 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _lines(file: Path, longest: int = -1) -> Iterator[str]:
     """Lines with their ends, every byte kept; one that is longer than `longest` characters comes in several parts."""
+    import zstandard
+
     try:
         with io.BufferedReader(_open(file)) as data:
             encoding, errors = _encoding_of(file, data.peek(_LOOKED_AT))
             with io.TextIOWrapper(data, encoding=encoding, errors=errors, newline="\n") as stream:
                 while line := stream.readline(longest):
                     yield line
-    except (OSError, EOFError, lzma.LZMAError, UnicodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
         raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
 
 
@@ -435,13 +443,65 @@ def _encoding_of(file: Path, beginning: bytes) -> tuple[str, str]:
 
 
 def _open(file: Path) -> Any:
-    """Decompressed bytes. Arrow's reader notices that a .zst was cut off, zstandard's takes that for the end."""
+    """Decompressed bytes, with `readinto`."""
     import pyarrow
 
     suffix = file.suffix.lower()
-    if suffix == ".xz":
-        return lzma.open(file)
-    return pyarrow.input_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}.get(suffix))
+    if suffix == ".zst" and _zstd_window(file) <= _ARROWS_WINDOW:
+        return pyarrow.input_stream(str(file), compression="zstd")  # notices that a file was cut off
+    if suffix == ".zst":
+        return _Blocks(_zstd_blocks(file))
+    openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}  # gzip passes over zeros behind the end
+    return openers.get(suffix, functools.partial(open, buffering=0))(file, mode="rb")
+
+
+def _zstd_window(file: Path) -> int:
+    """Bytes that the first frame looks back, 0 where nothing says it."""
+    import zstandard
+
+    with file.open("rb") as stream, contextlib.suppress(zstandard.ZstdError):
+        return zstandard.get_frame_parameters(stream.read(18)).window_size  # a header's longest
+    return 0
+
+
+def _zstd_blocks(file: Path) -> Iterator[bytes]:
+    """Decompressed pieces of a file with any window.
+
+    Raises:
+        EOFError: the file was cut off, which zstandard's own reader takes for the end.
+    """
+    import zstandard
+
+    frame = None
+    with file.open("rb") as stream:
+        while data := stream.read(_READ_AT_ONCE):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data
+                frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("a compressed file that was cut off")
+
+
+class _Blocks(io.RawIOBase):
+    """Pieces of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._left = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._left = memoryview(block)
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
 
 
 def _record(file: Path, number: int, line: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from shared.command_line import UsageError, expect
 from shared.data import left_out
 from shared.data.local_files import find_files, part_by_split, split_to_evaluate_on
+from shared.data.parquet import common_features
 from shared.text.documents import hub_errors
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -66,6 +67,7 @@ def load_split(data: str, config: str, split: str, field: str = "data", as_text:
     # The library takes names for patterns, and follows no links where it searches for one.
     names = [glob.escape(os.path.realpath(file)) for file in files]
     try:
+        options |= {"features": common_features(files)} if _builder_of(files[0]) == "parquet" else {}
         # Under a name of our own, since the library refuses some that files have.
         return datasets.load_dataset(_builder_of(files[0]), data_files={"train": names}, split="train", **options)
     except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class

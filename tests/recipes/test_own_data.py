@@ -3,6 +3,7 @@
 The README's table of kinds is made of the names here.
 """
 
+import gzip
 import io
 import json
 import tarfile
@@ -13,12 +14,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+import zstandard
+from PIL import Image, PngImagePlugin
 
 from shared.command_line import UsageError
 from shared.data import left_out
 from shared.fields import Corpus, Images
 from shared.images import captioned, labelled
+from shared.images.decoding import EncodedImage
 from shared.text.documents import open_corpora, open_held_out
 from shared.text.sentence_cache import split_corpus
 from shared.text.wordpiece import train_wordpiece
@@ -65,6 +68,34 @@ def parquet(folder: Path, columns: dict[str, Any]) -> str:
     return write(folder, {"train.parquet": stream.getvalue()})
 
 
+def shards(folder: Path, *parts: dict[str, Any]) -> str:
+    """A Parquet file of each part."""
+    for number, columns in enumerate(parts):
+        data = Path(parquet(folder / "made", columns), "train.parquet")
+        data.rename(folder / f"train-{number:05}-of-{len(parts):05}.parquet")
+    return str(folder)
+
+
+def wide_zst(text: str) -> bytes:
+    """As `zstd --ultra -22 --long=31` writes it."""
+    options = {"window_log": 31, "enable_ldm": True, "write_content_size": False}
+    form = zstandard.ZstdCompressionParameters.from_level(19, **options)
+    compressor = zstandard.ZstdCompressor(compression_params=form).compressobj()
+    return compressor.compress(text.encode()) + compressor.flush()
+
+
+def padded_gz(text: str) -> bytes:
+    return gzip.compress(text.encode()) + bytes(512)
+
+
+def heavy_png() -> bytes:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * 5_000_000, zip=True)
+    options = {"pnginfo": texts, "icc_profile": bytes(3_000_000)}
+    Image.new("RGB", (16, 16), "red").save(stream := io.BytesIO(), "PNG", **options)
+    return stream.getvalue()
+
+
 def linked(folder: Path, *names: str) -> str:
     """Images in a folder beside the data, which links to it twice, and whose link leads back."""
     images(folder.with_name("elsewhere"), *names)
@@ -102,7 +133,9 @@ THAI, DNA = "กขคงจฉชซฌญ" * 20, "acgtggtca" * 40
 
 def classes(data: str) -> int:
     train, held_out = labelled.open_splits(Images(data=data, eval_fraction=0.5), "", largest=8)
-    assert all(len(split.files.read(place)) for split in (train, held_out) for place in range(len(split)))
+    for split in (train, held_out):
+        for place in range(len(split)):
+            EncodedImage(split.files.read(place)).center_crop(8, 1.0)
     return len(train) + len(held_out)
 
 
@@ -140,6 +173,16 @@ READ: dict[str, tuple[Callable[[str], int], Made, int]] = {
         lambda f: parquet(f, {"text": pyarrow.array(["a", "b", "a"]).dictionary_encode()}),
         3,
     ),
+    "zst with a window of 2 GB, gz with zeros behind its end": (
+        texts,
+        lambda f: write(f, {"a.jsonl.zst": wide_zst(lines("a", "b")), "b.jsonl.gz": padded_gz(lines("c"))}),
+        3,
+    ),
+    "shards of texts without a value in a column": (
+        texts,
+        lambda f: shards(f, {"text": pyarrow.array([None, None], pyarrow.null())}, {"text": ["a", "b"]}),
+        2,
+    ),
     "commas in names": (texts, lambda f: write(f / "a,b", {"c,d.txt": "one\n"}), 1),
     "texts in splits by their names": (
         texts,
@@ -173,6 +216,18 @@ READ: dict[str, tuple[Callable[[str], int], Made, int]] = {
         16,
     ),
     "images as structures of bytes and path in Parquet": (classes, lambda f: parquet(f, STRUCTS), 4),
+    "shards of images without a value in a column": (
+        classes,
+        lambda f: shards(
+            f, {**STRUCTS, "note": pyarrow.array([None] * 4, pyarrow.null())}, {**STRUCTS, "note": ["x"] * 4}
+        ),
+        8,
+    ),
+    "PNGs with large texts and profiles": (
+        classes,
+        lambda f: write(f, dict.fromkeys((name.format("png") for name in TWO), heavy_png())),
+        4,
+    ),
     "images as plain bytes in Parquet": (classes, lambda f: parquet(f, BYTES), 4),
     "several suffixes in a tar, and dots in names": (
         classes,
@@ -285,6 +340,11 @@ REFUSED: dict[str, tuple[Callable[[str], int], Made, str]] = {
         classes,
         lambda f: write(f, {name.format("png"): deep() for name in TWO}),
         "8 bits a pixel",
+    ),
+    "compressed texts that were cut off": (
+        texts,
+        lambda f: write(f, {"a.jsonl.zst": wide_zst(lines(*"abcdefgh" * 999))[:-9]}),
+        "cut off",
     ),
     "damaged archives": (
         classes,
