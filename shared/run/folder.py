@@ -66,10 +66,18 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any], defaults
         raise UsageError(f"{name}: expected an empty folder with resume never, it holds a run")
     recorded = _read_mapping(recorded_file, yaml.safe_load)
     recorded = {**(defaults or {}), **recorded}
-    different = [key for key, value in fields.items() if key not in FREE_FIELDS and recorded.get(key) != value]
+    # Files may lie elsewhere now; whether they are the same `write_run_record` sees by their content.
+    free = {*FREE_FIELDS, *(key for key in ("data", "eval_data") if _are_files(fields.get(key, "")))}
+    different = [key for key, value in fields.items() if key not in free and recorded.get(key) != value]
     if different:
         changes = ", ".join(f"{key} {recorded.get(key)!r} -> {fields[key]!r}" for key in different)
         raise UsageError(f"{name}: it holds a run with another configuration ({changes}); choose another folder")
+
+
+def _are_files(names: str) -> bool:
+    """Whether comma-separated names, each maybe with options behind a colon, are of files or folders that are here."""
+    entries = [names] if os.path.exists(os.path.expanduser(names)) else names.split(",")
+    return all(os.path.exists(os.path.expanduser(entry.split(":")[0].strip())) for entry in entries)
 
 
 def check_writable(folder: Path) -> None:

@@ -270,13 +270,14 @@ def test_evaluation_by_windows_is_that_of_the_stream(gpt: ModuleType, reference:
 def test_resuming_is_exact_to_the_bit(
     gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path, stop: int, workers: int
 ) -> None:
-    """The corpus has few rows, so 12 updates cross epoch borders; dropout is on."""
+    """The corpus has few rows, so 12 updates cross epoch borders; dropout is on; the corpus lies elsewhere meanwhile."""
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "run.json", "metrics.jsonl"):
         shutil.copy(reference / name, run_dir)
     shutil.copytree(reference / f"checkpoints/step_{stop:08d}", run_dir / f"checkpoints/step_{stop:08d}")
-    run(gpt, config_of(gpt, corpus, run_dir, dropout=0.1, num_workers=workers))
+    moved = Path(shutil.copy(corpus, tmp_path / corpus.name))
+    run(gpt, config_of(gpt, moved, run_dir, dropout=0.1, num_workers=workers))
     assert_same_weights(run_dir, reference)
     assert results_of(run_dir) == results_of(reference)
 

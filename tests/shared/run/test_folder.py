@@ -149,6 +149,16 @@ def test_a_changed_configuration_lists_each_field(tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_data_that_lies_elsewhere_is_no_change(tmp_path):
+    """Its content tells whether it is the same, see the tests of the record."""
+    run_dir = make_run(tmp_path / "run")
+    (tmp_path / "moved, here").mkdir()
+    (tmp_path / "b.txt").touch()
+    for data in (str(tmp_path / "moved, here"), f"{tmp_path}/b.txt,{tmp_path}:text_column=x"):
+        check_run_folder(run_dir, "auto", {**FIELDS, "data": data})
+    assert "data 'no' -> " in refusal(run_dir, data=f"{tmp_path}/b.txt,prose")
+
+
 @pytest.mark.parametrize("content", ["", "seed: [", "- a\n", "\x00"])
 def test_a_config_that_cannot_be_read(tmp_path, content):
     run_dir = make_run(tmp_path / "run")

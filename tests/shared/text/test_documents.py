@@ -536,17 +536,20 @@ def test_a_fingerprint_changes_with_the_files_and_with_the_column(tmp_path: Path
     assert len(seen) == 6
 
 
-def test_a_fingerprint_is_that_of_a_copy_unless_the_file_is_large(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_fingerprint_is_that_of_a_copy_elsewhere_whenever_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool
 ) -> None:
-    write(tmp_path / "a.jsonl", '{"text": "a"}')
-    first = texts(tmp_path).fingerprint
-    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
-    assert texts(tmp_path).fingerprint == first
-    monkeypatch.setattr(documents, "_READ_FOR_FINGERPRINT", 3)
-    seen = {texts(tmp_path).fingerprint}
-    os.utime(tmp_path / "a.jsonl", ns=(2, 2))
-    assert texts(tmp_path).fingerprint not in seen
+    if is_large:
+        monkeypatch.setattr(documents, "_READ_FOR_FINGERPRINT", 3)
+        monkeypatch.setattr(documents, "_BLOCK", 16)
+    content = "".join(f'{{"text": "{number:06}"}}\n' for number in range(5_000))  # 100 KB
+    first = texts(write(tmp_path / "a" / "x.jsonl", content)).fingerprint
+    copy = write(tmp_path / "b" / "x.jsonl", content)
+    os.utime(copy, ns=(1, 1))
+    assert texts(copy).fingerprint == first
+    for changed in (content.replace("000000", "999999"), content.replace("004999", "999999"), content + "\n"):
+        assert texts(write(tmp_path / "c" / "x.jsonl", changed)).fingerprint != first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
