@@ -58,7 +58,9 @@ def resume_run(accelerator: Any, run_dir: Path, resume: str, previous_phase: Pat
     return load_checkpoint(accelerator, checkpoint) if checkpoint else (0, {})
 
 
-def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:
+def save_checkpoint(
+    accelerator: Any, run_dir: Path, step: int, state: dict[str, Any], keep: int, resume: str = "auto"
+) -> None:
     """Write `checkpoints/step_XXXXXXXX`, then remove the oldest beyond `keep`. Every process calls this.
 
     Checkpoints of later steps, which are there after training went back to an earlier one, are removed as well.
@@ -69,6 +71,7 @@ def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str,
         step: optimizer updates done so far.
         state: anything else that resuming needs: JSON, and under the key tensors a dict of tensors.
         keep: number of newest checkpoints to keep, this one included.
+        resume: how the run was told to go on, see `find_checkpoint`.
     """
     folder = run_dir / "checkpoints"
     aside = folder / f".tmp_step_{step:08d}"
@@ -85,7 +88,8 @@ def save_checkpoint(accelerator: Any, run_dir: Path, step: int, state: dict[str,
     if accelerator.is_main_process:
         for generator_state in aside.glob("random_states_*.pkl"):
             generator_state.unlink()
-        about = {"step": step, "processes": accelerator.num_processes, "engine": accelerator.distributed_type.value}
+        engine = accelerator.distributed_type.value
+        about = {"step": step, "processes": accelerator.num_processes, "engine": engine, "resume": resume}
         if tensors := state.get("tensors"):
             save_file(tensors, aside / TENSORS)
         plain = {key: value for key, value in state.items() if key != "tensors"}
@@ -166,14 +170,25 @@ def newest_usable_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+def has_gone_on_from(run_dir: Path, resume: str) -> bool:
+    """Whether a run's newest checkpoint was written after it had been told to go on from `resume`, a checkpoint."""
+    for checkpoint in list_checkpoints(run_dir)[:1]:
+        try:
+            before = json.loads((checkpoint / STATE).read_text())["resume"]
+        except (OSError, ValueError, KeyError):  # damaged, or of an earlier version
+            return False
+        return Path(before).resolve() == Path(resume).resolve()
+    return False
+
+
 def find_checkpoint(accelerator: Any, run_dir: Path, resume: str) -> Path | None:
     """The checkpoint to go on from, the same on every process.
 
     Args:
         accelerator: the main process looks, the others are told.
         run_dir: the run folder.
-        resume: auto, never, or a checkpoint folder; one of another run counts only until this run has its own, so that
-            the same command goes on after an interruption.
+        resume: auto, never, or a checkpoint folder; it counts only until this run has one of its own that came after
+            it, so that the same command goes on after an interruption.
 
     Raises:
         NoUsableCheckpoint: there are checkpoints, and all are damaged.
@@ -244,6 +259,10 @@ def _find(run_dir: Path, resume: str, engine: str) -> Path | None:
             return own
         if engine in SHARDED_ENGINES:
             raise UsageError(f"resume: {resume!r}: expected one of this run's own, a sharded checkpoint can run code")
+    elif has_gone_on_from(run_dir, resume):
+        own = newest_usable_checkpoint(run_dir)
+        logger.warning("going on from %s, since this run went back to %s before", own, checkpoint)
+        return own
     if problem := damage(checkpoint):
         raise UsageError(f"resume: {resume!r}: expected a checkpoint that is whole: {problem}")
     return checkpoint

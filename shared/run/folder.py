@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from shared.command_line import UsageError, expect, redact
+from shared.run.checkpoints import has_gone_on_from
 
 # Fields that change where and how often a run reports, not what it computes.
 FREE_FIELDS = (
@@ -53,7 +54,8 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any], defaults
             another configuration (the message names the fields that differ).
     """
     name = f"output_dir: {str(folder)!r}"
-    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+    is_there = resume in ("auto", "never") or (Path(resume) / "manifest.json").is_file()
+    if not is_there and not has_gone_on_from(folder, resume):  # then it may be pruned by now
         raise UsageError(f"resume: {resume!r}: expected auto, never or a checkpoint folder")
     check_writable(folder)
     # Hidden files may be of a start that was killed before it wrote its first file.

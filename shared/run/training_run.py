@@ -232,7 +232,7 @@ class Run:
         self._seconds = self._training_seconds()
         everything = {"training_seconds": self._seconds, **self._skipped.state(), **state}
         checkpoints.save_checkpoint(
-            self._accelerator, self.folder, self.step, everything, self._control.keep_checkpoints
+            self._accelerator, self.folder, self.step, everything, self._control.keep_checkpoints, self._control.resume
         )
         self._saved = self.step
 

@@ -270,7 +270,7 @@ def test_evaluation_by_windows_is_that_of_the_stream(gpt: ModuleType, reference:
 def test_resuming_is_exact_to_the_bit(
     gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path, stop: int, workers: int
 ) -> None:
-    """The corpus has few rows, so 12 updates cross epoch borders; dropout is on; the corpus lies elsewhere meanwhile."""
+    """The corpus has few rows, so 12 updates cross epoch borders; dropout is on; the corpus lies elsewhere by then."""
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "run.json", "metrics.jsonl"):

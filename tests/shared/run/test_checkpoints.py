@@ -45,6 +45,7 @@ from shared.run import checkpoints
 from shared.run.checkpoints import (
     damage,
     find_checkpoint,
+    has_gone_on_from,
     list_checkpoints,
     load_checkpoint,
     newest_usable_checkpoint,
@@ -100,7 +101,7 @@ class Program:
                 if step == self.full_disk_at:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, self.room))
                 if step % EVERY == 0:
-                    save_checkpoint(accelerator, self.run_dir, step, {"losses": losses}, self.keep)
+                    save_checkpoint(accelerator, self.run_dir, step, {"losses": losses}, self.keep, self.resume)
         (self.run_dir / "result.json").write_text(json.dumps([weights_sum(model), losses]))
 
 
@@ -604,6 +605,7 @@ def test_auto_takes_the_newest(accelerator: Accelerator, stopped: Path) -> None:
 
 
 def test_going_back_to_an_earlier_one_drops_the_later_ones_at_the_next_save(reference: Path, tmp_path: Path) -> None:
+    """The same command then goes on from there, instead of going back again, also once that one is pruned."""
     run_dir = tmp_path / "run"
     shutil.copytree(reference, run_dir)
     (run_dir / "result.json").unlink()
@@ -616,7 +618,14 @@ def test_going_back_to_an_earlier_one_drops_the_later_ones_at_the_next_save(refe
     assert run(command) == 0
     assert_same_result(run_dir, reference)
     assert steps_of(run_dir) == [10, 8]
-    assert trained(run_dir)[10:] == [5, 6, 7, 8, 5, 6, 7, 8, 9, 10]
+    assert trained(run_dir)[10:] == [5, 6, 7, 8, 7, 8, 9, 10]
+    assert not checkpoint_of(run_dir, 4).exists()
+    assert has_gone_on_from(run_dir, command.resume)
+    assert not has_gone_on_from(run_dir, str(checkpoint_of(run_dir, 2)))
+    assert run(command) == 0
+    assert trained(run_dir)[18:] == []
+    assert run(dataclasses.replace(command, resume=str(checkpoint_of(run_dir, 8)))) == 0
+    assert trained(run_dir)[18:] == [9, 10]
 
 
 def test_one_of_another_run_starts_this_run_and_is_then_left_alone(

@@ -178,6 +178,14 @@ def test_resume_that_points_nowhere(tmp_path, resume):
     assert refusal(tmp_path / "run", resume) == f"resume: {resume!r}: expected auto, never or a checkpoint folder"
 
 
+def test_resume_from_a_checkpoint_that_is_pruned_by_now(tmp_path):
+    run_dir, resume = make_run(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "step_00000005"
+    (newest := resume.with_name("step_00000009")).mkdir(parents=True)
+    (newest / "state.json").write_text(json.dumps({"resume": str(resume)}))
+    check_run_folder(run_dir, str(resume), FIELDS)
+    assert "resume: " in refusal(run_dir, str(resume.with_name("step_00000004")))
+
+
 def test_resume_from_a_checkpoint_folder(tmp_path):
     checkpoint = tmp_path / "step_00000005"
     checkpoint.mkdir()
