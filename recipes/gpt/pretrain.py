@@ -98,6 +98,7 @@ from torch.nn.functional import cross_entropy
 from shared.data import left_out
 from shared.data.batches import IGNORED, to_device
 from shared.data.randomness import derive_seed
+from shared.data.sample_order import SMALLEST_SHARE
 from shared.data.updates import Updates, load_updates
 from shared.models.causal_lm import load_causal_lm
 from shared.models.export import export_model
@@ -154,7 +155,10 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 def weights_of(cfg: Config) -> list[float]:
     """How often rows come from each of `data`; the dictionary's are there for its words, not for its style."""
     usual = "0.8,0.2" if cfg.data == Config.data else ""
-    return cli.positive_numbers("data_weights", cfg.data_weights or usual, len(entries_of(cfg.data)))
+    weights = cli.positive_numbers("data_weights", cfg.data_weights or usual, len(entries_of(cfg.data)))
+    expected = "shares of at least a millionth, what is less would not be read"
+    cli.expect(min(weights) >= SMALLEST_SHARE * sum(weights), "data_weights", cfg.data_weights, expected)
+    return weights
 
 
 def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], dict[str, PackedRows]]:

@@ -1,12 +1,14 @@
 """Which samples update t sees: a pure function of (seed, t), found in constant time, on any number of processes."""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from shared.data.randomness import derive_seed, shuffled_indices
 
-_MIXTURE_BLOCK = 4096
+SMALLEST_SHARE = 2.0**-20  # of a source that a mixture can have
+_BLOCK, _LEAST_OF_SOURCE = 4096, 16  # samples of a block, and how many of each source it has at least where it may grow
 
 
 def samples_of_update(
@@ -67,12 +69,13 @@ def positions_of_update(step: int, global_batch_size: int, rank: int, num_proces
 def mixture_sources(positions: np.ndarray, weights: list[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Which source each sample of a weighted mixture comes from, and its running number within that source.
 
-    Samples are dealt in blocks of 4,096 that hold each source's share exactly (rounded to 1/4,096, the rounding
-    going to the largest remainders) in an order of their own, so any position is found without walking there.
+    Samples are dealt in blocks of 4,096, or where a source would have fewer than 16 of them of 8,192 and so on up to
+    about a million, that hold each source's share exactly (rounded to one sample, the rounding going to the largest
+    remainders) in an order of their own, so any position is found without walking there.
 
     Args:
         positions: int64 (N,), sample numbers.
-        weights: one share a source; they need not sum to 1.
+        weights: one share a source, at least `SMALLEST_SHARE` of their sum, which need not be 1.
         seed: another seed gives another order within the blocks.
 
     Returns:
@@ -80,22 +83,30 @@ def mixture_sources(positions: np.ndarray, weights: list[float], seed: int) -> t
         numbers: int64 (N,), how many samples of that source come before this one.
     """
     sources, numbers = np.empty_like(positions), np.empty_like(positions)
-    blocks, places = np.divmod(positions, _MIXTURE_BLOCK)
+    size = _block_size(weights)
+    blocks, places = np.divmod(positions, size)
     for block in np.unique(blocks).tolist():
-        dealt, before = _mixture_block(block, tuple(weights), seed)
+        dealt, before = _mixture_block(block, size, tuple(weights), seed)
         inside = blocks == block
         sources[inside], numbers[inside] = dealt[places[inside]], before[places[inside]]
     return sources, numbers
 
 
 @functools.lru_cache(maxsize=8)  # an update needs one or two blocks, thousands of updates in a row the same
-def _mixture_block(block: int, weights: tuple[float, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    exact = np.array(weights) / np.sum(weights) * _MIXTURE_BLOCK
+def _mixture_block(block: int, size: int, weights: tuple[float, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    exact = np.array(weights) / np.sum(weights) * size
     quotas = np.floor(exact).astype(np.int64)
-    quotas[np.argsort(quotas - exact, kind="stable")[: _MIXTURE_BLOCK - quotas.sum()]] += 1
-    order = shuffled_indices(np.arange(_MIXTURE_BLOCK), _MIXTURE_BLOCK, derive_seed(seed, "mixture", block))
+    quotas[np.argsort(quotas - exact, kind="stable")[: size - quotas.sum()]] += 1
+    order = shuffled_indices(np.arange(size), size, derive_seed(seed, "mixture", block))
     dealt = np.repeat(np.arange(len(weights)), quotas)[order]
-    before = np.empty(_MIXTURE_BLOCK, dtype=np.int64)
+    before = np.empty(size, dtype=np.int64)
     for source, quota in enumerate(quotas.tolist()):
         before[dealt == source] = block * quota + np.arange(quota)
     return dealt, before
+
+
+def _block_size(weights: Sequence[float]) -> int:
+    size, smallest = _BLOCK, min(weight for weight in weights if weight) / sum(weights)
+    while size * smallest < _LEAST_OF_SOURCE and size * SMALLEST_SHARE < 1:
+        size *= 2
+    return size

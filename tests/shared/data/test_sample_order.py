@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.data.sample_order import mixture_sources, positions_of_update, samples_of_update
+from shared.data.sample_order import SMALLEST_SHARE, mixture_sources, positions_of_update, samples_of_update
 
 BLOCK = 4096
 Sample = tuple[int, int, int]
@@ -103,7 +103,7 @@ def test_epochs_and_seeds_have_different_orders() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(0, 2**40), st.integers(0, 10**9))
+@given(st.lists(st.floats(1, 30), min_size=1, max_size=6), st.integers(0, 2**40), st.integers(0, 10**9))
 def test_each_block_holds_the_exact_shares(weights: list[float], seed: int, block: int) -> None:
     sources, _ = mixture_sources(block * BLOCK + np.arange(BLOCK), weights, seed)
     exact = np.array(weights) / sum(weights) * BLOCK
@@ -157,3 +157,18 @@ def test_the_order_never_changes() -> None:
     # A run resumed with a newer version must go on with the same data.
     pinned = [(0, 0, 33), (1, 1, 1), (0, 0, 13), (0, 0, 12), (0, 0, 68), (0, 0, 45)]
     assert update(5, [100, 10], [2, 1], seed=3, global_batch_size=6) == pinned
+
+
+@pytest.mark.parametrize("share", [0.3, 1e-2, 1e-3, 1e-4, 1e-5, SMALLEST_SHARE])
+def test_a_small_source_has_its_share(share: float) -> None:
+    """Of 4,096 samples one of a ten-thousandth would have none, in every block."""
+    size = 2**20 if share < 1e-3 else 2**16
+    sources, numbers = mixture_sources(np.arange(size), [1 - share, share], 3)
+    count = int((sources == 1).sum())
+    assert count == pytest.approx(size * share, rel=0.04, abs=0.5)
+    assert numbers[sources == 1].tolist() == list(range(count))
+    first, last = (
+        mixture_sources(np.arange(5), [1 - share, share], 3),
+        mixture_sources(np.arange(2), [1 - share, share], 3),
+    )
+    assert all((one[:2] == other).all() for one, other in zip(first, last, strict=True))
