@@ -219,8 +219,10 @@ def open_data(cfg: Config) -> tuple[Conversations, Conversations]:
         held_out = conversations.open_conversations(source, **options)
     else:
         train, held_out = conversations.hold_out(train, cfg.eval_fraction)
-    same = train.talks() == held_out.talks()
-    cli.expect(same, "eval_data", cfg.eval_data, "messages where the data to train on are messages, else texts")
+    same = train.talks() == held_out.talks() and (train.talks() or train.form == held_out.form)
+    cli.expect(
+        same, "eval_data", cfg.eval_data, f"{train.form} as in training, the split {eval_split} has {held_out.form}"
+    )
     order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(cfg.seed, "few examples"))
     return train.subset(np.sort(order[: math.ceil(cfg.train_fraction * len(train))])), held_out
 

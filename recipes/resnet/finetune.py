@@ -185,6 +185,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[labelled.LabelledImages, d
         test_split = test_split or ("test_unseen_concept" if eval_split != "test_unseen_concept" else "")
     with node_main_first(accelerator):
         train = labelled.open_images(data, config=cfg.data_config, split=cfg.data_split, **columns)
+        labelled.check_classes(data, train.class_names)
         files.check_sides(data, train.files, max(cfg.image_size, cfg.eval_image_size))
         eval_split = eval_split or files.validation_split(data, cfg.data_config, test_split)
         is_free = not test_split or usual_name(test_split) != usual_name(eval_split)
@@ -196,7 +197,9 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[labelled.LabelledImages, d
             if split and usual_name(split) != usual_name(cfg.data_split)
         }
     evals = {
-        name: labelled.number_alike(some, train.class_names, chosen[name], f"{name}_split")
+        name: labelled.number_alike(
+            some, train.class_names, chosen[name], f"{name}_split", has_several=train.has_several
+        )
         for name, some in evals.items()
     }
     if cfg.classes:

@@ -183,8 +183,8 @@ def main(cfg: Config) -> None:
     with collectives.raise_together(accelerator):
         if accelerator.is_main_process:
             manifest = latent_cache.finish_cache(folder, identity, shards, cfg.max_bad_fraction)
-            left = manifest["images"] - manifest["rows"]
-            accelerator.print(f"{manifest['rows']:,} images in {len(shards)} shards, {left} left out: {folder}/")
+            left = summary.listed(manifest["left_out"])
+            accelerator.print(f"{manifest['rows']:,} images in {len(shards)} shards, left out: {left}: {folder}/")
             if cut:
                 accelerator.print(f"{cut:,} captions of this run were cut to {manifest['text_shape'][0]} tokens")
     accelerator.end_training()

@@ -52,6 +52,11 @@ def counts() -> dict[str, int]:
     return {what: number for what, number in totals.items() if number}
 
 
+def of(where: str) -> dict[str, int]:
+    """What was left out of a place, for what is made of it once."""
+    return {what: number for (what, place), number in _numbers.items() if place == where and number}
+
+
 def forget() -> None:
     """Count anew, as a run does that begins in a process that had another."""
     _numbers.clear()

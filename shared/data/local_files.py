@@ -6,6 +6,7 @@ has such a name. One file called train among others is not a split, nor is a cla
 are of training, others to evaluate on, and others of neither, the data is refused.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from shared.command_line import expect
 from shared.data import left_out
 
+logger = logging.getLogger(__name__)
+
 SPLIT_WORDS = {  # those of the `datasets` library
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -21,6 +24,7 @@ SPLIT_WORDS = {  # those of the `datasets` library
 }
 EVALUATION_SPLITS = ("validation", "val", "dev", "test")  # whose names, or names that so begin, are to evaluate on
 _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])(.*)")
+_LIKE_A_SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test)(?![a-z])")
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
 _ABOUT_SUFFIXES = ("", ".txt", ".md", ".rst")
 _ABOUT = {"readme", "license", "licence", "licenses", "copying", "notice", "changelog", "citation", "authors"}
@@ -78,6 +82,9 @@ def part_by_split(folder: Path, files: Sequence[Path], *, by_file_name: bool) ->
         example = next(iter(splits.values()))[0] if splits else others[0]
         expected = f"each file or none to be of a split: {example.relative_to(folder)} is of one, "
         expect(len(kinds) < 2, "data", str(folder), f"{expected}{others[0].relative_to(folder)} is of none")
+        likely = next((file for file in others if _LIKE_A_SPLIT.search(str(file.relative_to(folder)).lower())), None)
+        if likely and not splits:
+            logger.warning("%s has one split: names such as %s tell none", folder, likely.relative_to(folder))
         return {"train": list(files)}
     if "train" not in splits:
         parts = [split for split in splits if _place_of(split)[0] == 0]
@@ -146,5 +153,5 @@ def _walk(start: str, entered: set[tuple[int, int]], found: list[str], links: li
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif is_file:
                 found.append(entry.path)
-            elif entry.is_symlink():
-                broken.append(f"{entry.path} (it is not there)")
+            else:
+                broken.append(f"{entry.path} ({'it is not there' if entry.is_symlink() else 'it is no file'})")

@@ -27,6 +27,13 @@ def common_features(files: Sequence[Path]) -> Any:
     return datasets.Features(merged)
 
 
+def with_rows(files: Sequence[Path]) -> list[Path]:
+    """The files that have a row, some programs write others too, which the library cannot read; all, if none has."""
+    import pyarrow.parquet
+
+    return [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or list(files)
+
+
 def _holds_null(kind: Any) -> bool:
     import pyarrow
 

@@ -118,7 +118,11 @@ class CenterCrops(Dataset):
     def read(self, index: int) -> dict[str, Any]:
         """One image: pixel_values uint8 (S, S, 3), labels, indices."""
         try:
-            pixels = EncodedImage(self._held_out.files.read(index)).center_crop(self._size, self._crop_fraction)
+            pixels = (
+                EncodedImage(self._held_out.files.read(index))
+                .of_eight_bits()
+                .center_crop(self._size, self._crop_fraction)
+            )
         except BadImage:
             return self._blank(index)
         return {"pixel_values": pixels, "labels": self._held_out.labels[index], "indices": np.array(index)}

@@ -27,7 +27,7 @@ class ImageCache:
         """
         if kept := self._kept.get(index):
             return kept
-        image = EncodedImage(self._images.read(index))
+        image = EncodedImage(self._images.read(index)).of_eight_bits()
         size = image.width * image.height
         if size <= SMALL:
             image.keep_pixels()  # also without room, or pixels of a JPEG would depend on what else was read

@@ -66,6 +66,16 @@ class EncodedImage:
             if turned.mode == "F":
                 raise BadImage("pixels are floating-point numbers, of which nothing says what is white")
 
+    def of_eight_bits(self) -> "EncodedImage":
+        """This image, where pipelines of the library see what is decoded here: they clip 16 bits to white.
+
+        Raises:
+            BadImage: it has 16 bits a pixel.
+        """
+        if self.has_16_bits:
+            raise BadImage("grey with 16 bits a pixel, expected 8")
+        return self
+
     def keep_pixels(self) -> None:
         """Decode the image now and keep its pixels instead of its file.
 

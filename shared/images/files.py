@@ -20,11 +20,11 @@ from shared.command_line import UsageError, expect
 from shared.data import left_out
 from shared.data.hub_ids import is_hub_id
 from shared.data.local_files import find_files, part_by_split, split_named, split_to_evaluate_on
-from shared.data.parquet import common_features
+from shared.data.parquet import common_features, with_rows
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.aspect_ratios import nearest_bucket
 from shared.images.decoding import BadImage, EncodedImage
-from shared.images.folders import IMAGE_SUFFIXES, METADATA_FILES, is_image, open_image_folder
+from shared.images.folders import IMAGE_SUFFIXES, is_image, is_metadata, open_image_folder
 from shared.images.tars import open_tars
 
 _SHARD_SUFFIXES = (".parquet", ".tar")
@@ -241,10 +241,13 @@ def _list_files(data: str, path: Path) -> _Listing:
     Raises:
         UsageError: there is nothing of a known kind, or there are Parquet files and tars.
     """
-    wanted = (*IMAGE_SUFFIXES, *_SHARD_SUFFIXES, *METADATA_FILES)
-    files = [path] if path.is_file() else find_files(path, lambda name: name.lower().endswith(wanted))
-    metadata = [file for file in files if file.name in METADATA_FILES]
-    shards = [file for file in files if file.name.lower().endswith(_SHARD_SUFFIXES) and file.name not in METADATA_FILES]
+
+    def is_wanted(name: str) -> bool:
+        return name.lower().endswith((*IMAGE_SUFFIXES, *_SHARD_SUFFIXES)) or is_metadata(name)
+
+    files = [path] if path.is_file() else find_files(path, is_wanted)
+    metadata = [file for file in files if is_metadata(file.name)]
+    shards = [file for file in files if file.name.lower().endswith(_SHARD_SUFFIXES) and not is_metadata(file.name)]
     images = [file for file in files if is_image(file.name)]
     expected = "a .parquet or .tar file, or a folder of such files or of one folder of images for each class"
     is_known = bool(shards) or (bool(images) and path.is_dir())
@@ -266,6 +269,7 @@ def _open_shards(files: Sequence[Path], streaming: bool) -> Any:
     if files[0].suffix.lower() == ".tar":
         return open_tars(files, streaming=streaming)
     # The library takes names for patterns, follows no links where it looks for one, and refuses some names of splits.
+    files = with_rows(files)
     names = [glob.escape(os.path.realpath(file)) for file in files]
     options = {"data_files": {"train": names}, "features": common_features(files), "split": "train"}
     return datasets.load_dataset("parquet", **options, streaming=streaming)

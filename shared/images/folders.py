@@ -8,7 +8,6 @@
 with two underscores, follows no links, and cannot find names with brackets.
 """
 
-import csv
 import json
 import os
 import re
@@ -18,7 +17,9 @@ from typing import Any
 
 from shared.command_line import UsageError, expect
 from shared.data import left_out
+from shared.data.csv_rows import read_csv
 from shared.data.local_files import SPLIT_WORDS, part_by_split
+from shared.data.text_lines import read_lines
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -29,6 +30,11 @@ _WHOLE = re.compile(r"-?(0|[1-9]\d*)")
 def is_image(name: str) -> bool:
     """Whether a file's name is that of an image."""
     return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a file's name is that of metadata."""
+    return name.lower() in METADATA_FILES
 
 
 def open_image_folder(data: str, folder: Path, images: Sequence[Path], metadata: Sequence[Path], split: str) -> Any:
@@ -92,17 +98,22 @@ def _with_metadata(
 
     of_split, anywhere = set(map(str, files)), set(map(str, everywhere))
     rows: list[tuple[str, dict[str, Any]]] = []
+    named: dict[str, Path] = {}  # in which file
     num_without = 0
     for file in metadata:
         for row, record in enumerate(_records(data, file)):
             name = record.pop("file_name", None)
             is_name = isinstance(name, str) and bool(name)
-            expect(is_name, "data", data, f"the name of an image, file_name, in row {row} of {file.name}, got {name!r}")
+            there = f"{name!r} beside {', '.join(record) or 'nothing'}"
+            expect(is_name, "data", data, f"the name of an image, file_name, in row {row} of {file.name}, got {there}")
             expect("image" not in record, "data", data, f"no column called image in {file.name}, which is the image's")
             path = os.path.normpath(file.parent / name)
             num_without += path not in anywhere
+            before = named.setdefault(path, file)
+            expect(before == file, "data", data, f"{name} in one metadata file, it is in {before.name} and {file.name}")
             rows += [(path, record)] if path in of_split else []
-    expect(bool(rows), "data", data, f"images that {metadata[0].name} names, it names none of {files[0].name}, ...")
+    expected = f"images of {split} that {metadata[0].name} names, it names none of {files[0].name}, ..."
+    expect(bool(rows), "data", data, expected)
     left_out.note("metadata_rows_without_an_image", num_without, where=data)
     known = {name for name, _ in rows}
     first = next((str(file) for file in files if str(file) not in known), "")
@@ -122,19 +133,23 @@ def _records(data: str, file: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             return pyarrow.parquet.read_table(file).to_pylist()
-        with file.open(encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None) as lines:
-            if file.suffix == ".csv":
-                return _of_csv(list(csv.DictReader(lines, strict=True)))
-            return [dict(json.loads(line)) for line in lines if line.strip()]
+        if file.suffix.lower() == ".csv":
+            return _of_csv(list(read_csv(file)))
+        records = [json.loads(line) for line in read_lines(file) if line.strip()]
+        is_right = all(isinstance(record, dict) for record in records)
+        expect(is_right, "data", data, f"a JSON object in each line of {file.name}")
+        return records
+    except UsageError:
+        raise
     except Exception as error:  # errors of JSON, CSV, Arrow and decoding have no common class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"data: {data!r}: expected rows that can be read in {file.name}: {reason}") from error
 
 
 def _of_csv(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Whole numbers where all cells of a column are, None for an empty cell; what is behind the last column goes."""
-    names = [name for name in (rows[0] if rows else {}) if name]
+    """Whole numbers where all cells of a column are."""
+    names = list(rows[0]) if rows else []
     whole = {name for name in names if all(_WHOLE.fullmatch(row[name] or "") for row in rows)} - {"file_name"}
-    return [{name: int(row[name]) if name in whole else row[name] or None for name in names} for row in rows]
+    return [{name: int(row[name]) if name in whole else row[name] for name in names} for row in rows]

@@ -91,11 +91,12 @@ def open_splits(images: Images, label_column: str, largest: int) -> tuple[Labell
     columns = {"image_column": images.image_column, "label_column": label_column}
     train = open_images(source, config=images.data_config, split=images.data_split, **columns)
     expect(not train.has_several, "label_column", label_column, "a column with one class an image, not lists of them")
+    check_classes(source, train.class_names)
     check_every_class(source, train)
     eval_split = images.eval_split or validation_split(source, images.data_config)
     if eval_split:
         held_out = open_images(source, config=images.data_config, split=eval_split, **columns)
-        held_out = number_alike(held_out, train.class_names, eval_split)
+        held_out = number_alike(held_out, train.class_names, eval_split, has_several=False)
     else:
         train, held_out = hold_out(train, images.eval_fraction)
     check_sides(source, train.files, largest)
@@ -116,8 +117,8 @@ def open_images(
         field: that names the split, for the message.
 
     Raises:
-        UsageError: nothing is there, the split or a column is not there, a label is no class, there are fewer than
-            two classes, or images have 16 bits a pixel.
+        UsageError: nothing is there, the split or a column is not there, a label is no class, or images have 16 bits a
+            pixel.
     """
     dataset, image = open_split(data, config, split, image_column, streaming=False, field=field)
     labels, class_names = _classes(dataset, pick_label(dataset, label_column, image))
@@ -125,7 +126,6 @@ def open_images(
     files = ImageFiles(without_decoding(dataset.select_columns([image]), image), image, rows)
     images = LabelledImages(files, labels, class_names)
     _check_labels(data, images)
-    check_classes(data, class_names)
     check_eight_bits(data, files)
     return images
 
@@ -182,7 +182,7 @@ def of_classes(images: LabelledImages, field: str, text: str) -> LabelledImages:
 
 
 def number_alike(
-    images: LabelledImages, class_names: Sequence[str], split: str, field: str = "eval_split"
+    images: LabelledImages, class_names: Sequence[str], split: str, field: str = "eval_split", *, has_several: bool
 ) -> LabelledImages:
     """Images to evaluate on with the classes of training, of which they may lack some.
 
@@ -193,10 +193,13 @@ def number_alike(
         class_names: of training.
         split: that the images come from, for the message.
         field: that names it, likewise.
+        has_several: whether images of training can have several labels.
 
     Raises:
-        UsageError: a class is none of training's.
+        UsageError: a class is none of training's, or one of both has lists of labels.
     """
+    expected = f"{'lists of labels' if has_several else 'one label'} for each image, as in training"
+    expect(images.has_several == has_several, field, split, expected)
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [name for name in images.class_names if name not in numbers]
     expected = f"the {len(numbers)} classes of training or some of them, not {', '.join(unknown[:5])}"
@@ -255,6 +258,7 @@ def _classes(dataset: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
         return _several_classes(values, getattr(listed, "names", None), column)
     names = getattr(feature, "names", None)
     if names is None:
+        values = [None if value != value else value for value in values]  # of numbers, where one is missing
         found = sorted(set(values) - {None}, key=lambda value: (str(type(value)), value))
         known = {value: number for number, value in enumerate(found)}
         return np.array([known.get(value, -1) for value in values], dtype=np.int64), tuple(map(str, found))
@@ -266,7 +270,8 @@ def _several_classes(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Which classes each image has, (N, C) of 0 and 1, and the names, as in `_classes`."""
     for row, listed in enumerate(values):
-        is_right = listed is not None and None not in listed and len(set(listed)) == len(listed)
+        is_right = listed is not None and all(listed.count(value) == 1 for value in listed)
+        is_right = is_right and all(isinstance(value, str | int) for value in listed or [])
         expected = f"lists of the classes that an image has, each once, [] where it has none; row {row} has {listed}"
         expect(is_right, "label_column", column, expected)
     found = sorted({value for row in values for value in row}, key=lambda value: (str(type(value)), value))

@@ -168,7 +168,9 @@ class StreamedGrowingCrops(IterableDataset):
                 image, state = next(arriving)
                 [draws] = _crop_draws(self._seed, np.array([state["epoch"]]), np.array([image.key]))
                 try:
-                    pixels = random_crop(EncodedImage(image.data), size, self._min_area, draws, self._mirrored)
+                    pixels = random_crop(
+                        EncodedImage(image.data).of_eight_bits(), size, self._min_area, draws, self._mirrored
+                    )
                 except BadImage:
                     bad.append(image.name)
                     _check_not_endless(bad, self._share, self._data)
@@ -238,7 +240,7 @@ class StreamedRepeatedCrops(IterableDataset):
     def _crops(self, data: bytes, epoch: int, key: int) -> Iterator[np.ndarray]:
         for copy in range(self._repeats):
             [draws] = _crop_draws(self._seed, np.array([epoch]), np.array([key]), np.array([copy]))
-            pixels = random_crop(EncodedImage(data), self._size, self._min_area, draws, self._mirrored)
+            pixels = random_crop(EncodedImage(data).of_eight_bits(), self._size, self._min_area, draws, self._mirrored)
             yield _augment(pixels, self._augmentation, self._seed, epoch, key, copy)
 
 

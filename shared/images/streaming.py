@@ -160,7 +160,7 @@ def open_splits(images: Images, label_column: str, largest: int) -> tuple[ImageS
     eval_split = images.eval_split or validation_split(source, images.data_config)
     if eval_split:
         whole = open_image_stream(source, config=images.data_config, split=eval_split, **columns)
-        held_out = number_alike(store(whole, 0), train.class_names, eval_split)
+        held_out = number_alike(store(whole, 0), train.class_names, eval_split, has_several=False)
     else:
         fraction = images.eval_fraction
         held_out = store(train.between(0, fraction), round(fraction * HELD_OUT_FROM))

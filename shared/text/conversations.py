@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from shared.command_line import UsageError, expect
+from shared.data import left_out
 from shared.data.local_files import split_named
 from shared.data.subsets import held_out_of_each
 from shared.text import tokenization
@@ -109,7 +110,7 @@ def open_conversations(
     splits = split_names(data, config, source)
     name = split_named(split, splits)
     expect(bool(name), field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
-    table = load_split(data, config, name, source, as_text=("prompt", "completion", "text", task_column))
+    table = load_split(data, config, name, source)
     there = [form for form, columns in FORMS.items() if set(columns) <= set(table.column_names)]
     wanted = "a column messages, or prompt and completion, or text, got"
     expect(bool(there), source, data, f"{wanted} {', '.join(table.column_names)}")
@@ -117,9 +118,15 @@ def open_conversations(
     form: Form = there[0]  # type: ignore[assignment]  # a key of FORMS, which are these
     with in_utf8(data, source):
         records = table.select_columns(list(FORMS[form])).to_list()
+    unused = [key for record in records for key in _other_fields(record)]
+    more = f"such as {next(iter(unused), '')}"
+    left_out.note("fields_of_messages", len(unused), where=f"the split {split} of {data}", more=more)
     records = [_plain(record) for record in records]
+    kinds = [type(record[FORMS[form][0]]) for record in records]
     for row, record in enumerate(records):
-        _check(record, f"row {row} of the split {split} of {data!r}")
+        where = f"row {row} of the split {split} of {data!r}"
+        expect(kinds[row] == kinds[0], FORMS[form][0], _short(record), f"a {kinds[0].__name__} as in row 0, in {where}")
+        _check(record, where)
     if task_column:
         expect(task_column in table.column_names, "task_column", task_column, f"a column of {data!r}")
     return Conversations(form, records, [str(task) for task in table[task_column]] if task_column else ())
@@ -277,6 +284,12 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
         return [{key: turn[key] for key in ("role", "content")} for turn in turns] if is_right else value
 
     return {column: kept(value) for column, value in record.items()}
+
+
+def _other_fields(record: dict[str, Any]) -> list[str]:
+    """What messages say beside role and content: names, tool calls, weights."""
+    turns = [turn for value in record.values() if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    return [key for turn in turns for key in turn.keys() - {"role", "content"} if turn[key] not in (None, "", [])]
 
 
 def _check(record: dict[str, Any], where: str) -> None:

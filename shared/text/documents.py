@@ -7,19 +7,13 @@ UTF-8, UTF-16 or UTF-32, and is no text; without one text is UTF-8, and bytes th
 and come back exactly from the tokenizer. A folder may have splits, see `shared/data/local_files.py`.
 """
 
-import codecs
 import contextlib
 import dataclasses
-import functools
-import gzip
 import hashlib
-import io
 import itertools
 import json
-import lzma
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +28,7 @@ from shared.data.local_files import (
     split_named,
     split_to_evaluate_on,
 )
+from shared.data.text_lines import read_lines
 from shared.fields import Corpus
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -43,17 +38,6 @@ UNSEPARATED_CHARACTERS = 1 << 16
 _SEPARATOR_WITHIN = 1 << 24  # characters of a .txt in which a separator must come, or it counts as one without
 _READ_FOR_FINGERPRINT = 1 << 26  # bytes of a file up to which all of it is read for the fingerprint
 _SAMPLED_BLOCKS, _BLOCK = 256, 1 << 14  # that are read of a larger one: 4 MB
-_MARKS = {  # the longer first: the mark of UTF-32 begins with one of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-_LOOKED_AT = 1 << 12  # bytes of a file's beginning that tell its encoding
-_READ_AT_ONCE = 1 << 14  # compressed bytes, of which some make a thousand times as many
-_ARROWS_WINDOW, _LARGEST_WINDOW = 1 << 27, 1 << 31  # bytes; `zstd --long=31` writes the latter
-_LEAST_NULS = 8  # one zero byte in so many is no text in UTF-8; in UTF-16 of English every other byte is
 _CORPUS_OPTION = re.compile(r":([a-z_]+)=")
 _SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
 _SAMPLES = Path(__file__).parents[1] / "samples"
@@ -101,8 +85,9 @@ class LocalTexts:
         return hashlib.sha256(repr((versions, self.text_column)).encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[str]:
-        for file in self.files:
-            yield from _read_file(file, self.text_column)
+        yield from _counting_empty(
+            self.name, (text for file in self.files for text in _read_file(file, self.text_column))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +104,18 @@ class HubTexts:
         return hashlib.sha256(f"{self.dataset._fingerprint} {self.text_column}".encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[str]:
-        for record in self.dataset.select_columns([self.text_column]):
-            if record[self.text_column]:
-                yield record[self.text_column]
+        records = self.dataset.select_columns([self.text_column])
+        yield from _counting_empty(self.name, (record[self.text_column] or "" for record in records))
+
+
+def _counting_empty(name: str, texts: Iterable[str]) -> Iterator[str]:
+    """Those that are not empty; how many are is counted at the end."""
+    num_empty = 0
+    for text in texts:
+        if text:
+            yield text
+        num_empty += not text
+    left_out.note("empty_documents", num_empty, where=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +185,8 @@ def list_corpora(data: str, *, config: str, split: str, text_column: str) -> lis
     """
     corpora = []
     for entry in entries_of(data):
-        name, *options = _CORPUS_OPTION.split(entry)
+        is_file = os.path.exists(os.path.expanduser(entry))  # whose name may look like options
+        name, *options = [entry] if is_file else _CORPUS_OPTION.split(entry)
         own = dict(zip(options[::2], options[1::2], strict=True))
         shared = {"config": config, "split": split, "text_column": text_column}
         expect(own.keys() <= shared.keys(), "data", entry, "NAME, or NAME:KEY=VALUE with " + ", ".join(shared))
@@ -362,8 +357,7 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
             if isinstance(column, pyarrow.DictionaryArray):
                 column = column.dictionary_decode()
             for data in column.cast("large_binary").to_pylist():
-                if data:
-                    yield data.decode("utf-8", "surrogateescape")
+                yield (data or b"").decode("utf-8", "surrogateescape")
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
 
@@ -376,21 +370,24 @@ def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
         if not isinstance(text, str | None):
             found = type(text).__name__
             raise UsageError(f"text_column: {text_column!r}: expected text in {file}:{number}, got {found}")
-        if text:
-            yield text
+        yield text or ""
 
 
 def _read_txt(file: Path, text_column: str) -> Iterator[str]:
     del text_column  # a text file has no columns
     lines: list[str] = []
-    size, separated = 0, _begins_separated(file)
+    size, after_blank, separated = 0, 0, _begins_separated(file)
     for line, is_separator in _txt_lines(file):
         if not is_separator:
             lines.append(line)
             size += len(line)
+            if 2 * size >= UNSEPARATED_CHARACTERS and not line.strip():
+                after_blank = len(lines)
         if lines and (is_separator or (not separated and size >= UNSEPARATED_CHARACTERS)):
-            yield "".join(lines)
-            lines, size = [], 0
+            end = len(lines) if is_separator else after_blank or len(lines)
+            yield "".join(lines[:end])
+            lines = lines[end:]
+            size, after_blank = sum(map(len, lines)), 0
     if lines:
         yield "".join(lines)
 
@@ -407,106 +404,16 @@ def _begins_separated(file: Path) -> bool:
 def _txt_lines(file: Path) -> Iterator[tuple[str, bool]]:
     """Lines, long ones in several parts, and whether each is a separator."""
     begins = True
-    for line in _lines(file, UNSEPARATED_CHARACTERS):
+    for line in read_lines(file, UNSEPARATED_CHARACTERS):
         yield line, begins and line.strip() == DOCUMENT_SEPARATOR
         begins = line.endswith("\n")
 
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of each line that is not blank."""
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in enumerate(read_lines(file), 1):
         if line.strip():
             yield number, _record(file, number, line)
-
-
-def _lines(file: Path, longest: int = -1) -> Iterator[str]:
-    """Lines with their ends, every byte kept; one that is longer than `longest` characters comes in several parts."""
-    import zstandard
-
-    try:
-        with io.BufferedReader(_open(file)) as data:
-            encoding, errors = _encoding_of(file, data.peek(_LOOKED_AT))
-            with io.TextIOWrapper(data, encoding=encoding, errors=errors, newline="\n") as stream:
-                while line := stream.readline(longest):
-                    yield line
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
-        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
-
-
-def _encoding_of(file: Path, beginning: bytes) -> tuple[str, str]:
-    """How a file that begins so is decoded, and what becomes of other bytes; only UTF-8 can hold these.
-
-    Raises:
-        UsageError: it looks like UTF-16 or UTF-32 and has no byte-order mark.
-    """
-    for mark, encoding in _MARKS.items():
-        if beginning.startswith(mark):
-            return encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict"
-    is_text = beginning.count(0) * _LEAST_NULS < len(beginning) or not beginning
-    expect(is_text, "data", str(file), "text in UTF-8, or with a byte-order mark; it is full of zero bytes")
-    return "utf-8", "surrogateescape"
-
-
-def _open(file: Path) -> Any:
-    """Decompressed bytes, with `readinto`."""
-    import pyarrow
-
-    suffix = file.suffix.lower()
-    if suffix == ".zst" and _zstd_window(file) <= _ARROWS_WINDOW:
-        return pyarrow.input_stream(str(file), compression="zstd")  # notices that a file was cut off
-    if suffix == ".zst":
-        return _Blocks(_zstd_blocks(file))
-    openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}  # gzip passes over zeros behind the end
-    return openers.get(suffix, functools.partial(open, buffering=0))(file, mode="rb")
-
-
-def _zstd_window(file: Path) -> int:
-    """Bytes that the first frame looks back, 0 where nothing says it."""
-    import zstandard
-
-    with file.open("rb") as stream, contextlib.suppress(zstandard.ZstdError):
-        return zstandard.get_frame_parameters(stream.read(18)).window_size  # a header's longest
-    return 0
-
-
-def _zstd_blocks(file: Path) -> Iterator[bytes]:
-    """Decompressed pieces of a file with any window.
-
-    Raises:
-        EOFError: the file was cut off, which zstandard's own reader takes for the end.
-    """
-    import zstandard
-
-    frame = None
-    with file.open("rb") as stream:
-        while data := stream.read(_READ_AT_ONCE):
-            while data:
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data
-                frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("a compressed file that was cut off")
-
-
-class _Blocks(io.RawIOBase):
-    """Pieces of bytes as a file."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks, self._left = blocks, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            block = next(self._blocks, None)
-            if block is None:
-                return 0
-            self._left = memoryview(block)
-        size = min(len(buffer), len(self._left))
-        buffer[:size], self._left = self._left[:size], self._left[size:]
-        return size
 
 
 def _record(file: Path, number: int, line: str) -> dict[str, Any]:
@@ -524,7 +431,7 @@ def _parquet(file: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file.open("rb"))  # Arrow takes no names that are not UTF-8
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(f"data: {str(file)!r}: expected a Parquet file, got {_one_line(error)}") from error
 

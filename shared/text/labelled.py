@@ -105,7 +105,7 @@ def open_labelled(
     splits = split_names(data, config)
     name = split_named(split, splits)
     expect(bool(name), field, split, f"one of the splits of {data!r}: {', '.join(splits)}")
-    table = load_split(data, config, name, as_text=(*columns, label_column))
+    table = load_split(data, config, name)
     for field, column in (
         *zip(("text_column", "text_pair_column"), columns, strict=False),
         ("label_column", label_column),
@@ -205,7 +205,7 @@ def _read_labels(feature: Any, values: list[Any], column: str, kind: str, where:
 
 def _to_number(value: Any, row: int, column: str, where: str) -> float:
     try:
-        number = float(value)
+        number = float(np.float32(value))
     except ValueError:
         number = math.nan
     expected = f"a finite number in every row, row {row} {where} has {value!r}"

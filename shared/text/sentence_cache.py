@@ -48,7 +48,7 @@ class Lost:
         unknown: in tokens that are [UNK].
         marks: signs that are parts of letters in their script (vowels of Hindi), which `lowercase` takes for accents.
         bytes: that are no UTF-8, and became a character for all of them.
-        documents: of one sentence, which give no pair.
+        documents: of one sentence or none, which give no pair.
         cuts: within sentences that are longer than `LONGEST_SENTENCE`.
     """
 
@@ -70,7 +70,7 @@ class Lost:
         left_out.note("unknown_characters", self.unknown, where=where, more=unknown)
         left_out.note("vowel_signs", self.marks, where=where, more=f"{signs}, but none with --no_lowercase")
         left_out.note("bytes_that_are_not_utf8", self.bytes, where=where)
-        left_out.note("documents_of_one_sentence", self.documents, where=where)
+        left_out.note("documents_without_a_pair", self.documents, where=where)
         left_out.note("cuts_within_sentences", self.cuts, where=where, more=f"after {LONGEST_SENTENCE:,} tokens")
 
 
@@ -140,7 +140,7 @@ def split_corpus(
     """
     settings = (FORMAT_VERSION, language, one_sentence_per_line, eval_fraction)
     key = cache_key(documents.fingerprint, tokenization.fingerprint(tokenizer), settings)
-    folder = cache_dir / "sentences" / key
+    folder, name = cache_dir / "sentences" / key, getattr(documents, "name", "the text")
     if not folder.exists():
         results = map_documents(
             _split_batch,
@@ -151,10 +151,11 @@ def split_corpus(
             description="splitting into sentences",
         )
         with written_aside(folder) as aside:
-            _write(aside, results, num_ids(tokenizer), eval_fraction)
+            _write(aside, results, num_ids(tokenizer), eval_fraction, name)
+    for what, number in json.loads((folder / "summary.json").read_text()).get("left_out", {}).items():
+        left_out.note(what, number, where=name)  # caches of earlier versions say nothing of it
     train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
     lost = train.lost
-    name = getattr(documents, "name", "the text")
     lost.note(name)
     share = lost.unknown / max(1, lost.characters)
     # Words of more than 100 characters are unknown to WordPiece, as in text without blanks; so are rare characters.
@@ -206,7 +207,11 @@ def open_sentence_cache(folder: Path, split: str) -> SentenceCache:
 
 
 def _write(
-    folder: Path, results: Iterable[list[tuple[list[np.ndarray], float, Lost]]], num_ids: int, eval_fraction: float
+    folder: Path,
+    results: Iterable[list[tuple[list[np.ndarray], float, Lost]]],
+    num_ids: int,
+    eval_fraction: float,
+    name: str,
 ) -> None:
     dtype = np.dtype(np.uint16 if num_ids <= 1 << 16 else np.uint32)
     writers = {split: _SplitWriter(folder / split, dtype) for split in SPLITS}
@@ -218,7 +223,7 @@ def _write(
             whole = [piece for sentence in sentences for piece in np.split(sentence, _cuts(len(sentence)))]
             lost.cuts += len(whole) - len(sentences)
             if len(whole) < 2:
-                lost.documents += len(whole)
+                lost.documents += 1
                 continue
             if eval_fraction > 0 and len(held_out_shares) < 2:
                 held_out_shares.add(share)
@@ -230,9 +235,14 @@ def _write(
         if needed[split] and counts[split] < 2:
             raise UsageError(
                 f"data: expected at least 2 documents of 2 sentences or more to {split} on, for a next sentence from "
-                f"another document, got {counts[split]} ({lost.documents} have one sentence; equal ones stay together)"
+                f"another document, got {counts[split]} ({lost.documents} have no two; equal ones stay together)"
             )
-    summary = {"dtype": dtype.name, "documents": counts, "lost": dataclasses.asdict(lost)}
+    summary = {
+        "dtype": dtype.name,
+        "documents": counts,
+        "lost": dataclasses.asdict(lost),
+        "left_out": left_out.of(name),
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from shared.command_line import UsageError, expect
 from shared.data import left_out
+from shared.data.csv_rows import read_csv
 from shared.data.local_files import find_files, part_by_split, split_to_evaluate_on
-from shared.data.parquet import common_features
+from shared.data.parquet import common_features, with_rows
+from shared.data.text_lines import encoding_of
 from shared.text.documents import hub_errors
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -38,7 +40,7 @@ def split_names(data: str, config: str, field: str = "data") -> list[str]:
         return datasets.get_dataset_split_names(data, config or None)
 
 
-def load_split(data: str, config: str, split: str, field: str = "data", as_text: Sequence[str] = ()) -> Any:
+def load_split(data: str, config: str, split: str, field: str = "data") -> Any:
     """One split as `datasets` has it; other files are not read, but of a Hub data set.
 
     Args:
@@ -46,7 +48,9 @@ def load_split(data: str, config: str, split: str, field: str = "data", as_text:
         config: likewise.
         split: one of those names.
         field: that names the data, for the message.
-        as_text: columns of .csv and .tsv files whose cells are texts, whatever they look like; an empty cell is None.
+
+    Returns:
+        Of .csv and .tsv files all cells are texts; an empty one is None.
 
     Raises:
         UsageError: it cannot be read.
@@ -60,13 +64,17 @@ def load_split(data: str, config: str, split: str, field: str = "data", as_text:
     splits = _local(path, field)
     files = splits[split]
     left_out.note_splits(data, {other: len(there) for other, there in splits.items()}, read=split)
-    options: dict[str, Any] = {}
     if _builder_of(files[0]) == "csv":
-        options |= {"converters": dict.fromkeys(as_text, str), "keep_default_na": False, "na_values": [""]}
-        options |= {"sep": "\t"} if ".tsv" in [suffix.lower() for suffix in files[0].suffixes] else {}
-    # The library takes names for patterns, and follows no links where it searches for one.
-    names = [glob.escape(os.path.realpath(file)) for file in files]
+        return _from_csv(files, field)
+    options: dict[str, Any] = {}
+    for file in files if _builder_of(files[0]) == "json" and files[0].suffix.lower() not in _COMPRESSED else []:
+        with file.open("rb") as stream:
+            encoding, _ = encoding_of(file, stream.read(1 << 12))
+        expect(encoding.startswith("utf-8"), field, str(file), f"JSON in UTF-8, got {encoding}")
     try:
+        files = with_rows(files) if _builder_of(files[0]) == "parquet" else files
+        # The library takes names for patterns, and follows no links where it searches for one.
+        names = [glob.escape(os.path.realpath(file)) for file in files]
         options |= {"features": common_features(files)} if _builder_of(files[0]) == "parquet" else {}
         # Under a name of our own, since the library refuses some that files have.
         return datasets.load_dataset(_builder_of(files[0]), data_files={"train": names}, split="train", **options)
@@ -75,6 +83,23 @@ def load_split(data: str, config: str, split: str, field: str = "data", as_text:
         reason = "there is no record in them" if "StopIteration" in reason or "no data" in reason else reason
         shown = ", ".join(file.name for file in files[:5])
         raise UsageError(f"{field}: {data!r}: expected files that can be read, {shown}: {reason}") from error
+
+
+def _from_csv(files: Sequence[Path], field: str) -> Any:
+    """The rows of all files, in memory."""
+    import datasets
+
+    columns: dict[str, list[str | None]] = {}
+    for file in files:
+        for row in read_csv(file, field):
+            columns = columns or {name: [] for name in row}
+            expected = f"the columns of {files[0].name}: {', '.join(columns)}"
+            expect(columns.keys() == row.keys(), field, str(file), expected)
+            for name, cell in row.items():
+                columns[name].append(cell)
+    expect(bool(columns), field, str(files[0]), "files that can be read, there is no record in them")
+    features = datasets.Features({name: datasets.Value("string") for name in columns})
+    return datasets.Dataset.from_dict(columns, features)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.document_pool import map_documents
@@ -90,7 +91,8 @@ def build_token_cache(
                 f"data: expected documents to train on, but all {summary['eval']['documents']} (equal ones stay "
                 "together) are held out; with a smaller eval_fraction, or with eval_data set, fewer or none are"
             )
-        (aside / "summary.json").write_text(json.dumps(summary))
+        name = getattr(documents, "name", "the text")
+        (aside / "summary.json").write_text(json.dumps({**summary, "name": name, "left_out": left_out.of(name)}))
 
 
 def content_share(data: bytes) -> float:
@@ -100,7 +102,10 @@ def content_share(data: bytes) -> float:
 
 def open_token_cache(folder: Path, split: str) -> TokenCache:
     """Map one split of a cache folder into memory."""
-    summary = json.loads((folder / "summary.json").read_text())[split]
+    everything = json.loads((folder / "summary.json").read_text())
+    for what, number in everything.get("left_out", {}).items():  # caches of earlier versions say nothing of it
+        left_out.note(what, number, where=everything["name"])
+    summary = everything[split]
     documents = map_file(folder / split / "documents.bin", np.int64).reshape(-1, 2)
     return TokenCache(
         folder=folder / split,

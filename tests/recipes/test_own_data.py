@@ -6,6 +6,7 @@ The README's table of kinds is made of the names here.
 import gzip
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from shared.images import captioned, labelled
 from shared.images.decoding import EncodedImage
 from shared.text.documents import open_corpora, open_held_out
 from shared.text.sentence_cache import split_corpus
+from shared.text.tables import load_split
 from shared.text.wordpiece import train_wordpiece
 from tests.conftest import ROOT
 
@@ -121,6 +123,7 @@ TWO = ("cat/1.{0}", "cat/2.{0}", "dog/1.{0}", "dog/2.{0}")
 SAMPLES = {f"{place}.{end}": content for place in "01" for end, content in (("png", image()), ("cls", place.encode()))}
 BYTES = {"image": [image()] * 4, "label": [0, 0, 1, 1]}
 STRUCTS = {"image": [{"bytes": image(), "path": None}] * 4, "label": ["a", "a", "b", "b"]}
+METADATA = {"metadata.jsonl": json.dumps({"file_name": "1.png", "text": "b"})}
 STRAY = image("JPEG").replace(b"\xff\xd9", b"\x00\x00\xff\xd9" + b"\x00" * 9)
 MIXED = [(n, end) for n in range(4) for end in ("cls", "jpg" if n < 2 else "png")]
 NAMES = [(n, end) for n in range(4) for end in (".cls", ".png")]
@@ -137,6 +140,10 @@ def classes(data: str) -> int:
         for place in range(len(split)):
             EncodedImage(split.files.read(place)).center_crop(8, 1.0)
     return len(train) + len(held_out)
+
+
+def tables(data: str) -> int:
+    return len(load_split(data, "", "train"))
 
 
 def with_captions(data: str) -> int:
@@ -180,8 +187,26 @@ READ: dict[str, tuple[Callable[[str], int], Made, int]] = {
     ),
     "shards of texts without a value in a column": (
         texts,
-        lambda f: shards(f, {"text": pyarrow.array([None, None], pyarrow.null())}, {"text": ["a", "b"]}),
+        lambda f: shards(f, {"text": ["c"], "n": pyarrow.nulls(1)}, {"text": ["a", "b"], "n": [1, 2]}),
+        3,
+    ),
+    "names that are not UTF-8": (
+        texts,
+        lambda f: (
+            (write(f, {"a": ""}), (f / "a").unlink(), Path(os.fsdecode(bytes(f) + b"/caf\xe9.txt")).write_text("x"))
+            and str(f)
+        ),
+        1,
+    ),
+    "tables in UTF-16 with a mark, .tsv with quotation marks at the beginning of texts": (
+        tables,
+        lambda f: write(f, {"train.tsv": 'text\tlabel\n"one\tpos\ntwo"\tneg\n'.encode("utf-16")}),
         2,
+    ),
+    "Parquet without a row": (
+        classes,
+        lambda f: shards(f, {**STRUCTS, "label": ["a", "b"] * 2}, {"image": STRUCTS["image"][:0], "label": []}),
+        4,
     ),
     "commas in names": (texts, lambda f: write(f / "a,b", {"c,d.txt": "one\n"}), 1),
     "texts in splits by their names": (
@@ -249,6 +274,18 @@ READ: dict[str, tuple[Callable[[str], int], Made, int]] = {
 
 
 COUNTED: dict[str, tuple[Callable[[str], int], Made, int, dict[str, int]]] = {
+    "empty and null documents": (
+        texts,
+        lambda f: shards(f, {"text": pyarrow.nulls(2)}, {"text": ["a", "", "b"]}),
+        2,
+        {"empty_documents": 3},
+    ),
+    "pipes and the like among files": (
+        classes,
+        lambda f: (write(f, CLASSES), os.mkfifo(f / "cat" / "3.png"))[0],
+        4,
+        {"broken_links_and_locked_folders": 1},
+    ),
     "READMEs beside texts": (
         texts,
         lambda f: write(f, {"README.txt": "about", "a.txt": "one\n"}),
@@ -309,14 +346,34 @@ COUNTED: dict[str, tuple[Callable[[str], int], Made, int, dict[str, int]]] = {
         3,
         {"bytes_that_are_not_utf8": 1},
     ),
-    "documents of one sentence under BERT": (
+    "documents of one sentence, and blank ones, under BERT": (
         bert_texts,
         lambda f: write(f, {"a.txt": "the cat.\nthe dog.\n\nthe cat.\n\nit is.\nbig.\n"}),
         2,
-        {"documents_of_one_sentence": 1},
+        {"documents_without_a_pair": 1},
     ),
 }
 REFUSED: dict[str, tuple[Callable[[str], int], Made, str]] = {
+    "rows of .csv with more or fewer cells than the header": (
+        tables,
+        lambda f: write(f, {"train.csv": "text,label\nhello, world,pos\nx,neg\n"}),
+        "2 cells in row 0, as in the header, got 3",
+    ),
+    "metadata.csv with commas in captions without marks": (
+        with_captions,
+        lambda f: write(f, {"1.png": image(), "metadata.csv": "file_name,text\n1.png,a dog, a cat\n"}),
+        "2 cells in row 0, as in the header, got 3",
+    ),
+    "an image in two metadata files": (
+        with_captions,
+        lambda f: write(f, {"1.png": image(), "metadata.csv": "file_name,text\n1.png,a\n", **METADATA}),
+        "1.png in one metadata file",
+    ),
+    "lists of lists of labels": (
+        classes,
+        lambda f: parquet(f, {**STRUCTS, "label": [[["a"]]] * 4}),
+        "lists of the classes that an image has",
+    ),
     "UTF-16 without a mark": (texts, lambda f: write(f, {"a.txt": "one two\n".encode("utf-16-le")}), "zero bytes"),
     "numbers among the texts": (texts, lambda f: write(f, {"a.jsonl": lines("a", "b", 3)}), "expected text in .*:3"),
     "texts of which some are of splits and some of none": (

@@ -105,9 +105,9 @@ def test_metadata_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     for content, expected in {
         '{"file_name": ': "expected rows that can be read in metadata.jsonl",
         '{"label": "a"}': "expected the name of an image, file_name, in row 0 of metadata.jsonl, got None",
-        '{"file_name": "2.png"}': "expected images that metadata.jsonl names, it names none of 1.png",
+        '{"file_name": "2.png"}': "expected images of train that metadata.jsonl names, it names none of 1.png",
         '{"file_name": "1.png", "image": "x"}': "expected no column called image in metadata.jsonl",
-        "[1]": "expected rows that can be read in metadata.jsonl",
+        "[1]": "expected a JSON object in each line of metadata.jsonl",
     }.items():
         (tmp_path / "metadata.jsonl").write_text(content)
         with pytest.raises(UsageError, match=expected) as caught:

@@ -194,7 +194,6 @@ def test_bad_input_gets_one_line(folder: Path, tmp_path: Path) -> None:
         ("data: 'no/such/folder/here': expected", {"data": "no/such/folder/here"}),
         ("expected a .parquet or .tar file, or a folder", {"data": tmp_path / "empty"}),
         ("expected a .parquet or .tar file, or a folder", {"data": tmp_path / "words"}),
-        ("expected at least two classes, got 1", {"data": tmp_path / "one"}),
         ("expected a label from 0 to 1 of each image, got label 2 of unnamed (row 1), 1 such", {"data": outside}),
         ("expected a label from 0 to 1 of each image, got none of unnamed (row 0), 1 such", {"data": unlabelled}),
         ("expected a label from 0 to 1 of each image, got none of unnamed (row 1), 1 such", {"data": missing}),
@@ -217,17 +216,20 @@ def test_a_class_without_images_is_found(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="data: 'name': expected images of each class, got none of blue"):
         labelled.check_every_class("name", open_split(missing))
     labelled.check_every_class("name", open_split(SAMPLE))
+    one = open_split(write_parquet(tmp_path / "one.parquet", [("red", "a"), ("red", "a")]))
+    with pytest.raises(UsageError, match="data: 'name': expected at least two classes, got 1: a"):
+        labelled.check_classes("name", one.class_names)
 
 
 def test_a_split_to_evaluate_on_may_lack_classes(tmp_path: Path) -> None:
     train = write_parquet(tmp_path / "train.parquet", [("red", "warm"), ("blue", "cold"), ("green", "mild")])
     some = open_split(write_parquet(tmp_path / "some.parquet", [("red", "warm"), ("green", "mild"), ("red", "warm")]))
     assert some.class_names == ("mild", "warm")
-    numbered = labelled.number_alike(some, open_split(train).class_names, "some")
+    numbered = labelled.number_alike(some, open_split(train).class_names, "some", has_several=False)
     assert numbered.class_names == ("cold", "mild", "warm")
     assert read_colors(numbered) == [("warm", "red"), ("mild", "green"), ("warm", "red")]
     with pytest.raises(UsageError, match="expected the 2 classes of training or some of them, not cold"):
-        labelled.number_alike(open_split(train), some.class_names, "train")
+        labelled.number_alike(open_split(train), some.class_names, "train", has_several=False)
 
 
 def test_some_classes_are_chosen_and_numbered_anew(folder: Path) -> None:
@@ -260,7 +262,13 @@ def test_several_labels_are_read_from_lists_of_numbers_and_of_names(tmp_path: Pa
         with pytest.raises(UsageError, match=r"label_column: 'tags': expected a column with one class an image"):
             labelled.open_splits(Images(data=str(tmp_path)), "tags", largest=4)
     other = labelled.LabelledImages(opened.files, opened.labels[:, [1]], ("b",))
-    assert labelled.number_alike(other, ("a", "b"), "test").labels.tolist() == [[0, 0], [0, 0], [0, 1]]
+    with pytest.raises(UsageError, match="eval_split: 'test': expected one label for each image, as in training"):
+        labelled.number_alike(other, ("a", "b"), "test", has_several=False)
+    assert labelled.number_alike(other, ("a", "b"), "test", has_several=True).labels.tolist() == [
+        [0, 0],
+        [0, 0],
+        [0, 1],
+    ]
 
 
 def test_classes_too_small_to_split_and_images_too_small_to_crop(folder: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.text import conversations, tokenization
 from shared.text.conversations import (
     encode_example,
@@ -170,10 +171,22 @@ def turns(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": "a"} for role in roles]}
 
 
+def test_what_messages_say_beside_role_and_content_is_counted(tmp_path: Path) -> None:
+    [user, assistant] = turns("user", "assistant")["messages"]
+    row = {"messages": [{**user, "name": "x"}, {**assistant, "weight": 0, "tool_calls": None}]}
+    data = write(tmp_path, row)
+    conversations.open_conversations(data, config="", split="train", task_column="")
+    assert left_out.counts() == {"fields_of_messages": 2}
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
         ([{"question": "a"}], "messages, or prompt and completion, or text, got question"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": turns("user")["messages"], "completion": []}],
+            "a str as in row 0, in row 1",
+        ),
         ([turns("user", "assistant"), turns("user")], "a message of the assistant in row 1"),
         ([turns("assistant", "user")], "user and assistant in turn, in row 0"),
         ([turns("user", "user", "assistant")], "user and assistant in turn"),

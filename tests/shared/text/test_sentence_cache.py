@@ -101,8 +101,8 @@ def test_all_can_be_held_out(wordpiece: Any, tmp_path: Path) -> None:
 def test_documents_of_one_sentence_are_left_out_and_counted(wordpiece: Any, tmp_path: Path) -> None:
     train, _ = split(Corpus("One. Two.", "Alone.", "", "  \n", "Three. Four. Five."), wordpiece, tmp_path)
     assert [len(document) for document in sentences_of(train)] == [2, 3]
-    assert left_out.counts() == {"documents_of_one_sentence": 1}
-    assert train.lost.documents == 1
+    assert left_out.counts() == {"documents_without_a_pair": 2}  # of blanks, and of one sentence
+    assert train.lost.documents == 2
 
 
 def test_what_the_tokenizer_loses_of_a_text_is_counted_also_over_several_corpora(tmp_path: Path) -> None:
