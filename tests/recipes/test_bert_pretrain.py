@@ -470,7 +470,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(
         "data: '/no/such.txt'": {"data": "/no/such.txt"},
         "expected at least one document": {"data": str(tmp_path / "empty.txt")},
         "expected at least 2 documents of 2 sentences or more": {"data": str(tmp_path / "one.txt")},
-        "got 0 (3 have one sentence": {"data": str(tmp_path / "lone.jsonl")},
+        "got 0 (3 have no two": {"data": str(tmp_path / "lone.jsonl")},
         "vocab_size: 10: expected at least": {"vocab_size": 10},
         "seq_length: 64: expected at most max_positions": {"seq_length": 64},
         "seq_length: 4: expected at least 8": {"seq_length": 4},
