@@ -165,13 +165,13 @@ def check_engine(cfg: Config, accelerator: Any) -> None:
 def open_data(cfg: Config, accelerator: Any) -> tuple[Any, SentencePairs, dict[str, SentencePairs]]:
     """The tokenizer, the pairs to train on, and those of each source to evaluate on."""
     columns = {"config": cfg.data_config, "text_column": cfg.text_column}
-    texts: list[Any] = open_corpora(cfg.data, split=cfg.data_split, **columns)
-    eval_texts, fraction = open_held_out(cfg)
-    names = short_names([source.name for source in eval_texts or texts])
-    if cfg.dry_run:
-        texts = [Beginning(source, DRY_RUN_CHARACTERS) for source in texts]
-        eval_texts = [Beginning(source, DRY_RUN_CHARACTERS) for source in eval_texts]
     with node_main_first(accelerator):
+        texts: list[Any] = open_corpora(cfg.data, split=cfg.data_split, **columns)
+        eval_texts, fraction = open_held_out(cfg)
+        names = short_names([source.name for source in eval_texts or texts])
+        if cfg.dry_run:
+            texts = [Beginning(source, DRY_RUN_CHARACTERS) for source in texts]
+            eval_texts = [Beginning(source, DRY_RUN_CHARACTERS) for source in eval_texts]
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         sizes = {"vocab_size": cfg.vocab_size, "seq_length": cfg.max_positions, "lowercase": cfg.lowercase}
         sizes |= {"limit_alphabet": cfg.limit_alphabet, "min_frequency": cfg.min_frequency}

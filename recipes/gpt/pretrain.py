@@ -165,9 +165,9 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, list[Any], dict[str, 
     """The tokenizer, what to train on (packed rows, or streams), and packed rows of each source to evaluate on."""
     columns = {"config": cfg.data_config, "text_column": cfg.text_column}
     open_training = streaming.open_streams if cfg.streaming else open_corpora
-    texts = open_training(cfg.data, split=cfg.data_split, **columns)
-    eval_texts, fraction = open_held_out(cfg)
     with node_main_first(accelerator):
+        texts = open_training(cfg.data, split=cfg.data_split, **columns)
+        eval_texts, fraction = open_held_out(cfg)
         name = cfg.tokenizer or ("" if cfg.init == "scratch" else cfg.init)
         options = {"cache_dir": cache_folder(cfg.cache_dir), "seq_length": cfg.seq_length}
         tokenizer = tokenization.load_or_train(name, texts, vocab_size=cfg.vocab_size, **options)

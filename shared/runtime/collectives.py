@@ -1,10 +1,11 @@
 """What processes do together: take turns, agree, gather, raise; every process calls each of these."""
 
 import contextlib
-import datetime
+import itertools
 import math
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,39 @@ import torch.distributed as dist
 
 from shared.command_line import UsageError
 
+_turns = itertools.count()  # of this program, which all processes go through alike
+_PROBLEM = "problem"
+_SIGN_SECONDS, _DEAD_AFTER_SECONDS = 30.0, 600.0
+_INFORMED_WITHIN_SECONDS = 5.0  # which those do not need that are in the block still
 SHARDED_ENGINES = ("DEEPSPEED", "FSDP")  # whose checkpoints and weights are in parts, as accelerate calls them
 
 
 @contextlib.contextmanager
 def node_main_first(accelerator: Any) -> Iterator[bool]:
-    """Run the block on one process of each node first, however long it takes, then on the others.
+    """Run the block on one process of each node first, however long it takes, then on the others; all end it together.
 
-    For what each node builds or finds on its own disk. Waiting goes through a group with a time-out of a week,
-    since the training group's would end the run while a large corpus is tokenised.
+    For what each node builds or finds on its own disk. Processes wait by looking into the store through which they met:
+    collectives would time out while a large corpus is tokenised, and their connections, each with each, are many.
 
     Yields:
-        Whether this process is the one that goes first.
+        Whether this process is one of those that go first.
 
     Raises:
-        UsageError: another process ended meanwhile; where that one gave a message, no traceback comes after it.
+        UsageError: that of the block, also where another process raised it; or another process ended meanwhile.
     """
     first = accelerator.is_local_main_process
     if accelerator.num_processes == 1:
         yield first
         return
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    if not first:
-        _wait(group)
-    yield first
-    if first:
-        _wait(group)
+    rank, main_of_node = accelerator.process_index, accelerator.process_index - accelerator.local_process_index
+    store = dist.PrefixStore(f"turn {next(_turns)}", dist.distributed_c10d._get_default_store())
+    everyone = range(accelerator.num_processes)
+    with _sign_of_life(store, rank), _all_informed(store, accelerator):
+        if not first:
+            _wait_for(store, [main_of_node], watched=[])
+        yield first
+        store.set(f"done {rank}", "")
+        _wait_for(store, everyone, watched=everyone if accelerator.is_main_process else [])
 
 
 @contextlib.contextmanager
@@ -119,11 +127,68 @@ def check_shared_folder(accelerator: Any, folder: Path) -> None:
         raise UsageError(f"output_dir: {str(folder)!r}: {problem or 'expected a folder that every node sees'}")
 
 
-def _wait(group: Any) -> None:
+def _wait_for(store: Any, ranks: Sequence[int], watched: Sequence[int]) -> None:
+    """Return once these processes are done; raise what one of them raised, or that one of the watched died."""
+    seen: dict[int, tuple[bytes, float]] = {}  # of each process its newest sign of life, and when it was new here
+    pause, look_at = 0.01, time.monotonic() + _SIGN_SECONDS
     try:
-        dist.barrier(group)
-    except RuntimeError as error:  # a lost connection
+        while not store.check([f"done {rank}" for rank in ranks]):
+            if store.check([_PROBLEM]):
+                raise UsageError(store.get(_PROBLEM).decode())
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+            if time.monotonic() < look_at:
+                continue
+            look_at = time.monotonic() + _SIGN_SECONDS
+            for rank in (
+                rank for rank in watched if store.check([f"alive {rank}"]) and not store.check([f"done {rank}"])
+            ):
+                sign = store.get(f"alive {rank}")
+                if seen.get(rank, (b"", 0.0))[0] != sign:
+                    seen[rank] = sign, time.monotonic()
+                if time.monotonic() - seen[rank][1] > _DEAD_AFTER_SECONDS:
+                    store.set(_PROBLEM, f"process {rank} gave no sign of life for {_DEAD_AFTER_SECONDS} s")
+    except RuntimeError as error:  # the process that holds the store is gone
         raise UsageError("another process ended, its message says why") from error
+
+
+@contextlib.contextmanager
+def _sign_of_life(store: Any, rank: int) -> Iterator[None]:
+    """Let the others know during the block that this process lives."""
+    is_over = threading.Event()
+
+    def tell() -> None:
+        number = 0
+        with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
+            while not is_over.wait(_SIGN_SECONDS if number else 0):
+                store.set(f"alive {rank}", str(number))
+                number += 1
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _all_informed(store: Any, accelerator: Any) -> Iterator[None]:
+    """Tell the others what goes wrong in the block, and let all know how it ended: the store ends with a process."""
+    try:
+        yield
+    except BaseException as error:
+        about = str(error) if isinstance(error, UsageError) else f"a process ended: {type(error).__name__}"
+        with contextlib.suppress(RuntimeError):
+            store.set(_PROBLEM, about)
+        raise
+    finally:
+        deadline = time.monotonic() + _INFORMED_WITHIN_SECONDS
+        with contextlib.suppress(RuntimeError):
+            store.add("informed", 1)
+            while store.add("informed", 0) < accelerator.num_processes and time.monotonic() < deadline:
+                time.sleep(0.02)
 
 
 def _appears(path: Path, seconds: float = 60) -> bool:

@@ -22,7 +22,7 @@ with exit_codes():
     with collectives.node_main_first(accelerator) as is_first:
         if is_first:
             time.sleep(seconds)
-            if error == ["first"]:
+            if error == ["first"] or (error == ["second"] and accelerator.process_index == 1):
                 raise UsageError("data: expected some")
         order = time.time()
     with collectives.raise_together(accelerator):

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import socket
 from ast import literal_eval
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,3 +55,24 @@ def test_error_of_one_process_is_the_only_message(where: str, message: str) -> N
     assert output.count(f"error: {message}") == 1
     assert "error: another process ended" not in output
     launching.assert_no_traceback(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["first", "second"])
+def test_error_of_one_machine_ends_the_others_with_its_message(where: str) -> None:
+    """As where one has no data: the other would wait for it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = ("--main_process_ip=127.0.0.1", f"--main_process_port={port}")
+    machines = [
+        launching.start(
+            "multi_node", PROGRAM, "3", where, launcher=(*launching.ON_CPUS, *address, f"--machine_rank={rank}")
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [launching.finish(machine, timeout=90) for machine in machines]
+    for machine, output in zip(machines, outputs, strict=True):
+        assert machine.returncode == 1, output
+        assert output.count("error: data: expected some") == 1
+        launching.assert_no_traceback(output)
