@@ -225,7 +225,7 @@ def write_index(cfg: Config, cells: list[Cell]) -> None:
         program = command(cfg, cell, f"{cell.rate or 'CHOSEN'}", steps_of(cfg, cell))
         lines.append(json.dumps({**cell._asdict(), "weights_of_init": weights, "command": shlex.join(program)}))
     text, file = "".join(f"{line}\n" for line in lines), Path(cfg.output_dir) / "index.jsonl"
-    with one_at_a_time(file):
+    with one_at_a_time(file, "output_dir"):
         if not file.is_file():
             write_text(file, text)
         same = file.read_text(encoding="utf-8") == text
@@ -253,7 +253,7 @@ def run_cell(cfg: Config, cells: list[Cell], cell: Cell, environment: dict[str, 
         UsageError: cells by which its rate is chosen are missing, or the program failed.
     """
     file, folder = result_file(cfg, cell), Path(cfg.output_dir) / "running" / f"{cell.number:04}"
-    with one_at_a_time(folder) as lock:
+    with one_at_a_time(folder, "output_dir") as lock:
         if file.is_file():
             return
         rate = cell.rate or chosen_rate(cfg, cells, cell)

@@ -567,7 +567,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, rows: dict[str, LabelRow
     train = rows["train"]
     for use, some in rows.items():
         left_out.note("ends_of_long_texts", some.num_cut, where=f"the texts to {use} on")
-        left_out.note("words_in_them", some.num_words_left_out, where=f"the texts to {use} on")
+        left_out.note("words_behind_the_last_token", some.num_words_left_out, where=f"the texts to {use} on")
     of_classes = isinstance(train.labels, np.ndarray) and train.labels.dtype == np.int64
     unseen = (
         len(set(train.labels.tolist()).difference(rows["eval"].labels.tolist())) if of_classes and "eval" in rows else 0

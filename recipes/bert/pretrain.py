@@ -469,6 +469,7 @@ def main(cfg: Config) -> None:
     run = Run(cfg, accelerator, Path(cfg.init) if cfg.init_optimizer else None)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     data = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
+    data["eval_data_fingerprint"] = [source.cache.fingerprint for source in eval_pairs.values()]
     data["language"] = "" if cfg.one_sentence_per_line else cfg.language  # by whose rules the text was split
     run.record(Path(__file__), {**data, **facts})
     model.train()

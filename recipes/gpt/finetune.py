@@ -220,9 +220,8 @@ def open_data(cfg: Config) -> tuple[Conversations, Conversations]:
     else:
         train, held_out = conversations.hold_out(train, cfg.eval_fraction)
     same = train.talks() == held_out.talks() and (train.talks() or train.form == held_out.form)
-    cli.expect(
-        same, "eval_data", cfg.eval_data, f"{train.form} as in training, the split {eval_split} has {held_out.form}"
-    )
+    name, value = ("eval_data", cfg.eval_data) if cfg.eval_data else ("eval_split", eval_split)
+    cli.expect(same, name, value, f"{train.form} as in training, got {held_out.form}")
     order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(cfg.seed, "few examples"))
     return train.subset(np.sort(order[: math.ceil(cfg.train_fraction * len(train))])), held_out
 

@@ -402,7 +402,9 @@ def main(cfg: Config) -> None:
     saved = run.state.get("streams", [])
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, run.step, saved)
     fingerprints = [source.fingerprint for source in train]
-    run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
+    data = {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init}
+    data["eval_data_fingerprint"] = [rows.fingerprint for rows in held_out.values()]
+    run.record(Path(__file__), {**data, **facts})
     model.train()
     for step, (batches, streams) in run.updates(updates, facts["flops_per_row"]):
         factor = learning_rate_factor(cfg, step)

@@ -2,7 +2,7 @@
 
 import csv
 import re
-import sys
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from shared.command_line import UsageError, expect
 from shared.data.text_lines import read_lines
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how `read_lines` writes such bytes
+_LONGEST_CELL = 2**31 - 1  # characters; the library's 131,072 are too few for texts
 
 
 def read_csv(file: Path, field: str = "data") -> Iterator[dict[str, str | None]]:
@@ -26,35 +27,37 @@ def read_csv(file: Path, field: str = "data") -> Iterator[dict[str, str | None]]
     Raises:
         UsageError: it cannot be read, or a row has another number of cells than the header; it names the row, from 0.
     """
-    csv.field_size_limit(sys.maxsize)  # the library refuses texts of more than 131,072 characters
+    csv.field_size_limit(_LONGEST_CELL)
     is_tsv = ".tsv" in [suffix.lower() for suffix in file.suffixes]
-    is_plain = is_tsv and _has_plain_lines(file)
-    mark: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if is_plain else {}
-    rows = csv.reader(read_lines(file), delimiter="\t" if is_tsv else ",", strict=True, **mark)
-    header: list[str] = []
+    options: dict[str, Any] = {"delimiter": "\t" if is_tsv else ",", "strict": True}
+    if is_tsv and _has_plain_lines(file, field):
+        options["quoting"] = csv.QUOTE_NONE
+    rows = csv.reader(read_lines(file, field=field), **options)
+    there = (cells for cells in rows if len(cells) > 1 or "".join(cells).strip())
     try:
-        header = next(rows, [])
-        expect(
-            len(set(header)) == len(header), field, str(file), f"columns of different names, got {', '.join(header)}"
-        )
-        for number, cells in enumerate(filter(None, rows)):
-            expected = f"{len(header)} cells in row {number}, as in the header, got {len(cells)}: {cells}"
+        header = next(there, [])
+        is_right = all(header) and len(set(header)) == len(header)
+        expect(is_right, field, str(file), f"a name of its own for each column, got {header}")
+        for number, cells in enumerate(there):
+            expected = f"{len(header)} cells in row {number}, as in the header, got {len(cells)}: {reprlib.repr(cells)}"
             expect(len(cells) == len(header), field, str(file), expected)
             odd = next(filter(_NOT_UTF8.search, cells), None)
-            expect(odd is None, field, str(file), f"text in UTF-8, row {number} has {odd!r}")
+            expect(odd is None, field, str(file), f"text in UTF-8, row {number} has {reprlib.repr(odd)}")
             yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
-        raise UsageError(
-            f"{field}: {str(file)!r}: expected cells with commas, line {rows.line_num}: {error}"
-        ) from error
+        raise UsageError(f"{field}: {str(file)!r}: expected a table, line {rows.line_num}: {error}") from error
 
 
-def _has_plain_lines(file: Path) -> bool:
+def _has_plain_lines(file: Path, field: str) -> bool:
     """Whether each line of a .tsv is a row by itself, of which quotation marks would make fewer."""
-    lines = [line.rstrip("\r\n") for line in read_lines(file) if line.strip()]
-    widths = {line.count("\t") for line in lines}
+    widths: set[int] = set()
+    num_lines = num_quoted = 0
+    for line in read_lines(file, field=field):
+        if line.strip("\r\n"):
+            widths.add(line.count("\t"))
+            num_lines += 1
     try:
-        quoted = sum(1 for row in csv.reader(read_lines(file), delimiter="\t", strict=True) if row)
+        num_quoted = sum(1 for row in csv.reader(read_lines(file, field=field), delimiter="\t", strict=True) if row)
     except csv.Error:  # a mark that ends nowhere, or before the cell does
-        quoted = 0
-    return len(widths) == 1 and quoted < len(lines)
+        num_quoted = 0
+    return len(widths) == 1 and num_quoted < num_lines

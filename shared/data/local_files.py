@@ -41,9 +41,14 @@ def find_files(folder: Path, is_wanted: Callable[[str], object]) -> list[Path]:
         for start in waiting:
             _walk(start, entered, found, links, broken)
         waiting = sorted(links)
-    wanted = sorted(file for file in found if is_wanted(os.path.basename(file)))
-    unwanted = sorted(set(found).difference(wanted))
-    others = [file for file in unwanted if not is_about_the_data(os.path.basename(file))]
+    wanted: list[str] = []
+    others: list[str] = []
+    for file in sorted(found):
+        name = os.path.basename(file)
+        if is_wanted(name):
+            wanted.append(file)
+        elif not is_about_the_data(name):
+            others.append(file)
     for what, files in (("files_of_other_kinds", others), ("broken_links_and_locked_folders", sorted(broken))):
         left_out.note(what, len(files), where=str(folder), more=f"such as {next(iter(files), '')}")
     return list(map(Path, wanted))  # Path is slow

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 
-def common_features(files: Sequence[Path]) -> Any:
-    """The columns as `datasets.Features`; None = the library finds them by itself.
+def with_rows(files: Sequence[Path]) -> tuple[list[Path], Any]:
+    """The files that have a row (all, if none has), and their columns; None = the library finds these by itself.
 
-    It takes them from the first file, and cannot read the others where that has nulls alone in a column, whose type
-    then is null.
+    It cannot read a file without rows, which some programs write. It takes the columns from the first file, and cannot
+    read the others where that has nulls alone in a column, whose type then is null.
 
     Args:
         files: Parquet.
@@ -17,21 +17,16 @@ def common_features(files: Sequence[Path]) -> Any:
     import datasets
     import pyarrow.parquet
 
-    schemas = [pyarrow.parquet.read_schema(file) for file in files]
-    if len(files) == 1 or not any(_holds_null(field.type) for schema in schemas for field in schema):
-        return None
+    known = {file: pyarrow.parquet.read_metadata(file) for file in files}
+    kept = [file for file in files if known[file].num_rows] or list(files)
+    schemas = [known[file].schema.to_arrow_schema() for file in kept] if len(kept) > 1 else []
+    if not any(_holds_null(field.type) for schema in schemas for field in schema):
+        return kept, None
     merged: dict[str, Any] = {}
-    for schema in schemas:
+    for schema in map(pyarrow.parquet.read_schema, kept):  # with what the library wrote of its own types
         for name, feature in datasets.Features.from_arrow_schema(schema).items():
             merged[name] = _filled(merged.get(name), feature)
-    return datasets.Features(merged)
-
-
-def with_rows(files: Sequence[Path]) -> list[Path]:
-    """The files that have a row, some programs write others too, which the library cannot read; all, if none has."""
-    import pyarrow.parquet
-
-    return [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or list(files)
+    return kept, datasets.Features(merged)
 
 
 def _holds_null(kind: Any) -> bool:

@@ -92,7 +92,7 @@ def mixture_sources(positions: np.ndarray, weights: list[float], seed: int) -> t
     return sources, numbers
 
 
-@functools.lru_cache(maxsize=8)  # an update needs one or two blocks, thousands of updates in a row the same
+@functools.lru_cache(maxsize=2)  # an update needs one or two blocks, thousands of updates in a row the same
 def _mixture_block(block: int, size: int, weights: tuple[float, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
     exact = np.array(weights) / np.sum(weights) * size
     quotas = np.floor(exact).astype(np.int64)

@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import functools
 import gzip
 import io
 import lzma
@@ -26,12 +25,13 @@ _LOOKED_AT = 1 << 12  # bytes of a file's beginning that tell its encoding
 _LEAST_NULS = 8  # one zero byte in so many is no text in UTF-8; in UTF-16 of English every other byte is
 
 
-def read_lines(file: Path, longest: int = -1) -> Iterator[str]:
+def read_lines(file: Path, longest: int = -1, field: str = "data") -> Iterator[str]:
     """Lines of a file, maybe compressed, with their ends, every byte kept.
 
     Args:
         file: to read.
         longest: characters, a line of more comes in several parts; -1 = none does.
+        field: that names it, for the message.
 
     Raises:
         UsageError: it cannot be read.
@@ -40,15 +40,15 @@ def read_lines(file: Path, longest: int = -1) -> Iterator[str]:
 
     try:
         with io.BufferedReader(_open(file)) as data:
-            encoding, errors = encoding_of(file, data.peek(_LOOKED_AT))
+            encoding, errors = encoding_of(file, data.peek(_LOOKED_AT), field)
             with io.TextIOWrapper(data, encoding=encoding, errors=errors, newline="\n") as stream:
                 while line := stream.readline(longest):
                     yield line
     except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
-        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
+        raise UsageError(f"{field}: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
 
 
-def encoding_of(file: Path, beginning: bytes) -> tuple[str, str]:
+def encoding_of(file: Path, beginning: bytes, field: str = "data") -> tuple[str, str]:
     """How a file that begins so is decoded, and what becomes of other bytes; only UTF-8 can hold these.
 
     Raises:
@@ -58,7 +58,7 @@ def encoding_of(file: Path, beginning: bytes) -> tuple[str, str]:
         if beginning.startswith(mark):
             return encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict"
     is_text = beginning.count(0) * _LEAST_NULS < len(beginning) or not beginning
-    expect(is_text, "data", str(file), "text in UTF-8, or with a byte-order mark; it is full of zero bytes")
+    expect(is_text, field, str(file), "text in UTF-8, or with a byte-order mark; it is full of zero bytes")
     return "utf-8", "surrogateescape"
 
 
@@ -72,8 +72,11 @@ def _open(file: Path) -> Any:
         return pyarrow.input_stream(file.open("rb"), compression="zstd")
     if suffix == ".zst":
         return _Blocks(_zstd_blocks(file))
-    openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}  # gzip passes over zeros behind the end
-    return openers.get(suffix, functools.partial(open, buffering=0))(file, mode="rb")
+    if suffix == ".xz":
+        return lzma.open(file)
+    if suffix == ".gz":
+        return gzip.open(file)  # passes over zeros behind the end
+    return file.open("rb", buffering=0)
 
 
 def _zstd_window(file: Path) -> int:

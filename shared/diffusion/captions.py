@@ -111,7 +111,7 @@ def note_cut_captions(tokenizer: Any, captions: Sequence[str]) -> None:
     """Count which of some captions are longer than what the text encoder takes, as left out."""
     _, num_cut = token_ids(tokenizer, captions)
     more = f"of {len(captions):,} looked at, after {tokenizer.model_max_length} tokens"
-    left_out.note("ends_of_long_captions", num_cut, where="the captions", more=more)
+    left_out.note("long_captions_in_a_sample", num_cut, where="the captions", more=more)
 
 
 def text_identity(tokenizer: Any, encoder: Any) -> dict[str, Any]:

@@ -188,6 +188,13 @@ def read_manifest(folder: Path, field: str) -> dict[str, Any]:
     return manifest
 
 
+def identity_digest(manifest: dict[str, Any]) -> str:
+    """Changes with what latents are made of and how, not with what came of it."""
+    found = ("images", "rows", "left_out", "shards")
+    identity = {name: value for name, value in manifest.items() if name not in found}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def check_identity(manifest: dict[str, Any], identity: dict[str, Any], field: str, folder: Path) -> None:
     """Refuse a cache that is made of something else.
 

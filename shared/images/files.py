@@ -20,7 +20,7 @@ from shared.command_line import UsageError, expect
 from shared.data import left_out
 from shared.data.hub_ids import is_hub_id
 from shared.data.local_files import find_files, part_by_split, split_named, split_to_evaluate_on
-from shared.data.parquet import common_features, with_rows
+from shared.data.parquet import with_rows
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.images.aspect_ratios import nearest_bucket
 from shared.images.decoding import BadImage, EncodedImage
@@ -269,9 +269,9 @@ def _open_shards(files: Sequence[Path], streaming: bool) -> Any:
     if files[0].suffix.lower() == ".tar":
         return open_tars(files, streaming=streaming)
     # The library takes names for patterns, follows no links where it looks for one, and refuses some names of splits.
-    files = with_rows(files)
+    files, features = with_rows(files)
     names = [glob.escape(os.path.realpath(file)) for file in files]
-    options = {"data_files": {"train": names}, "features": common_features(files), "split": "train"}
+    options = {"data_files": {"train": names}, "features": features, "split": "train"}
     return datasets.load_dataset("parquet", **options, streaming=streaming)
 
 

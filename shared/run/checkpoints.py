@@ -172,12 +172,16 @@ def newest_usable_checkpoint(run_dir: Path) -> Path | None:
 
 def has_gone_on_from(run_dir: Path, resume: str) -> bool:
     """Whether a run's newest checkpoint was written after it had been told to go on from `resume`, a checkpoint."""
-    for checkpoint in list_checkpoints(run_dir)[:1]:
+    if Path(resume).resolve().parent.parent != run_dir.resolve():
+        return False
+    for checkpoint in list_checkpoints(run_dir):
         try:
             before = json.loads((checkpoint / STATE).read_text())["resume"]
-        except (OSError, ValueError, KeyError):  # damaged, or of an earlier version
+        except (OSError, ValueError):  # damaged, the one before may tell
+            continue
+        except (KeyError, TypeError):  # of an earlier version
             return False
-        return Path(before).resolve() == Path(resume).resolve()
+        return Path(before).name == Path(resume).name  # of this folder, wherever it lay then
     return False
 
 

@@ -114,13 +114,16 @@ def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[s
     run.json and the model card made from it name neither the user's home folder nor an access token.
 
     Raises:
-        UsageError: the folder holds a run on other data (`facts["data_fingerprint"]` differs).
+        UsageError: the folder holds a run on other data (one of the facts called ..._fingerprint differs).
     """
     record_file = folder / "run.json"
-    if record_file.is_file():
-        recorded = _read_mapping(record_file, json.loads).get("data_fingerprint")
-        if recorded != facts["data_fingerprint"]:
-            raise UsageError(f"output_dir: {str(folder)!r}: it holds a run on other data, or the data has changed")
+    recorded = _read_mapping(record_file, json.loads) if record_file.is_file() else {}
+    # A run of an earlier version may not say some of them.
+    known = [name for name in facts if name.endswith("_fingerprint") and name in recorded]
+    for name in ["data_fingerprint", *known] if recorded else []:
+        if recorded.get(name) != facts[name]:
+            what = name.removesuffix("_fingerprint").replace("_", " ")
+            raise UsageError(f"output_dir: {str(folder)!r}: it holds a run on other {what}, or the {what} has changed")
     write_text(folder / "config.yaml", config_yaml)
     write_text(folder / "recipe.py", recipe.read_text(encoding="utf-8"))
     record = {

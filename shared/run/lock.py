@@ -1,5 +1,6 @@
 """One run writes into a folder at a time."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -22,22 +23,27 @@ logger = logging.getLogger(__name__)
 
 
 def lock_folder(folder: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str] | None:
-    """Lock a run folder until the file that is returned is closed, or this process ends, however it does.
+    """Lock a run folder, made if it is not there, until this process ends or closes a file of that name.
 
     The lock is the system's (POSIX record locks), which NFS has too: that of a dead process, or after a while of a dead
     machine, is gone, so nothing stale has to be told from what lives. None where the file system or the system has no
     such locks; then nothing keeps two runs apart.
 
     Args:
-        folder: is there.
+        folder: of the run.
         wait_seconds: for another one to end.
 
     Raises:
-        UsageError: another process holds it; it says which.
+        UsageError: another process holds it, it says which; or nothing can be written there.
     """
     if sys.platform == "win32":
         return None
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    name = f"output_dir: {str(folder)!r}: expected a folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{name} that can be written, got {error.strerror}") from error
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
@@ -45,16 +51,18 @@ def lock_folder(folder: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str] | N
             break
         except OSError as error:
             if error.errno not in _TAKEN:
+                file.close()
                 logger.warning("%s cannot be locked (%s): see that no other run writes there", folder, error.strerror)
                 return None
             if time.monotonic() >= deadline:
-                expected = f"expected a folder that no other run writes into, {_holder(file)} does"
-                raise UsageError(f"output_dir: {str(folder)!r}: {expected}") from error
+                with file:
+                    raise UsageError(f"{name} that no other run writes into, {_holder(file)} does") from error
             time.sleep(0.2)
-    file.truncate(0)
     about = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    file.write(json.dumps(about))
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk; it is for people alone
+        file.truncate(0)
+        file.write(json.dumps(about))
+        file.flush()
     return file
 
 

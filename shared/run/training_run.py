@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shared.command_line import RunStopped
 from shared.data import left_out
@@ -112,10 +112,8 @@ class Run:
 
     def __init__(self, control: RunControl, accelerator: Any, previous_phase: Path | None = None) -> None:
         self._control, self._accelerator, self.folder = control, accelerator, Path(control.output_dir)
-        self._lock: IO[str] | None = None
-        with collectives.raise_together(accelerator):
-            if accelerator.is_main_process and self.folder.is_dir():
-                self._lock = lock_folder(self.folder)
+        with collectives.raise_together(accelerator):  # before it is looked into, or two could begin at step 0
+            self._lock = lock_folder(self.folder) if accelerator.is_main_process else None
         self.step, self.state = checkpoints.resume_run(accelerator, self.folder, control.resume, previous_phase)
         self._skipped = SkippedUpdates(self.state, control.max_bad_updates)
         self._seconds: float = self.state.get("training_seconds", 0.0)  # at the newest checkpoint
@@ -130,13 +128,12 @@ class Run:
             facts: for run.json: data, data_fingerprint, init, and what follows from the configuration.
 
         Raises:
-            UsageError: see `hub.check_push`, `lock_folder` and `write_run_record`.
+            UsageError: see `hub.check_push` and `write_run_record`.
         """
         control, accelerator, hub_id = self._control, self._accelerator, ""
         with collectives.raise_together(accelerator):
             if accelerator.is_main_process:
                 hub_id = hub.check_push(control.push_to_hub, private=control.hub_private)
-                self._lock = self._lock or lock_folder(self.folder)
                 write_run_record(self.folder, to_yaml(control), recipe, {**facts, "license": control.hub_license})
         self._log = RunLog(accelerator, self.folder, self.step, control.max_steps)
         self._pusher = hub.HubPusher(hub_id, control.hub_private)

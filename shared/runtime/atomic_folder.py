@@ -50,15 +50,16 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[IO[str]]:
+def one_at_a_time(folder: Path, field: str = "cache_dir") -> Iterator[IO[str]]:
     """Let one process of this node after the other run the block, so that what one built the others only find.
 
-    Gives the file that is locked; a program that inherits it holds the lock as well.
+    Gives the file that is locked; a program that inherits it holds the lock as well. `field` names the folder in
+    messages.
 
     Raises:
         UsageError: nothing can be written there.
     """
-    with _refusing("folder", folder.parent):
+    with _refusing(field, folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_name(f".{folder.name}.lock").open("w")
     with file as lock:

@@ -36,11 +36,9 @@ def keep_caches_where_they_can_be_written() -> None:
 
 
 def _can_be_written(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
+    """Whether it can be made, or is there and can be written; nothing is made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _temporary() -> Path:

@@ -9,6 +9,7 @@ and come back exactly from the tokenizer. A folder may have splits, see `shared/
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -37,6 +38,7 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 UNSEPARATED_CHARACTERS = 1 << 16
 _SEPARATOR_WITHIN = 1 << 24  # characters of a .txt in which a separator must come, or it counts as one without
 _READ_FOR_FINGERPRINT = 1 << 26  # bytes of a file up to which all of it is read for the fingerprint
+_TXT_VERSION = 2  # of how a .txt is cut
 _SAMPLED_BLOCKS, _BLOCK = 256, 1 << 14  # that are read of a larger one: 4 MB
 _CORPUS_OPTION = re.compile(r":([a-z_]+)=")
 _SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
@@ -73,20 +75,28 @@ class LocalTexts:
     name: str
     files: tuple[Path, ...]
     text_column: str
+    split: str = ""
 
     @property
+    def place(self) -> str:
+        """What tells these documents from others of the same name, where they are counted."""
+        return f"{self.name} {self.split} {self.text_column}"
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, renamed or resized, or when its content changes.
 
         Content alone tells, so that a copy, a new clone or a file on another disk is the same: all of a small file, of
         a large one its beginning, its end and places between, so a change that keeps its size may not be seen.
         """
-        versions = [(file.name, _version_of(file)) for file in self.files]
+        versions: list[object] = [(file.name, _version_of(file)) for file in self.files]
+        # How these are cut: at blank lines since version 2.
+        versions += [_TXT_VERSION] if any(_format_of(file) == ".txt" for file in self.files) else []
         return hashlib.sha256(repr((versions, self.text_column)).encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[str]:
         yield from _counting_empty(
-            self.name, (text for file in self.files for text in _read_file(file, self.text_column))
+            self.place, (text for file in self.files for text in _read_file(file, self.text_column))
         )
 
 
@@ -99,31 +109,41 @@ class HubTexts:
     text_column: str
 
     @property
+    def place(self) -> str:
+        """See `LocalTexts`."""
+        return f"{self.name} {self.dataset.split} {self.text_column}"
+
+    @property
     def fingerprint(self) -> str:
         """The fingerprint that `datasets` derives from the data set's files, configuration and split."""
         return hashlib.sha256(f"{self.dataset._fingerprint} {self.text_column}".encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[str]:
         records = self.dataset.select_columns([self.text_column])
-        yield from _counting_empty(self.name, (record[self.text_column] or "" for record in records))
+        yield from _counting_empty(self.place, (record[self.text_column] or "" for record in records))
 
 
-def _counting_empty(name: str, texts: Iterable[str]) -> Iterator[str]:
+def _counting_empty(place: str, texts: Iterable[str]) -> Iterator[str]:
     """Those that are not empty; how many are is counted at the end."""
     num_empty = 0
     for text in texts:
         if text:
             yield text
         num_empty += not text
-    left_out.note("empty_documents", num_empty, where=name)
+    left_out.note("empty_documents", num_empty, where=place)
 
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
     """The first so many characters of a corpus, the last document cut."""
 
-    texts: Texts
+    texts: Any  # of them
     characters: int
+
+    @property
+    def place(self) -> str:
+        """See `LocalTexts`."""
+        return self.texts.place
 
     @property
     def fingerprint(self) -> str:
@@ -160,7 +180,7 @@ def open_texts(
     else:
         # The first file that holds a record tells the columns; a .txt file has none.
         columns = next(filter(None, map(_columns_of, files)), None)
-        texts = LocalTexts(data, files, pick_text_column(data, columns, text_column) if columns else "")
+        texts = LocalTexts(data, files, pick_text_column(data, columns, text_column) if columns else "", split)
     if next(iter(texts), None) is None:
         raise UsageError(f"data: {data!r}: expected at least one document, got none")
     return texts
@@ -270,7 +290,7 @@ def list_splits(path: Path) -> dict[str, list[Path]]:
         return {"train": [path]}
     found = find_files(path, lambda name: _format_of(Path(name)))
     about = [file for file in found if is_about_the_data(file.name)]
-    files = [file for file in found if file not in about]
+    files = [file for file in found if not is_about_the_data(file.name)]
     left_out.note("texts_about_the_data", len(about), where=str(path), more=f"such as {next(iter(about), '')}")
     if not files:
         raise UsageError(f"data: {str(path)!r}: expected a folder with files that end in one of {known}")
@@ -336,8 +356,9 @@ def _columns_of(file: Path) -> dict[str, bool]:
         schema = _parquet(file).schema_arrow
         # Of a dictionary (pandas' category) what it holds.
         kinds = {field.name: field.type.value_type if is_dictionary(field.type) else field.type for field in schema}
+        found = {name: str(kind) in ("string", "large_string", "string_view") for name, kind in kinds.items()}
         # Another file may have text where this one has nulls alone.
-        return {name: str(kind) in ("string", "large_string", "string_view", "null") for name, kind in kinds.items()}
+        return found if any(found.values()) else {name: str(kind) == "null" for name, kind in kinds.items()}
     return text_columns(record for _, record in _records(file)) if _format_of(file) == ".jsonl" else {}
 
 
@@ -349,7 +370,8 @@ def _read_file(file: Path, text_column: str) -> Iterator[str]:
 def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
     import pyarrow
 
-    pick_text_column(str(file), _columns_of(file), text_column)
+    is_empty = str(_parquet(file).schema_arrow.field(text_column).type) == "null"
+    pick_text_column(str(file), {**_columns_of(file), **({text_column: True} if is_empty else {})}, text_column)
     try:
         for batch in _parquet(file).iter_batches(batch_size=64, columns=[text_column]):
             # As bytes: Arrow does not check that text is UTF-8.

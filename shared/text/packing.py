@@ -22,7 +22,15 @@ from shared.data.batches import IGNORED, micro_batches
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.documents import Texts
-from shared.text.token_cache import SPLITS, TokenCache, build_token_cache, cache_key, map_file, open_token_cache
+from shared.text.token_cache import (
+    SPLITS,
+    TokenCache,
+    build_token_cache,
+    cache_key,
+    map_file,
+    note_empty_documents,
+    open_token_cache,
+)
 
 OPEN_ROWS = 1024
 MAX_WASTE = 0.02  # share of the tokens of training rows that may stay empty before documents are cut
@@ -242,6 +250,7 @@ def pack_corpus(
     key = cache_key(documents.fingerprint, tokenization.fingerprint(tokenizer), eval_fraction)
     folder = cache_dir / "tokens" / key
     build_token_cache(folder, documents, tokenizer, eval_fraction=eval_fraction, num_processes=num_processes)
+    note_empty_documents(folder, documents)
     caches = [open_token_cache(folder, split) for split in SPLITS]
     for cache, max_waste in zip(caches, (MAX_WASTE, 1.0), strict=True):
         build_row_index(cache, seq_length, max_waste)

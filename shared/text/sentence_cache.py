@@ -27,8 +27,9 @@ from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.document_pool import map_documents
 from shared.text.documents import Texts
-from shared.text.token_cache import SPLITS, cache_key, content_share, map_file
+from shared.text.token_cache import SPLITS, cache_key, content_share, map_file, note_empty_documents
 from shared.text.vocabulary import num_ids
+from shared.text.wordpiece import blank_before_words
 
 FORMAT_VERSION = 2
 MOST_UNKNOWN = 0.2  # share of the characters above which what is learnt is how to guess [UNK]
@@ -138,30 +139,33 @@ def split_corpus(
     Raises:
         UsageError: the corpus is unreadable, or a split has fewer than two documents of two sentences or more.
     """
-    settings = (FORMAT_VERSION, language, one_sentence_per_line, eval_fraction)
+    before = blank_before_words(tokenizer)
+    settings = (FORMAT_VERSION, language, one_sentence_per_line, eval_fraction, *([before] if before else []))
     key = cache_key(documents.fingerprint, tokenization.fingerprint(tokenizer), settings)
-    folder, name = cache_dir / "sentences" / key, getattr(documents, "name", "the text")
+    folder, place = cache_dir / "sentences" / key, getattr(documents, "place", "the text")
     if not folder.exists():
         results = map_documents(
             _split_batch,
             documents,
             start=_start_worker,
-            arguments=(tokenizer.backend_tokenizer.to_str(), tokenizer.unk_token_id, language, one_sentence_per_line),
+            arguments=(
+                *(tokenizer.backend_tokenizer.to_str(), tokenizer.unk_token_id, language, one_sentence_per_line),
+                before,
+            ),
             num_processes=num_processes,
             description="splitting into sentences",
         )
         with written_aside(folder) as aside:
-            _write(aside, results, num_ids(tokenizer), eval_fraction, name)
-    for what, number in json.loads((folder / "summary.json").read_text()).get("left_out", {}).items():
-        left_out.note(what, number, where=name)  # caches of earlier versions say nothing of it
+            _write(aside, results, num_ids(tokenizer), eval_fraction, place)
+    note_empty_documents(folder, documents)
     train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
     lost = train.lost
-    lost.note(name)
+    lost.note(place)
     share = lost.unknown / max(1, lost.characters)
     # Words of more than 100 characters are unknown to WordPiece, as in text without blanks; so are rare characters.
     expected = "words that the tokenizer knows; {:.1%} of the characters are in words that are unknown to it, "
     expected += "as where words have no blanks between them"
-    expect(share <= MOST_UNKNOWN, "data", name, expected.format(share))
+    expect(share <= MOST_UNKNOWN, "data", getattr(documents, "name", ""), expected.format(share))
     return train, held_out
 
 
@@ -211,7 +215,7 @@ def _write(
     results: Iterable[list[tuple[list[np.ndarray], float, Lost]]],
     num_ids: int,
     eval_fraction: float,
-    name: str,
+    place: str,
 ) -> None:
     dtype = np.dtype(np.uint16 if num_ids <= 1 << 16 else np.uint32)
     writers = {split: _SplitWriter(folder / split, dtype) for split in SPLITS}
@@ -241,7 +245,7 @@ def _write(
         "dtype": dtype.name,
         "documents": counts,
         "lost": dataclasses.asdict(lost),
-        "left_out": left_out.of(name),
+        "empty_documents": left_out.of(place).get("empty_documents", 0),
     }
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -276,12 +280,13 @@ class _SplitWriter:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer_json: str, unknown: int, language: str, one_sentence_per_line: bool) -> None:
+def _start_worker(tokenizer_json: str, unknown: int, language: str, one_sentence_per_line: bool, before: str) -> None:
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer_json)
     backend.encode_special_tokens = True  # a text that spells [SEP] has no separator there
     _worker.update(backend=backend, unknown=unknown, language=language, one_sentence_per_line=one_sentence_per_line)
+    _worker["before"] = before
     normalizer = backend.normalizer
     _worker["loses_marks"] = normalizer is not None and normalizer.normalize_str(_VOWEL_SIGN) == ""
 
@@ -306,7 +311,8 @@ def _documents(text: str) -> list[list[str]]:
 
 
 def _encode(sentences: list[str]) -> tuple[list[np.ndarray], float, Lost]:
-    encodings = _worker["backend"].encode_batch_fast(sentences, add_special_tokens=False)
+    begun = [_worker["before"] + sentence for sentence in sentences]
+    encodings = _worker["backend"].encode_batch_fast(begun, add_special_tokens=False)
     ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings if encoding.ids]
     lost = Lost(characters=sum(map(len, sentences)))
     for sentence, encoding in zip(sentences, encodings, strict=True):

@@ -48,7 +48,7 @@ def open_shards(data: str, *, config: str, split: str, text_column: str) -> Sequ
     if local_files(data, split):
         texts = open_texts(data, config=config, split=split, text_column=text_column)
         assert isinstance(texts, LocalTexts)
-        return [LocalTexts(data, (file,), texts.text_column) for file in texts.files]
+        return [LocalTexts(data, (file,), texts.text_column, file.name) for file in texts.files]
     with hub_errors(data):
         import datasets
 

@@ -11,7 +11,7 @@ from shared.command_line import UsageError, expect
 from shared.data import left_out
 from shared.data.csv_rows import read_csv
 from shared.data.local_files import find_files, part_by_split, split_to_evaluate_on
-from shared.data.parquet import common_features, with_rows
+from shared.data.parquet import with_rows
 from shared.data.text_lines import encoding_of
 from shared.text.documents import hub_errors
 
@@ -64,20 +64,19 @@ def load_split(data: str, config: str, split: str, field: str = "data") -> Any:
     splits = _local(path, field)
     files = splits[split]
     left_out.note_splits(data, {other: len(there) for other, there in splits.items()}, read=split)
-    if _builder_of(files[0]) == "csv":
+    builder = _builder_of(files[0])
+    if builder == "csv":
         return _from_csv(files, field)
-    options: dict[str, Any] = {}
-    for file in files if _builder_of(files[0]) == "json" and files[0].suffix.lower() not in _COMPRESSED else []:
-        with file.open("rb") as stream:
-            encoding, _ = encoding_of(file, stream.read(1 << 12))
-        expect(encoding.startswith("utf-8"), field, str(file), f"JSON in UTF-8, got {encoding}")
+    if builder == "json":
+        _check_encoding(files, field)
+    features = None
     try:
-        files = with_rows(files) if _builder_of(files[0]) == "parquet" else files
+        if builder == "parquet":
+            files, features = with_rows(files)
         # The library takes names for patterns, and follows no links where it searches for one.
         names = [glob.escape(os.path.realpath(file)) for file in files]
-        options |= {"features": common_features(files)} if _builder_of(files[0]) == "parquet" else {}
         # Under a name of our own, since the library refuses some that files have.
-        return datasets.load_dataset(_builder_of(files[0]), data_files={"train": names}, split="train", **options)
+        return datasets.load_dataset(builder, data_files={"train": names}, split="train", features=features)
     except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
         reason = _one_line(error.__cause__ or error)
         reason = "there is no record in them" if "StopIteration" in reason or "no data" in reason else reason
@@ -98,8 +97,15 @@ def _from_csv(files: Sequence[Path], field: str) -> Any:
             for name, cell in row.items():
                 columns[name].append(cell)
     expect(bool(columns), field, str(files[0]), "files that can be read, there is no record in them")
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
+    features = datasets.Features({name: datasets.Value("large_string") for name in columns})
     return datasets.Dataset.from_dict(columns, features)
+
+
+def _check_encoding(files: Sequence[Path], field: str) -> None:
+    for file in (file for file in files if file.suffix.lower() not in _COMPRESSED):
+        with file.open("rb") as stream:
+            encoding, _ = encoding_of(file, stream.read(1 << 12), field)
+        expect(encoding.startswith("utf-8"), field, str(file), f"JSON in UTF-8, got {encoding}")
 
 
 @contextlib.contextmanager

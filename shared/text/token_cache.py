@@ -91,8 +91,15 @@ def build_token_cache(
                 f"data: expected documents to train on, but all {summary['eval']['documents']} (equal ones stay "
                 "together) are held out; with a smaller eval_fraction, or with eval_data set, fewer or none are"
             )
-        name = getattr(documents, "name", "the text")
-        (aside / "summary.json").write_text(json.dumps({**summary, "name": name, "left_out": left_out.of(name)}))
+        num_empty = left_out.of(getattr(documents, "place", "")).get("empty_documents", 0)
+        (aside / "summary.json").write_text(json.dumps({**summary, "empty_documents": num_empty}))
+
+
+def note_empty_documents(folder: Path, documents: Any) -> None:
+    """Count the documents without text as they were when the cache was made, which may be long ago."""
+    summary = json.loads((folder / "summary.json").read_text())
+    number = summary.get("empty_documents", 0)  # caches of earlier versions do not say it
+    left_out.note("empty_documents", number, where=getattr(documents, "place", ""))
 
 
 def content_share(data: bytes) -> float:
@@ -102,10 +109,7 @@ def content_share(data: bytes) -> float:
 
 def open_token_cache(folder: Path, split: str) -> TokenCache:
     """Map one split of a cache folder into memory."""
-    everything = json.loads((folder / "summary.json").read_text())
-    for what, number in everything.get("left_out", {}).items():  # caches of earlier versions say nothing of it
-        left_out.note(what, number, where=everything["name"])
-    summary = everything[split]
+    summary = json.loads((folder / "summary.json").read_text())[split]
     documents = map_file(folder / split / "documents.bin", np.int64).reshape(-1, 2)
     return TokenCache(
         folder=folder / split,

@@ -147,7 +147,7 @@ def load_wordpiece(name: str) -> Any:
 
 def tells_words(tokenizer: Any) -> bool:
     """Whether its tokens say where words begin: those of WordPiece, byte-level BPE and SentencePiece do."""
-    return _is_wordpiece(tokenizer) or any(token.startswith(WORD_STARTS) for token in tokenizer.get_vocab())
+    return _marks_continuations(tokenizer) or any(token.startswith(WORD_STARTS) for token in tokenizer.get_vocab())
 
 
 def continues_word(tokenizer: Any) -> np.ndarray:
@@ -157,7 +157,7 @@ def continues_word(tokenizer: Any) -> np.ndarray:
     is what stands between blanks. None continues one where `tells_words` says no.
     """
     tokens, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
-    if _is_wordpiece(tokenizer):
+    if _marks_continuations(tokenizer):
         inside = {token for token in tokens if token.startswith(CONTINUATION)}
     elif tells_words(tokenizer):
         inside = {token for token in tokens if not token.startswith(WORD_STARTS)} - special
@@ -168,10 +168,14 @@ def continues_word(tokenizer: Any) -> np.ndarray:
     return continues
 
 
-def _is_wordpiece(tokenizer: Any) -> bool:
-    from tokenizers.models import WordPiece
+def blank_before_words(tokenizer: Any) -> str:
+    """What a sentence begins with so that its first token begins a word: in byte-level BPE a blank."""
+    return " " if any(token.startswith(WORD_STARTS[0]) for token in tokenizer.get_vocab()) else ""
 
-    return isinstance(tokenizer.backend_tokenizer.model, WordPiece)
+
+def _marks_continuations(tokenizer: Any) -> bool:
+    """Of WordPiece; byte-level BPE may have a token ## for what it says."""
+    return getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) == CONTINUATION
 
 
 @dataclass(frozen=True)

@@ -572,8 +572,8 @@ def test_long_captions_are_cut_and_it_is_said(
     fields = {"caption_length": 4, "max_steps": 1}
     run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "run", **fields))
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["left_out"]["ends_of_long_captions"] > 0
-    assert "ends of long captions" in (tmp_path / "run" / "README.md").read_text()
+    assert record["left_out"]["long_captions_in_a_sample"] > 0
+    assert "long captions in a sample" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_help_shows_every_field() -> None:

@@ -37,12 +37,14 @@ def write(file: Path, content: str | bytes) -> Path:
 def test_marks_in_tsv_are_those_of_a_spreadsheet_or_of_the_text(tmp_path: Path) -> None:
     plain = write(tmp_path / "a.tsv", 'text\tlabel\n"hello there\tpos\nfoo\tneg\nbar"\tpos\n')
     assert [row["text"] for row in read_csv(plain)] == ['"hello there', "foo", 'bar"']
+    gaps = write(tmp_path / "c.tsv", 'text\tlabel\n"x\ty\nz"\tw\n\t\n\t\n')
+    assert [row["text"] for row in read_csv(gaps)] == ['"x', 'z"', None, None]
     quoted = write(tmp_path / "b.tsv", 'text\tlabel\n"two\nlines"\tpos\n"a ""b"""\tneg\n')
     assert [row["text"] for row in read_csv(quoted)] == ["two\nlines", 'a "b"']
 
 
 def test_long_cells_and_empty_ones(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.csv", f"text,label\n\n{'x' * 1_000_000},\n")
+    file = write(tmp_path / "a.csv", f"\n  \ntext,label\n\n{'x' * 1_000_000},\n")
     assert list(read_csv(file)) == [{"text": "x" * 1_000_000, "label": None}]
     assert list(read_csv(write(tmp_path / "b.csv", ""))) == []
 
@@ -52,8 +54,9 @@ def test_long_cells_and_empty_ones(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n\n1,2,3\n", r"2 cells in row 1, as in the header, got 3: \['1', '2', '3'\]"),
         ("a,b\n1\n", "2 cells in row 0, as in the header, got 1"),
-        ("a,a\n1,2\n", "columns of different names, got a, a"),
-        ('a,b\n"1,2\n', "cells with commas, line 2"),
+        ("a,b,\n1,2,\n", "a name of its own for each column, got"),
+        ("a,a\n1,2\n", "a name of its own for each column"),
+        ('a,b\n"1,2\n', "a table, line 2"),
         (b"a,b\ncaf\xe9,2\n", "text in UTF-8, row 0 has"),
     ],
 )

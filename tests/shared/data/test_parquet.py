@@ -7,7 +7,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from shared.data.parquet import common_features
+from shared.data.parquet import with_rows
 
 
 def write(file: Path, columns: dict[str, Any]) -> Path:
@@ -21,8 +21,12 @@ def nothing(kind: Any = None) -> Any:
 
 def test_files_that_know_all_their_types_are_left_to_the_library(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, {"a": [1], "b": ["x"]}) for name in ("1.parquet", "2.parquet"))
-    assert common_features([first, second]) is None
-    assert common_features([write(tmp_path / "3.parquet", {"a": nothing()})]) is None
+    assert with_rows([first, second]) == ([first, second], None)
+    alone = write(tmp_path / "3.parquet", {"a": nothing()})
+    assert with_rows([alone]) == ([alone], None)
+    empty = write(tmp_path / "4.parquet", {"a": nothing()[:0]})
+    assert with_rows([empty, first]) == ([first], None)
+    assert with_rows([empty]) == ([empty], None)
 
 
 def test_types_are_those_of_the_files_that_know_them(tmp_path: Path) -> None:
@@ -32,7 +36,7 @@ def test_types_are_those_of_the_files_that_know_them(tmp_path: Path) -> None:
     )
     second = write(tmp_path / "2.parquet", {"a": ["x"], "image": [{"bytes": b"y", "path": "p"}], "tags": [["t"]]})
     for files in ([first, second], [second, first]):
-        features = common_features(files)
+        _, features = with_rows(files)
         assert features["a"] == datasets.Value("string")
         assert features["image"] == {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
         assert features["tags"] == datasets.List(datasets.Value("string"))

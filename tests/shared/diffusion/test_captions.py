@@ -153,9 +153,9 @@ def test_cut_captions_are_counted(loaded: tuple[Any, Any], caplog: pytest.LogCap
     assert caplog.text == ""
     note_cut_captions(CleanedCaptions(loaded[0]), CAPTIONS)
     assert [record.getMessage() for record in caplog.records] == [
-        "left out of the captions: 1 ends of long captions, of 4 looked at, after 6 tokens"
+        "left out of the captions: 1 long captions in a sample, of 4 looked at, after 6 tokens"
     ]
-    assert left_out.counts() == {"ends_of_long_captions": 1}
+    assert left_out.counts() == {"long_captions_in_a_sample": 1}
 
 
 def test_the_encoder_is_frozen_and_in_float32(folder: Path) -> None:

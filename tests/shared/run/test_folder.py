@@ -292,6 +292,13 @@ def test_facts_are_added_and_keep_their_values(tmp_path):
     assert isinstance(returned["training_flops"], float)
 
 
+def test_other_data_to_evaluate_on_are_refused_where_a_run_knows_its_own(tmp_path):
+    record(tmp_path / "old")
+    record(tmp_path / "old", eval_data_fingerprint=["a"])  # of a version that did not say it
+    with pytest.raises(UsageError, match="it holds a run on other eval data, or the eval data has changed"):
+        record(tmp_path / "old", eval_data_fingerprint=["b"])
+
+
 def test_other_data_are_refused_and_nothing_is_written(tmp_path):
     record(tmp_path / "run")
     before = tree(tmp_path)

@@ -59,7 +59,7 @@ def test_a_rename_that_fails_for_another_reason_is_said(tmp_path: Path) -> None:
 
 def test_where_nothing_can_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    for block, field in ((written_aside, "cache_dir"), (one_at_a_time, "folder")):
+    for block, field in ((written_aside, "cache_dir"), (one_at_a_time, "cache_dir")):
         with pytest.raises(UsageError, match=f"{field}: '.*/file/a': expected a folder that can be written.*Not a dir"):
             block(tmp_path / "file" / "a" / "b").__enter__()
 

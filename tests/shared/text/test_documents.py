@@ -23,6 +23,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from shared.command_line import UsageError
+from shared.data import left_out
 from shared.data.hub_ids import is_hub_id
 from shared.fields import Corpus
 from shared.text import documents
@@ -39,7 +40,8 @@ from shared.text.documents import (
     open_texts,
     short_names,
 )
-from shared.text.tokenization import to_bytes
+from shared.text.packing import pack_corpus
+from shared.text.tokenization import to_bytes, train_byte_level_bpe
 from tests.hub_server import Hub, Repository, start_hub
 
 ROOT = Path(__file__).parents[3]
@@ -552,6 +554,23 @@ def test_a_fingerprint_is_that_of_a_copy_elsewhere_whenever_it_was_made(
     assert texts(copy).fingerprint == first
     for changed in (content.replace("000000", "999999"), content.replace("004999", "999999"), content + "\n"):
         assert texts(write(tmp_path / "c" / "x.jsonl", changed)).fingerprint != first
+
+
+def test_empty_documents_are_counted_for_each_split_and_again_where_tokens_are_there(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train.jsonl", '{"text": "a b"}\n{"text": ""}\n{"text": null}\n')
+    write(tmp_path / "data" / "test.jsonl", '{"text": "a"}\n{"text": ""}\n')
+    tokenizer = train_byte_level_bpe(["a b"], 300, 8)
+    options = {"seq_length": 8, "eval_fraction": 1.0, "cache_dir": tmp_path / "cache", "num_processes": 1}
+    for _ in range(2):
+        left_out.forget()
+        for split in ("train", "test"):
+            pack_corpus(texts(tmp_path / "data", split=split), tokenizer, **options)
+        assert left_out.counts() == {"empty_documents": 3}
+
+
+def test_a_column_of_nulls_is_no_text_beside_one_that_is(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "notes": pyarrow.nulls(1)}), tmp_path / "a.parquet")
+    assert list(texts(tmp_path)) == ["a"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
