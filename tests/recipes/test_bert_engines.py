@@ -70,9 +70,8 @@ def assert_close(run_dir: Path, other: Path) -> None:
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("engine", "optimizer"), [ENGINES[0], *(pytest.param(*engine, marks=pytest.mark.slow) for engine in ENGINES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "optimizer"), ENGINES)
 def test_engine_equals_one_process(runs: Runs, engine: str, optimizer: str) -> None:
     from transformers import AutoModelForPreTraining
 

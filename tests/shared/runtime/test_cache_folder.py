@@ -24,7 +24,7 @@ def test_the_cache_lies_in_the_home_of_the_hub_where_that_can_be_written(
     assert cache_folder("").name == f"pretraining_recipes_{os.getuid()}"
 
 
-@pytest.mark.parametrize("is_imported", [False, True])
+@pytest.mark.parametrize("is_imported", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_datasets_stores_among_temporary_files_where_its_own_folder_cannot_be_written(
     tmp_path: Path, is_imported: bool
 ) -> None:
