@@ -170,7 +170,7 @@ def _sign_of_life(store: Any, rank: int) -> Iterator[None]:
         yield
     finally:
         is_over.set()
-        thread.join()
+        thread.join(timeout=1.0)  # a network that is gone would hold it
 
 
 @contextlib.contextmanager
