@@ -105,7 +105,7 @@ from shared.data.randomness import derive_seed, uniform_numbers
 from shared.diffusion import captions, latent_updates
 from shared.diffusion.fixed_evaluation import BandErrors, fixed_batches
 from shared.diffusion.generation import decode_images, starting_noise
-from shared.diffusion.latent_cache import Latents, identity_digest, some_captions
+from shared.diffusion.latent_cache import Latents, fingerprints, some_captions
 from shared.diffusion.latent_encoding import load_autoencoder, open_latents
 from shared.diffusion.latent_updates import FixedSamples
 from shared.metrics.figures import image_grid
@@ -440,9 +440,7 @@ def main(cfg: Config) -> None:
     texts = captions.encode_captions(prompts, reader, frozen)
     shown = {"vae": vae, "texts": texts, "empty": empty, "latent_shape": shape}
     exported = (frozen, vae, tokenizer, shape[1] * 2 ** (len(vae.config.block_out_channels) - 1), run.folder)
-    data = {"data": cfg.data, "data_fingerprint": manifest["data"], "init": cfg.init}
-    data["latents_fingerprint"] = identity_digest(manifest)
-    run.record(Path(__file__), {**data, **facts})
+    run.record(Path(__file__), {"data": cfg.data, **fingerprints(manifest), "init": cfg.init, **facts})
     model.train()
     for step, batches in run.updates(updates, facts["flops_per_sample"]):
         factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)

@@ -188,11 +188,12 @@ def read_manifest(folder: Path, field: str) -> dict[str, Any]:
     return manifest
 
 
-def identity_digest(manifest: dict[str, Any]) -> str:
-    """Changes with what latents are made of and how, not with what came of it."""
+def fingerprints(manifest: dict[str, Any]) -> dict[str, Any]:
+    """For the record of a run: data_fingerprint of the images, latents_fingerprint of how they were encoded as well."""
     found = ("images", "rows", "left_out", "shards")
     identity = {name: value for name, value in manifest.items() if name not in found}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return {"data_fingerprint": manifest["data"], "latents_fingerprint": digest}
 
 
 def check_identity(manifest: dict[str, Any], identity: dict[str, Any], field: str, folder: Path) -> None:
