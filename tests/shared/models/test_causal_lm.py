@@ -127,6 +127,8 @@ def test_a_model_is_trained_or_refused_by_what_its_tokens_see(tmp_path: Path, mo
     sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 0}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32, "bos_token_id": 0}
     sizes |= {"pad_token_id": 0, **OWN_SIZES.get(model_type, {})}
+    if model_type == "xlnet":
+        del sizes["max_position_embeddings"]  # it has no longest row, and refuses to be told one
     config = AutoConfig.for_model(architecture := re.sub("-(alibi|decoder)$", "", model_type), **sizes)
     others = {"modernbert": "ModernBertForMaskedLM", "t5": "T5ForConditionalGeneration"}
     maker = getattr(transformers, others[model_type])._from_config if model_type in others else None
