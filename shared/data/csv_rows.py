@@ -36,8 +36,8 @@ def read_csv(file: Path, field: str = "data") -> Iterator[dict[str, str | None]]
     there = (cells for cells in rows if len(cells) > 1 or "".join(cells).strip())
     try:
         header = next(there, [])
-        is_right = all(header) and len(set(header)) == len(header)
-        expect(is_right, field, str(file), f"a name of its own for each column, got {header}")
+        is_right = all(header) and len(set(header)) == len(header) and not any(map(_NOT_UTF8.search, header))
+        expect(is_right, field, str(file), f"a name of its own in UTF-8 for each column, got {header}")
         for number, cells in enumerate(there):
             expected = f"{len(header)} cells in row {number}, as in the header, got {len(cells)}: {reprlib.repr(cells)}"
             expect(len(cells) == len(header), field, str(file), expected)

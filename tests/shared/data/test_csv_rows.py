@@ -54,9 +54,10 @@ def test_long_cells_and_empty_ones(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n\n1,2,3\n", r"2 cells in row 1, as in the header, got 3: \['1', '2', '3'\]"),
         ("a,b\n1\n", "2 cells in row 0, as in the header, got 1"),
-        ("a,b,\n1,2,\n", "a name of its own for each column, got"),
-        ("a,a\n1,2\n", "a name of its own for each column"),
+        ("a,b,\n1,2,\n", "a name of its own in UTF-8 for each column, got"),
+        ("a,a\n1,2\n", "a name of its own in UTF-8 for each column"),
         ('a,b\n"1,2\n', "a table, line 2"),
+        (b"caf\xe9,b\n1,2\n", "a name of its own in UTF-8 for each column"),
         (b"a,b\ncaf\xe9,2\n", "text in UTF-8, row 0 has"),
     ],
 )
