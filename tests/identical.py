@@ -149,7 +149,7 @@ def parts(file: Path, folder: Path, translate: Callable[[str], str]) -> Iterator
     elif file.name in ("config.json", "model_index.json"):
         entry = json.loads(read(file))
         yield "content", {key: value for key, value in entry.items() if key != "_name_or_path"}  # of the checkout
-    elif file.name in ("manifest.json", "recipe.py", "loss.png") or "profile" in file.parts:
+    elif file.name in ("manifest.json", "recipe.py", "loss.png", ".lock") or "profile" in file.parts:
         yield "is there", True  # sums of state.json, whose clocks differ; the page; drawn with the same numbers
     else:
         yield "sha256", hashlib.sha256(file.read_bytes()).hexdigest()
