@@ -87,9 +87,10 @@ def part_by_split(folder: Path, files: Sequence[Path], *, by_file_name: bool) ->
         example = next(iter(splits.values()))[0] if splits else others[0]
         expected = f"each file or none to be of a split: {example.relative_to(folder)} is of one, "
         expect(len(kinds) < 2, "data", str(folder), f"{expected}{others[0].relative_to(folder)} is of none")
-        likely = next((file for file in others if _LIKE_A_SPLIT.search(str(file.relative_to(folder)).lower())), None)
+        names = [file.relative_to(folder) if by_file_name else file.relative_to(folder).parent for file in others]
+        likely = next((name for name in names if _LIKE_A_SPLIT.search(str(name).lower())), None)
         if likely and not splits:
-            logger.warning("%s has one split: names such as %s tell none", folder, likely.relative_to(folder))
+            logger.warning("%s has one split: names such as %s tell none", folder, likely)
         return {"train": list(files)}
     if "train" not in splits:
         parts = [split for split in splits if _place_of(split)[0] == 0]

@@ -73,6 +73,16 @@ def test_a_file_of_no_split_beside_splits_is_refused(odd: str) -> None:
         part_by_split(FOLDER, files, by_file_name=True)
 
 
+def test_names_that_look_like_splits_and_are_none_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    folders = [FOLDER / "training_set" / "a.txt", FOLDER / "test_set" / "b.txt"]
+    assert part_by_split(FOLDER, folders, by_file_name=True) == {"train": folders}
+    assert "names such as training_set/a.txt tell none" in caplog.text
+    caplog.clear()
+    images = [FOLDER / "cat" / "3 test.png", FOLDER / "dog" / "train.png"]
+    assert part_by_split(FOLDER, images, by_file_name=False) == {"train": images}
+    assert caplog.text == ""
+
+
 def test_names_of_images_tell_no_splits() -> None:
     files = [FOLDER / "cat" / "train_1.jpg", FOLDER / "dog" / "test_1.jpg"]
     assert part_by_split(FOLDER, files, by_file_name=False) == {"train": files}
