@@ -40,8 +40,8 @@ from harness import (
 NO_PAUSES = ["--eval_every=0", "--save_every=0"]
 EVALUATED = {"bert": ["--eval_split=test"], "resnet": ["--eval_split=test_unseen_concept", "--data_split=train"]}
 DATA = {
-    "bert": ["--data=shared/samples/supersenses"],
-    "resnet": ["--data=shared/samples/emoji", "--label_column=group"],
+    "bert": ["--init=outputs/bert", "--data=shared/samples/supersenses"],
+    "resnet": ["--init=outputs/resnet", "--data=shared/samples/emoji", "--label_column=group"],
 }
 SEEDS = 3
 
@@ -59,7 +59,7 @@ def prepare(family: str, folder: str) -> dict[str, Any]:
     """What the other parts need."""
     import json
 
-    _, cfg = load_recipe(recipe_of(family), [])
+    _, cfg = load_recipe(recipe_of(family), DATA[family])
     from shared.run.folder import hardware
 
     record = json.loads((Path(cfg.init) / "run.json").read_text())
