@@ -85,6 +85,11 @@ Place = Annotated[str, _PLACE]  # a file or folder, or a name of something else;
 Places = Annotated[str, _SEVERAL, _PLACE]
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, or its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def expect(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise `UsageError` naming the field, its value and what was expected, unless `condition` holds."""
     if not condition:

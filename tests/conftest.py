@@ -19,8 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+# Found by the line above, since plain `pytest` does not put the root on sys.path.
 from shared.data import left_out  # noqa: E402
-from tests import core_turns  # noqa: E402 (found by the line above, since plain `pytest` does not put the root on sys.path)
+from tests import core_turns  # noqa: E402
 
 core_turns.pin_worker()
 # Of made-up sentences.

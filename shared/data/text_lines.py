@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 
 _MARKS = {  # the longer first: the mark of UTF-32 begins with one of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -36,16 +36,11 @@ def read_lines(file: Path, longest: int = -1, field: str = "data") -> Iterator[s
     Raises:
         UsageError: it cannot be read.
     """
-    import zstandard
-
-    try:
-        with io.BufferedReader(_open(file)) as data:
-            encoding, errors = encoding_of(file, data.peek(_LOOKED_AT), field)
-            with io.TextIOWrapper(data, encoding=encoding, errors=errors, newline="\n") as stream:
-                while line := stream.readline(longest):
-                    yield line
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
-        raise UsageError(f"{field}: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
+    with _read_errors(file, field), io.BufferedReader(_open(file)) as data:
+        encoding, errors = encoding_of(file, data.peek(_LOOKED_AT), field)
+        with io.TextIOWrapper(data, encoding=encoding, errors=errors, newline="\n") as stream:
+            while line := stream.readline(longest):
+                yield line
 
 
 def encoding_of(file: Path, beginning: bytes, field: str = "data") -> tuple[str, str]:
@@ -60,6 +55,16 @@ def encoding_of(file: Path, beginning: bytes, field: str = "data") -> tuple[str,
     is_text = beginning.count(0) * _LEAST_NULS < len(beginning) or not beginning
     expect(is_text, field, str(file), "text in UTF-8, or with a byte-order mark; it is full of zero bytes")
     return "utf-8", "surrogateescape"
+
+
+@contextlib.contextmanager
+def _read_errors(file: Path, field: str) -> Iterator[None]:
+    import zstandard
+
+    try:
+        yield
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
+        raise UsageError(f"{field}: {str(file)!r}: expected a readable file, got {one_line(error)}") from error
 
 
 def _open(file: Path) -> Any:
@@ -115,9 +120,11 @@ class _Blocks(io.RawIOBase):
         self._blocks, self._left = blocks, memoryview(b"")
 
     def readable(self) -> bool:
+        """See `io.IOBase`."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase`."""
         while not self._left:
             block = next(self._blocks, None)
             if block is None:
@@ -126,7 +133,3 @@ class _Blocks(io.RawIOBase):
         size = min(len(buffer), len(self._left))
         buffer[:size], self._left = self._left[:size], self._left[size:]
         return size
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
 from shared.data.hub_ids import is_hub_id
 from shared.data.local_files import find_files, part_by_split, split_named, split_to_evaluate_on
@@ -284,7 +284,7 @@ def _load_errors(data: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # network, cache and format errors have no common class
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        reason = one_line(error.__cause__ or error)
         raise UsageError(f"data: {data!r}: expected a data set of images that can be read: {reason}") from error
 
 

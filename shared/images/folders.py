@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
 from shared.data.csv_rows import read_csv
 from shared.data.local_files import SPLIT_WORDS, part_by_split
@@ -124,7 +124,7 @@ def _with_metadata(
         images = datasets.Dataset.from_dict({"image": [_image(name) for name, _ in rows], **table})
         return images.cast_column("image", datasets.Image())
     except Exception as error:  # Arrow's and the library's errors about values of several kinds have no common class
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(f"data: {data!r}: expected columns of one kind in {metadata[0].name}: {reason}") from error
 
 
@@ -144,7 +144,7 @@ def _records(data: str, file: Path) -> list[dict[str, Any]]:
     except UsageError:
         raise
     except Exception as error:  # errors of JSON, CSV, Arrow and decoding have no common class
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UsageError(f"data: {data!r}: expected rows that can be read in {file.name}: {reason}") from error
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
 from shared.images.folders import IMAGE_SUFFIXES
 
@@ -166,7 +166,7 @@ def _members(file: str) -> Iterator[tuple[str, str, str, Callable[[], bytes]]]:
                 assert content is not None, "a file has content"
                 yield *part(member.name), member.name, content.read
     except (tarfile.TarError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(f"data: {file!r}: expected a tar that can be read: {reason}") from error
 
 

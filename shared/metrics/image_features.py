@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 from shared.models.pretrained import load_pretrained
 
 INCEPTION = "inception"
@@ -141,7 +141,7 @@ def _load_inception(field: str) -> nn.Module:
         torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, weights_only=True)
         network: Any = FrechetInceptionDistance(feature=_INCEPTION_FEATURES).inception
     except (ImportError, OSError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         expected = "torch-fidelity, torchvision and, to download the weights once, the network"
         raise UsageError(f"{field}: {INCEPTION!r}: expected {expected}: {reason}") from error
     network.num_features = _INCEPTION_FEATURES

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensor
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 from shared.text.vocabulary import num_ids
 
 
@@ -139,7 +139,7 @@ def load_errors(field: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # hub, format and shape errors have no common class
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         where = "" if os.path.exists(name) else "there is no such folder here, and as a Hub id: "
         expected = f"expected a run folder or a Hub id of such a model: {where}{reason}"
         raise UsageError(f"{field}: {name!r}: {expected}") from error

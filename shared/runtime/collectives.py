@@ -140,16 +140,21 @@ def _wait_for(store: Any, ranks: Sequence[int], watched: Sequence[int]) -> None:
             if time.monotonic() < look_at:
                 continue
             look_at = time.monotonic() + _SIGN_SECONDS
-            for rank in (
-                rank for rank in watched if store.check([f"alive {rank}"]) and not store.check([f"done {rank}"])
-            ):
-                sign = store.get(f"alive {rank}")
-                if seen.get(rank, (b"", 0.0))[0] != sign:
-                    seen[rank] = sign, time.monotonic()
-                if time.monotonic() - seen[rank][1] > _DEAD_AFTER_SECONDS:
-                    store.set(_PROBLEM, f"process {rank} gave no sign of life for {_DEAD_AFTER_SECONDS} s")
+            for rank in watched:
+                if _is_silent(store, rank, seen):
+                    store.set(_PROBLEM, f"process {rank} gave no sign of life for {_DEAD_AFTER_SECONDS:.0f} s")
     except RuntimeError as error:  # the process that holds the store is gone
         raise UsageError("another process ended, its message says why") from error
+
+
+def _is_silent(store: Any, rank: int, seen: dict[int, tuple[bytes, float]]) -> bool:
+    """Whether a process that is not done has given no new sign of life for long; `seen` is kept up to date."""
+    if store.check([f"done {rank}"]) or not store.check([f"alive {rank}"]):
+        return False
+    sign = store.get(f"alive {rank}")
+    if rank not in seen or seen[rank][0] != sign:
+        seen[rank] = sign, time.monotonic()
+    return time.monotonic() - seen[rank][1] > _DEAD_AFTER_SECONDS
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
 from shared.data.local_files import split_named
 from shared.data.subsets import held_out_of_each
@@ -192,7 +192,7 @@ def stop_token(tokenizer: Any, field: str = "tokenizer", name: str = "") -> int:
     try:
         asked, whole = ids_before_answer(tokenizer, _TRIAL[:1]), _written(tokenizer, _TRIAL)
     except Exception as error:  # Jinja's errors, and what templates raise, have no common class
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(f"{field}: {name!r}: expected a chat template that can be filled in: {reason}") from error
     only_adds = "a chat template that only adds tokens to a conversation that goes on"
     only_adds += " (what ends in a blank before an answer would become a part of its first token)"

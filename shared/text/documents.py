@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
 from shared.data.hub_ids import is_hub_id
 from shared.data.local_files import (
@@ -381,7 +381,7 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
             for data in column.cast("large_binary").to_pylist():
                 yield (data or b"").decode("utf-8", "surrogateescape")
     except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {_one_line(error)}") from error
+        raise UsageError(f"data: {str(file)!r}: expected a readable file, got {one_line(error)}") from error
 
 
 def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
@@ -442,7 +442,7 @@ def _record(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"data: {file}:{number}: expected a JSON object, got {_one_line(error)}") from error
+        raise UsageError(f"data: {file}:{number}: expected a JSON object, got {one_line(error)}") from error
     if not isinstance(record, dict):
         raise UsageError(f"data: {file}:{number}: expected a JSON object, got {type(record).__name__}")
     return record
@@ -455,7 +455,7 @@ def _parquet(file: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(file.open("rb"))  # Arrow takes no names that are not UTF-8
     except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"data: {str(file)!r}: expected a Parquet file, got {_one_line(error)}") from error
+        raise UsageError(f"data: {str(file)!r}: expected a Parquet file, got {one_line(error)}") from error
 
 
 def _open_hub_texts(data: str, *, config: str, split: str, text_column: str) -> HubTexts:
@@ -480,8 +480,4 @@ def hub_errors(data: str, field: str = "data") -> Iterator[None]:
         yield
     except Exception as error:  # its many network, cache and format errors have no common class
         expected = "a file or folder that exists, or a Hub data set that can be read"
-        raise UsageError(f"{field}: {data!r}: expected {expected}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{field}: {data!r}: expected {expected}: {one_line(error)}") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.command_line import UsageError, expect
+from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
 from shared.data.csv_rows import read_csv
 from shared.data.local_files import find_files, part_by_split, split_to_evaluate_on
@@ -78,7 +78,7 @@ def load_split(data: str, config: str, split: str, field: str = "data") -> Any:
         # Under a name of our own, since the library refuses some that files have.
         return datasets.load_dataset(builder, data_files={"train": names}, split="train", features=features)
     except Exception as error:  # what JSON, CSV, Parquet and decompression raise has no common class
-        reason = _one_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error)
         reason = "there is no record in them" if "StopIteration" in reason or "no data" in reason else reason
         shown = ", ".join(file.name for file in files[:5])
         raise UsageError(f"{field}: {data!r}: expected files that can be read, {shown}: {reason}") from error
@@ -114,7 +114,7 @@ def in_utf8(data: str, field: str = "data") -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UsageError(f"{field}: {data!r}: expected text in UTF-8: {_one_line(error)}") from error
+        raise UsageError(f"{field}: {data!r}: expected text in UTF-8: {one_line(error)}") from error
 
 
 def _local(path: Path, field: str) -> dict[str, list[Path]]:
@@ -142,7 +142,3 @@ def validation_split(data: str, config: str, test_split: str = "", field: str = 
         UsageError: the data set cannot be read.
     """
     return split_to_evaluate_on(split_names(data, config, field), test_split)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, one_line
 from shared.data import left_out
 from shared.data.batches import IGNORED
 from shared.runtime.atomic_folder import written_aside
@@ -163,5 +163,5 @@ def _encode_batch(records: list[str]) -> list[Example | str]:
         try:
             encoded.append(encode_example(_worker["tokenizer"], record, _worker["stop"]))
         except Exception as error:  # Jinja's errors, what a template raises, and UsageError have no common class
-            encoded.append(" ".join(str(error).split()))
+            encoded.append(one_line(error))
     return encoded

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.command_line import UsageError
+from shared.command_line import UsageError, one_line
 from shared.runtime.atomic_folder import written_aside
 from shared.text.documents import Beginning, Texts
 from shared.text.vocabulary import special_ids
@@ -118,7 +118,7 @@ def load_fast(name: str, **options: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, use_fast=True, **options)
     except Exception as error:  # hub, cache and format errors have no common class
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         where = "" if os.path.exists(name) else "there is no such folder here, and as a Hub id: "
         expected = f"expected a tokenizer's folder or Hub id, also where init names it: {where}{reason}"
         raise UsageError(f"tokenizer: {name!r}: {expected}") from error
