@@ -529,7 +529,7 @@ def main(cfg: Config) -> None:
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": learning_rate_of(cfg) * factor}
-            metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
+            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
         with run.pause():
             if due.evaluate:
                 tried = evaluate(accelerator, model, held_out, metric_names, micro_batch_size)

@@ -486,7 +486,7 @@ def main(cfg: Config) -> None:
         if due.log:
             mlm_loss, nsp_loss = losses.tolist()
             metrics = {"train/loss": mlm_loss + nsp_loss, "train/mlm_loss": mlm_loss, "train/nsp_loss": nsp_loss}
-            metrics |= {"train/learning_rate": cfg.learning_rate * factor, "train/grad_norm": grad_norm}
+            metrics |= {"train/learning_rate": cfg.learning_rate * factor, "train/grad_norm": grad_norm.item()}
             metrics |= run.rates("tokens")
         with run.pause():
             if due.evaluate:

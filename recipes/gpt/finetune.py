@@ -471,7 +471,7 @@ def main(cfg: Config) -> None:
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
+            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
         with run.pause():
             if due.evaluate:
                 found, shown, texts = evaluate(cfg, accelerator, model, eval_rows, answers, tokenizer, micro_batch_size)

@@ -416,7 +416,7 @@ def main(cfg: Config) -> None:
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, **run.rates("tokens")}
+            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
         with run.pause():
             if due.evaluate:
                 metrics |= evaluate(accelerator, model, held_out, micro_batch_size, cfg.eval_windows)

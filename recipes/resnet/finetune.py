@@ -400,7 +400,7 @@ def train_update(
     batches: list[Any],
     statistics: dict[str, Any],
     weights: Tensor,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """One optimizer update: its mean loss (nats) over all processes and micro-batches, and its gradient norm."""
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
@@ -464,7 +464,7 @@ def main(cfg: Config) -> None:
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/bad_images": bad.number(), **run.rates("images")}
+            metrics |= {"train/grad_norm": grad_norm.item(), "train/bad_images": bad.number(), **run.rates("images")}
         with run.pause():
             if due.evaluate:
                 tried = evaluate(cfg, accelerator, model, held_out, statistics)

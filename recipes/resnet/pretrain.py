@@ -237,7 +237,11 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     """SGD with momentum; no decay of norms and biases (He et al. 2019, section 3.1)."""
     groups = decay_of_matrices(model, cfg.weight_decay)
     return torch.optim.SGD(
-        groups, lr=cfg.learning_rate, momentum=cfg.momentum, nesterov=cfg.nesterov and cfg.momentum > 0
+        groups,
+        lr=cfg.learning_rate,
+        momentum=cfg.momentum,
+        nesterov=cfg.nesterov and cfg.momentum > 0,
+        fused=True,
     )
 
 
@@ -250,7 +254,7 @@ def learning_rate_factor(cfg: Config, step: int) -> float:
 
 def train_update(
     cfg: Config, accelerator: Any, model: Any, optimizer: Any, statistics: RunningStatistics, batches: list[Any]
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """One optimizer update: its mean loss (nats) over all processes and micro-batches, and its gradient norm."""
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
@@ -311,7 +315,7 @@ def main(cfg: Config) -> None:
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, **run.rates("images")}
+            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
             metrics |= {"train/image_size": side, "train/bad_images": bad.number()}
         with run.pause():
             if due.evaluate:

@@ -328,7 +328,7 @@ def train_update(
     statistics: RunningStatistics,
     batches: list[Any],
     step: int,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """One optimizer update: its mean loss (nats) over all processes and micro-batches, and its gradient norm."""
     # accelerate divides by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
@@ -389,7 +389,7 @@ def main(cfg: Config) -> None:
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, "train/bad_images": bad.number(), **run.rates("images")}
+            metrics |= {"train/grad_norm": grad_norm.item(), "train/bad_images": bad.number(), **run.rates("images")}
         with run.pause():
             if due.evaluate:
                 evaluation, answers = evaluate(cfg, accelerator, model, crops)

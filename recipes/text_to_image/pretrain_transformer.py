@@ -364,7 +364,9 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(decay_of_matrices(model, cfg.weight_decay), lr=cfg.learning_rate, fused=True)
 
 
-def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any]) -> tuple[Tensor, float]:
+def train_update(
+    cfg: Config, accelerator: Any, model: Any, optimizer: Any, batches: list[Any]
+) -> tuple[Tensor, Tensor]:
     """One optimizer update: its mean loss over all processes and micro-batches, and its gradient norm."""
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
@@ -453,7 +455,7 @@ def main(cfg: Config) -> None:
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, **run.rates("images")}
+            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
         with run.pause():
             if due.evaluate:
                 with average.in_place():

@@ -303,7 +303,7 @@ def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
 
 def train_update(
     cfg: Config, accelerator: Any, model: Any, judge: Any, optimizer: Any, batches: list[Any]
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """One optimizer update: its mean loss over all processes and micro-batches, and its gradient norm."""
     # accelerate and DeepSpeed divide by the accumulation, and all engines average over processes.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / cfg.global_batch_size
@@ -325,7 +325,7 @@ def train_update(
 @torch.no_grad()
 def latent_statistics(
     cfg: Config, accelerator: Any, model: Any, train: ImageFiles, batch_size: int
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """Mean of each channel of training images' latents (C,), and the deviation of all from these means.
 
     Rombach et al. 2022, section 4.3.2 and appendix G: diffusion expects latents of about unit variance.
@@ -404,7 +404,7 @@ def main(cfg: Config) -> None:
         metrics = {}
         if due.log:
             metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm, **run.rates("images"), "train/bad_images": bad.number()}
+            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images"), "train/bad_images": bad.number()}
         with run.pause():
             if due.evaluate:
                 with average.in_place():

@@ -5,7 +5,6 @@ one with twice as many micro-batches, end with different statistics. Here an upd
 micro-batches on all processes.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -46,11 +45,11 @@ class RunningStatistics:
             total.add_(buffer)
         self._micro_batches += 1
 
-    def end_update(self, accelerator: Any, grad_norm: float) -> None:
-        """Call this after the last one, on every process. An update without a finite gradient changes nothing."""
+    def end_update(self, accelerator: Any, grad_norm: torch.Tensor) -> None:
+        """Call this after the last one, on every process. An update without a finite norm (scalar) changes nothing."""
         if not self._layers:
             return
         of_update = accelerator.reduce(torch.cat(self._sums) / self._micro_batches, "mean")
         means = of_update.split([total.numel() for total in self._sums])
         for buffer, before, mean in zip(self._buffers(), self._before, means, strict=True):
-            buffer.copy_(before.double().lerp(mean, MOMENTUM) if math.isfinite(grad_norm) else before)
+            buffer.copy_(torch.where(grad_norm.isfinite(), before.double().lerp(mean, MOMENTUM), before))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.optim.optimizers import replace
+
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, algorithm 2, with the norm itself as phi).
@@ -16,7 +18,8 @@ class Lamb(torch.optim.Optimizer):
 
     Each parameter group reads `lr`, `betas`, `eps`, `weight_decay` and `trust_ratio`; where that is False, as is usual
     for norms and biases, the step is Adam's. Parameters may be sharded by FSDP2: norms are those of whole tensors, by
-    one all-reduce a group. ZeRO flattens tensors into parts that have no norms of their own, so it must be refused.
+    one all-reduce a group. ZeRO flattens tensors into parts that have no norms of their own, so it must be refused. As
+    torch's fused optimizers do, it reads `found_inf`, see `step_if_finite`.
 
     Args:
         groups: parameter groups, or parameters.
@@ -25,6 +28,9 @@ class Lamb(torch.optim.Optimizer):
         eps: Adam's epsilon, added to the root of the second moment.
         weight_decay: part of the step whose direction is taken.
     """
+
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # so torch's GradScaler gives `found_inf` too, and does not read it itself
 
     def __init__(
         self,
@@ -36,13 +42,8 @@ class Lamb(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "trust_ratio": True}
-        super().__init__(groups, defaults)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `torch.optim.Optimizer`; counters of updates come back to the CPU from wherever they were loaded."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state["step"] = state["step"].cpu()
+        # fused: torch then puts counters of updates back on the device when a state is loaded.
+        super().__init__(groups, {**defaults, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is taken
@@ -58,21 +59,23 @@ class Lamb(torch.optim.Optimizer):
                 # Zero weights have no length to go by, and a zero step no direction.
                 ratios = torch.where((norms > 0) & (lengths > 0), norms / lengths, 1.0)
             for parameter, step, ratio in zip(weights, steps, ratios, strict=True):
-                parameter.add_(step.mul_(ratio.to(step.dtype)), alpha=-group["lr"])
+                moved = parameter.add(step.mul_(ratio.to(step.dtype)), alpha=-group["lr"])
+                replace(parameter, moved, self.found_inf)
 
     def _adam_step(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
         state, gradient, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
         if not state:
-            # On the CPU, as in torch's AdamW: read by Python, so it must not make a device wait.
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        number = state["step"].item()
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (state["exp_avg_sq"] / (1 - beta2**number)).sqrt_().add_(group["eps"])
-        return (state["exp_avg"] / (1 - beta1**number)).div_(root).add_(parameter, alpha=group["weight_decay"])
+        counter = state["step"] + 1
+        first = state["exp_avg"].lerp(gradient, 1 - beta1)
+        second = (beta2 * state["exp_avg_sq"]).addcmul_(gradient, gradient, value=1 - beta2)
+        for name, value in (("step", counter), ("exp_avg", first), ("exp_avg_sq", second)):
+            replace(state[name], value, self.found_inf)
+        number = counter.to(parameter.dtype)
+        root = (second / (1 - beta2**number)).sqrt_().add_(group["eps"])
+        return (first / (1 - beta1**number)).div_(root).add_(parameter, alpha=group["weight_decay"])
 
 
 def whole_norms(tensors: list[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from shared.command_line import expect
+from shared.optim.optimizers import replace
 
 _STACKED_NUMBERS = 1 << 26  # of matrices that are orthogonalised together, 256 MB in float32
 
@@ -27,7 +28,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Each parameter group carries `use_muon`. Groups with it hold matrices (2-D) and read `lr`, `momentum`,
     `weight_decay`, `stored_transposed` and `num_parts`; the others read `lr`, `betas`, `eps` and `weight_decay`. Weight
-    decay is decoupled in both.
+    decay is decoupled in both. As torch's fused optimizers do, it reads `found_inf`, see `step_if_finite`.
 
     Args:
         groups: parameter groups, each with "params", "lr" and "use_muon"; a Muon group whose matrices are (in, out), as
@@ -41,6 +42,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Raises:
         ValueError: a Muon group holds a parameter that is not a matrix.
     """
+
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # so torch's GradScaler gives `found_inf` too, and does not read it itself
 
     def __init__(
         self,
@@ -75,8 +79,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            nesterov = gradient.lerp(state["momentum_buffer"], group["momentum"])
+            average = state["momentum_buffer"].lerp(gradient, 1 - group["momentum"])
+            nesterov = gradient.lerp(average, group["momentum"])
+            replace(state["momentum_buffer"], average, self.found_inf)
             updates.setdefault(tuple(parameter.shape), []).append((parameter, nesterov))
         along_outputs = 1 if group["stored_transposed"] else 0
         for shape, alike in updates.items():
@@ -85,8 +90,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             rate = group["lr"] * max(1.0, outputs_an_input) ** 0.5
             directions = _directions([nesterov for _, nesterov in alike], group["num_parts"], along_outputs)
             for (parameter, _), direction in zip(alike, directions, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.to(parameter.dtype), alpha=-rate)
+                decayed = parameter * (1 - group["lr"] * group["weight_decay"])
+                replace(parameter, decayed.add_(direction.to(parameter.dtype), alpha=-rate), self.found_inf)
 
     def _adamw_step(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         parameters = [parameter for parameter, _ in pairs]
@@ -112,6 +117,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            found_inf=self.found_inf,
         )
 
 

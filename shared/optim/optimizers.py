@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def decay_of_matrices(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def decay_of_matrices(model: torch.nn.Module, weight_decay: float) -> list[dict[
 
 
 def split_weights(
-    model: torch.nn.Module, head: torch.Tensor
+    model: torch.nn.Module, head: Tensor
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """What is trained of a language model: weights of hidden layers, tables of embeddings and the head, and vectors.
 
@@ -50,23 +51,60 @@ def state_bytes_per_parameter(optimizer: torch.optim.Optimizer) -> float:
     return 4 * sum(moments * size for moments, size in sizes) / sum(size for _, size in sizes)
 
 
-def clip_and_step(accelerator: Any, model: Any, optimizer: Any, max_grad_norm: float) -> float:
+def clip_and_step(accelerator: Any, model: Any, optimizer: Any, max_grad_norm: float) -> Tensor:
     """Clip the gradient of an update, take the step, forget the gradient, and return its norm before clipping.
 
-    A gradient that is not finite changes nothing, on all processes alike; DeepSpeed, which steps inside the backward
-    pass, finds that by itself.
+    A gradient that is not finite changes nothing, on all processes alike. The device decides that, so the host does not
+    wait for it; DeepSpeed, which steps inside the backward pass, finds it by itself.
 
     Args:
         accelerator: knows the engine.
         model: prepared.
-        optimizer: prepared.
+        optimizer: prepared; a kind that `step_if_finite` takes.
         max_grad_norm: norm to which the gradient is clipped; 0 = no clipping.
+
+    Returns:
+        The norm as a scalar on the device; reading it there waits for the update.
     """
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf))
-    if math.isfinite(grad_norm):
-        optimizer.step()
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 has a part on each process
+    grad_norm = torch.as_tensor(whole, dtype=torch.float32, device=accelerator.device)
+    step_if_finite(optimizer, grad_norm)
     optimizer.zero_grad()
     return grad_norm
+
+
+def step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
+    """Take the step where the norm is finite, else change neither weights nor state.
+
+    Args:
+        optimizer: prepared, or not. It must read `found_inf`, as torch's fused ones, `MuonWithAdamW` and `Lamb` do.
+        grad_norm: scalar, on the device of the weights.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, torch.optim.SGD):
+        _begin_momentum(inner)
+    inner.found_inf = (~grad_norm.isfinite()).float()
+    optimizer.step()
+
+
+def replace(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:
+    """Write `new` into `old`, but where an update is not to change anything.
+
+    Args:
+        old: weights or state.
+        new: of the same shape.
+        found_inf: scalar, above zero where the update's gradient is not finite; None = it is not known, write.
+    """
+    old.copy_(new if found_inf is None else torch.where(found_inf > 0, old, new))
+
+
+def _begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Let momentum begin at zero: torch's fused SGD would leave it unwritten where its first step changes nothing."""
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group["momentum"] else ():
+            if weight.grad is not None and "momentum_buffer" not in optimizer.state[weight]:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shared.performance.flops import peak
-from shared.runtime.collectives import on_any_process
+from shared.runtime.collectives import count_of
 
 
 def without_memory() -> FakeTensorMode:
@@ -145,7 +145,7 @@ def costs(
 def can_time(accelerator: Any, num_flops: float, num_bytes: int) -> bool:
     """Whether a micro-batch of `num_flops` is a matter of seconds and `num_bytes` fit into memory twice, everywhere."""
     is_slow = num_flops > 2 * peak(accelerator) or 2 * num_bytes > free_memory(accelerator.device)
-    return not on_any_process(accelerator, is_slow)
+    return count_of(accelerator, is_slow).read() == 0
 
 
 def time_update(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> float:

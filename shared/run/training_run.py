@@ -29,6 +29,8 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from torch import Tensor
+
 from shared.command_line import RunStopped
 from shared.data import left_out
 from shared.fields import RunControl, to_yaml
@@ -43,6 +45,7 @@ from shared.run.log import RunLog
 from shared.run.report import finish_run
 from shared.run.skipped_updates import SkippedUpdates
 from shared.runtime import collectives, launch
+from shared.runtime.late_number import LateNumber
 from shared.runtime.signals import StopSignals
 
 Update = TypeVar("Update")
@@ -155,6 +158,7 @@ class Run:
         self._throughput = Throughput(flops_per_sample, peak(accelerator) * accelerator.num_processes)
         self._seconds_before = self._seconds
         self._stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
+        self._stops_before: LateNumber | None = None
         while self.step < control.max_steps and not self.is_over:
             number = self.step
             with self._throughput.waiting_for_data():
@@ -165,17 +169,19 @@ class Run:
             assert is_saved, "a checkpoint was due and is not there"
             if profiler:
                 profiler.step()
-            self._skipped.check(self.step)
+            if self._were_too_many:  # it is saved, and by now the newest update was looked at too
+                self._skipped.check(self.step)
             if self._is_stopping and self.step < control.max_steps and not self.is_over:
                 raise RunStopped(
                     f"saved at step {self.step} of {control.max_steps}; the same command goes on from there"
                 )
 
-    def count_update(self, grad_norm: float, *, samples: float, units: int) -> Due:
+    def count_update(self, grad_norm: Tensor, *, samples: float, units: int) -> Due:
         """Note that an update was done, and say what is due after it.
 
         Args:
-            grad_norm: the same on all processes; an update whose norm is not finite counts as skipped.
+            grad_norm: scalar, the same on all processes; an update whose norm is not finite counts as skipped. That,
+                and another process's signal, are looked at after the next update, so no device is waited for.
             samples: over all processes, in units of `flops_per_sample`.
             units: tokens or images, over all processes.
         """
@@ -183,9 +189,12 @@ class Run:
         self.step += 1
         self._throughput.add(samples=samples, units=units)
         self._skipped.count(grad_norm)
-        self._is_stopping = collectives.on_any_process(self._accelerator, self._stop.received)
+        self._is_stopping = self._is_any_process_stopping()
         is_finished = self.step == control.max_steps
-        is_last = is_finished or self._skipped.are_too_many
+        if is_finished:
+            self._skipped.look_at_all()
+        self._were_too_many = self._skipped.are_too_many
+        is_last = is_finished or self._were_too_many
         self._due = Due(
             log=is_last or _is_due(self.step, control.log_every),
             evaluate=is_finished or _is_due(self.step, control.eval_every),
@@ -279,6 +288,13 @@ class Run:
         self._stop.restore()
         if self._lock:
             self._lock.close()
+
+    def _is_any_process_stopping(self) -> bool:
+        """Whether one of them was to stop when it had done the update before; alone, whether this one is."""
+        if self._accelerator.num_processes == 1:
+            return self._stop.received
+        before, self._stops_before = self._stops_before, collectives.count_of(self._accelerator, self._stop.received)
+        return before is not None and before.read() > 0
 
     def _training_seconds(self) -> float:
         return self._seconds_before + self._throughput.training_seconds

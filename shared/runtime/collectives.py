@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from shared.command_line import UsageError
+from shared.runtime.late_number import LateNumber
 
 _turns = itertools.count()  # of this program, which all processes go through alike
 _PROBLEM = "problem"
@@ -65,11 +66,10 @@ def raise_together(accelerator: Any) -> Iterator[None]:
         raise problem
 
 
-def on_any_process(accelerator: Any, flag: bool) -> bool:
-    """Whether `flag` is true on at least one process. Every process calls this."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor([int(flag)], device=accelerator.device), "sum").item())
+def count_of(accelerator: Any, flag: bool) -> LateNumber:
+    """On how many processes `flag` is true, without a wait for it. Every process calls this."""
+    mine = torch.full((1,), float(flag), device=accelerator.device)  # torch.tensor would wait for a device
+    return LateNumber(accelerator.reduce(mine, "sum"))
 
 
 def gather_objects(accelerator: Any, value: Any) -> list[Any]:

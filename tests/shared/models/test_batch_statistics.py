@@ -4,11 +4,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ResNetConfig
 
 from shared.models.batch_statistics import RunningStatistics
 from shared.models.resnet import ResNetForImageClassification
+from tests.host_reads import HostReads
 
 
 def model() -> nn.Module:
@@ -24,7 +24,7 @@ def test_one_batch_an_update_is_torch_s_own_average() -> None:
         statistics.begin_update()
         ours(batch)
         statistics.add_micro_batch()
-        statistics.end_update(accelerator, 1.0)
+        statistics.end_update(accelerator, torch.tensor(1.0))
         torchs(batch)
     for name, value in torchs.state_dict().items():
         if "running" in name:
@@ -44,7 +44,7 @@ def test_order_and_repetition_of_micro_batches_change_nothing() -> None:
             network(batches[index])
             if index >= 0:
                 statistics.add_micro_batch()
-        statistics.end_update(accelerator, 1.0)
+        statistics.end_update(accelerator, torch.tensor(1.0))
         results.append(network.state_dict())
     for other in results[1:]:
         for name in ("1.running_mean", "1.running_var", "4.running_mean"):
@@ -59,20 +59,8 @@ def test_an_update_without_a_finite_gradient_changes_nothing(grad_norm: float) -
     statistics.begin_update()
     network(torch.full((2, 3, 6, 6), torch.nan))
     statistics.add_micro_batch()
-    statistics.end_update(Accelerator(cpu=True), grad_norm)
+    statistics.end_update(Accelerator(cpu=True), torch.tensor(grad_norm))
     assert all(torch.equal(network.state_dict()[name], before[name]) for name in before if "running" in name)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts how often a tensor's value is asked for by Python, for which a GPU would have to finish its work."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
-        self.number += function is torch.ops.aten._local_scalar_dense.default
-        return function(*arguments, **(options or {}))
 
 
 @pytest.mark.slow
@@ -84,7 +72,7 @@ def test_no_forward_pass_reads_on_the_host_or_breaks_the_graph() -> None:
         statistics.begin_update()
         network(pixels).logits.sum().backward()
         statistics.add_micro_batch()
-        statistics.end_update(Accelerator(cpu=True), 1.0)
+        statistics.end_update(Accelerator(cpu=True), torch.tensor(1.0))
     assert reads.number == 0
     assert torch._dynamo.explain(network)(pixels).graph_break_count == 0
 

@@ -1,12 +1,23 @@
 """What every optimizer needs: the bytes of its state, rates, and what decays."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from shared.optim.lamb import Lamb
 from shared.optim.muon import MuonWithAdamW
-from shared.optim.optimizers import decay_of_matrices, set_learning_rates, split_weights, state_bytes_per_parameter
+from shared.optim.optimizers import (
+    decay_of_matrices,
+    set_learning_rates,
+    split_weights,
+    state_bytes_per_parameter,
+    step_if_finite,
+)
+from tests.host_reads import HostReads
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -92,3 +103,60 @@ def test_weights_of_a_language_model_are_hidden_tables_or_vectors(is_tied):
     expected = ([hidden.weight, experts[0]], [table.weight] if is_tied else [table.weight, head.weight])
     expected += ([hidden.bias, norm.weight],)
     assert [list(map(id, weights)) for weights in found] == [list(map(id, weights)) for weights in expected]
+
+
+def builders() -> dict[str, Any]:
+    """Every optimizer of the recipes, of a matrix and a vector."""
+
+    def of_muon(matrix: nn.Parameter, vector: nn.Parameter) -> torch.optim.Optimizer:
+        groups = [{"params": [matrix], "lr": 0.02, "use_muon": True}, {"params": [vector], "lr": 0.01}]
+        return MuonWithAdamW(groups, weight_decay=0.1)
+
+    return {
+        "muon": of_muon,
+        "lamb": lambda *weights: Lamb(weights, 0.01, weight_decay=0.1),
+        "adamw": lambda *weights: torch.optim.AdamW(weights, lr=0.01, fused=True),
+        "sgd": lambda *weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True, fused=True),
+    }
+
+
+@pytest.mark.parametrize("kind", list(builders()))
+@pytest.mark.parametrize("bad", [{0}, {1, 2}, {0, 3}])
+def test_updates_without_a_finite_gradient_change_neither_weights_nor_state(kind: str, bad: set[int]) -> None:
+    """The others give, to the bit, what they give alone, also those after a first update that was skipped."""
+
+    def train(numbers: list[int], asks: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        weights = [parameter(6, 4), parameter(5)]
+        optimizer = builders()[kind](*weights)
+        for number in numbers:
+            draw = torch.Generator().manual_seed(number)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=draw)
+                weight.grad[0] = math.nan if number in bad else weight.grad[0]
+            norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+            step_if_finite(optimizer, norm) if asks else optimizer.step()
+        state = [value for state in optimizer.state.values() for value in state.values() if value is not None]
+        return [weight.detach() for weight in weights] + state
+
+    found, expected = train(list(range(5)), True), train(sorted(set(range(5)) - bad), False)
+    assert all(map(torch.equal, found, expected))
+    assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize("kind", list(builders()))
+def test_a_scaler_of_gradients_asks_the_optimizer_and_not_the_host(kind: str) -> None:
+    """As under float16: the first update overflows, changes nothing, and halves the scale."""
+    weights = [parameter(6, 4), parameter(5)]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer, scaler = builders()[kind](*weights), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for factor, moves in ((math.inf, False), (1.0, True)):
+        scaler.scale(sum(weight.sum() for weight in weights) * factor).backward()
+        scaler.unscale_(optimizer)
+        with HostReads() as reads:
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert reads.number == 0
+        assert all(torch.equal(*pair) != moves for pair in zip(weights, before, strict=True))
+    assert scaler.get_scale() == 2.0**15

@@ -79,7 +79,8 @@ def drive(case: Case, folder: Path, accelerator: Any, signalled_rank: int) -> li
             assert update == step
             if step in case.signals and accelerator.process_index == signalled_rank:
                 os.kill(os.getpid(), signal.SIGTERM)
-            due = run.count_update(math.nan if step in case.bad else 1.0, samples=4, units=8)
+            grad_norm = torch.tensor(math.nan if step in case.bad else 1.0)
+            due = run.count_update(grad_norm, samples=4, units=8)
             metrics = {"train/loss": float(step), **run.rates("tokens")} if due.log else {}
             events.append(("log", run.step, metrics.get("train/skipped_updates", -1)))
             with run.pause():
@@ -101,17 +102,25 @@ def drive(case: Case, folder: Path, accelerator: Any, signalled_rank: int) -> li
     return events
 
 
-def expected(case: Case) -> list[list[Event]]:
-    """The same of every start of a run, to its end, said plainly."""
+def expected(case: Case, processes: int = 1) -> list[list[Event]]:
+    """The same of every start of a run, to its end, said plainly.
+
+    Updates without a finite gradient, and where there are several processes signals, are known when the next update is
+    counted; a checkpoint and the last update have the former at once.
+    """
     starts, saved = [], (0, 0, 0, -1)  # step, skipped, in a row, number
     while not starts or starts[-1][-1][0] == "RunStopped":
         step, skipped, in_a_row, number = saved
         events: list[Event] = [("start", step, number)]
-        end = "finished"
+        end, signalled = "finished", False
         while step < case.max_steps and end == "finished":
-            is_bad, signalled = step in case.bad, step in case.signals
+            is_stopping, signalled = signalled, step in case.signals
+            if processes == 1:
+                is_stopping = signalled
+            is_bad, too_many = step in case.bad, in_a_row >= case.max_bad_updates
             step, skipped, in_a_row = step + 1, skipped + is_bad, in_a_row + 1 if is_bad else 0
-            too_many = in_a_row >= case.max_bad_updates
+            if step == case.max_steps:
+                too_many = in_a_row >= case.max_bad_updates
             is_last = step == case.max_steps or too_many
             logs = is_last or step % case.log_every == 0
             evaluates = step == case.max_steps or (case.eval_every > 0 and step % case.eval_every == 0)
@@ -119,14 +128,15 @@ def expected(case: Case) -> list[list[Event]]:
             if evaluates:
                 events.append(("evaluate", step))
             events.append(("write", step, logs or evaluates))
-            if is_last or signalled or (case.save_every > 0 and step % case.save_every == 0):
+            saves = is_last or is_stopping or (case.save_every > 0 and step % case.save_every == 0)
+            if saves:
                 saved = (step, skipped, in_a_row, step - 1)
                 events.append(("save", step))
             if case.push_every > 0 and step % case.push_every == 0:
                 events.append(("push", step))
-            if too_many:
+            if too_many and in_a_row >= case.max_bad_updates:
                 end = "TooManyNonFiniteUpdates"
-            elif signalled and step < case.max_steps:
+            elif is_stopping and step < case.max_steps:
                 end = "RunStopped"
         starts.append([*events, (end, step)])
     return starts

@@ -95,6 +95,6 @@ def test_two_processes_do_the_same_and_stop_together(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for index in range(NUMBER_ON_TWO):
         case = random_case(1000 + index)
-        starts = [[list(event) for event in start] for start in expected(case)]
+        starts = [[list(event) for event in start] for start in expected(case, 2)]
         assert first[index] == second[index] == starts
         check_files(tmp_path / str(1000 + index), case, starts)

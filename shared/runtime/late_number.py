@@ -1,0 +1,24 @@
+"""A number that a device computes, read on the host an update later, so that neither waits for the other."""
+
+import torch
+
+
+class LateNumber:
+    """A number on its way to the host.
+
+    Args:
+        number: of one element, on any device. It is copied once the device has done what it was told so far.
+    """
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._here = number.detach().to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._copied = None
+        if number.device.type != "cpu":
+            self._copied = torch.Event(number.device)
+            self._copied.record()
+
+    def read(self) -> float:
+        """The number; it waits for what the device was told before this was made, and for nothing after it."""
+        if self._copied:
+            self._copied.synchronize()
+        return float(self._here)
