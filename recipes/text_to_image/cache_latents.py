@@ -72,7 +72,6 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a wron
     with cli.exit_codes():
         CONFIG = cli.parse(Config)
 
-import torch
 
 from shared.diffusion import latent_cache
 from shared.diffusion.captions import load_text_encoder
@@ -83,7 +82,7 @@ from shared.images.captioned import CaptionedImages, open_captioned, source_of
 from shared.performance.dry_run import human_bytes
 from shared.run import folder as run_folder
 from shared.run import summary
-from shared.runtime import collectives, launch
+from shared.runtime import collectives, launch, precision
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 
@@ -174,8 +173,7 @@ def main(cfg: Config) -> None:
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     num_workers = cfg.num_workers if cfg.num_workers >= 0 else launch.cores_of_process()
     speed = {"batch_size": cfg.batch_size, "num_workers": num_workers}
-    is_short = accelerator.mixed_precision == "bf16"
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=is_short):
+    with precision.autocast(accelerator, accelerator.device.type):
         cut = encode_shards(
             folder, mine, splits, vae, text, **form, **speed, shows_progress=accelerator.is_main_process
         )

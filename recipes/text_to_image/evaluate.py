@@ -96,10 +96,10 @@ from shared.run import folder as run_folder
 from shared.run import summary
 from shared.runtime.collectives import gather_objects
 from shared.runtime.launch import start_accelerator
+from shared.runtime.precision import type_of_products
 
 SHIPPED = Path(__file__).parent / "assets" / "emoji_resnet"
 SAMPLE_SPLIT = "test_unseen_combination"
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}  # by the launcher's mixed precision
 TIMEOUT_MINUTES = 30  # that a process waits for the others' shares
 NUM_SHOWN = 16  # pairs of images in the grid
 
@@ -243,7 +243,7 @@ def main(cfg: Config) -> None:
     cli.expect(others_split != split, "others_split", others_split, f"another split than data_split, {split}")
     others = open_data(cfg, others_split, None)[2] if others_split else true[:0]
     accelerator = start_accelerator(TIMEOUT_MINUTES, report_to="", logging_dir="", deterministic=False)
-    pipeline = load_pipeline(cfg.model, "model", DTYPES[accelerator.mixed_precision]).to(accelerator.device)
+    pipeline = load_pipeline(cfg.model, "model", type_of_products(accelerator)).to(accelerator.device)
     has_latents = getattr(pipeline, "vae", None) is not None
     cli.expect(has_latents, "model", cfg.model, "a latent diffusion pipeline, which has an autoencoder")
     check_steps(pipeline, cfg.num_steps)

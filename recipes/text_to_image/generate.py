@@ -54,7 +54,6 @@ import logging
 import re
 
 import numpy as np
-import torch
 from PIL import Image
 
 from shared.data.randomness import derive_seed
@@ -69,8 +68,8 @@ from shared.diffusion.generation import (
 from shared.metrics.figures import image_grid
 from shared.run.folder import check_writable
 from shared.runtime.launch import start_accelerator
+from shared.runtime.precision import type_of_products
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}  # by the launcher's mixed precision
 TIMEOUT_MINUTES = 30  # that a process waits for the others' shares
 NUM_SHOWN = 64  # images of the grid, at most
 SETTINGS = ("num_steps", "guidance_scale", "negative_prompt", "scheduler")  # noted for each image
@@ -112,7 +111,7 @@ def main(cfg: Config) -> None:
     check_config(cfg)
     prompts, folder = read_prompts(cfg), Path(cfg.output_dir)
     accelerator = start_accelerator(TIMEOUT_MINUTES, report_to="", logging_dir="", deterministic=False)
-    pipeline = load_pipeline(cfg.model, "model", DTYPES[accelerator.mixed_precision])
+    pipeline = load_pipeline(cfg.model, "model", type_of_products(accelerator))
     if cfg.scheduler:
         set_scheduler(pipeline, cfg.scheduler)
     check_steps(pipeline, cfg.num_steps)

@@ -19,6 +19,7 @@ from shared.data import left_out
 from shared.diffusion.clip_tokenizer import train_clip_tokenizer
 from shared.diffusion.latent_cache import weights_digest
 from shared.models.pretrained import check_sizes, load_errors, load_pretrained
+from shared.runtime import precision
 from shared.text.vocabulary import num_ids
 
 _CLIP_KINDS = ("clip", "clip_text_model")  # a whole CLIP and its text half, as config.json calls them
@@ -219,8 +220,7 @@ def embed_captions(accelerator: Any, batch: dict[str, Tensor], encoder: Any) -> 
     """
     if encoder is None:
         return batch
-    is_short = accelerator.mixed_precision == "bf16"
-    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=is_short):
+    with precision.autocast(accelerator, encoder.device.type):
         return {**batch, "text": encode_text(encoder, batch["text"]).float()}
 
 

@@ -1,8 +1,8 @@
 """Muon for hidden matrices together with AdamW for everything else, as one `torch.optim.Optimizer`.
 
 One object is what `accelerator.prepare` takes, what checkpoints save, and what FSDP2 can rebuild. Newton-Schulz runs
-in bfloat16 on GPUs and in float32 on CPUs, where bfloat16 is emulated slowly by most processors
-(`torch.optim.Muon` always takes bfloat16).
+in bfloat16 on GPUs and in float32 on CPUs and GPUs before Ampere, which emulate bfloat16 slowly (`torch.optim.Muon`
+always takes bfloat16).
 
 Under FSDP2 each process has some rows of every matrix. As many matrices as there are processes are taken at a time:
 each process is sent all rows of one of them, does its Newton-Schulz alone, and sends the rows back. So nobody holds
@@ -219,7 +219,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         matrices: (N, R, C).
 
     Returns:
-        (N, R, C), bfloat16 on GPUs, float32 on CPUs.
+        (N, R, C) in the type of `_type_of_products`.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero for five steps (Jordan et al. 2024)
     x = matrices.to(_type_of_products(matrices))
@@ -234,4 +234,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _type_of_products(matrices: Tensor) -> torch.dtype:
-    return torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
+    """Bfloat16, float32 where that is emulated: on CPUs, and on GPUs before Ampere."""
+    kind = matrices.device.type
+    is_emulated = kind == "cpu" or (kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.float32 if is_emulated else torch.bfloat16

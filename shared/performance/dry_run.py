@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shared.performance.flops import peak
+from shared.runtime import precision
 from shared.runtime.collectives import count_of
 
 
@@ -129,8 +130,7 @@ def costs(
         name: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
         for name, value in inputs.items()
     }
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=accelerator.mixed_precision == "bf16")
-    with SavedForBackward(model) as saved, autocast:
+    with SavedForBackward(model) as saved, precision.autocast(accelerator, "cpu"):
         model(**shapes)
     memory = memory_per_device(
         model,

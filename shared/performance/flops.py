@@ -13,6 +13,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from shared.runtime.precision import type_of_products
+
 # Dense TFLOP/s of NVIDIA's data sheets (not the doubled figures for sparse matrices). 0 = not in hardware.
 _DATA_SHEETS = (
     # torch's name of the card, bfloat16, float16, TF32, float32
@@ -107,8 +109,7 @@ def peak(accelerator: Any) -> float:
     modules = [module for model in accelerator._models for module in model.modules()]
     of_convolutions = sum(module.weight.numel() for module in modules if isinstance(module, nn.Conv2d))
     total = sum(parameter.numel() for model in accelerator._models for parameter in model.parameters())
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    return peak_flops(accelerator.device, dtype, 2 * of_convolutions > total)
+    return peak_flops(accelerator.device, type_of_products(accelerator), 2 * of_convolutions > total)
 
 
 def _data_sheet_peak(name: str, dtype: torch.dtype, of_convolutions: bool = False) -> float:

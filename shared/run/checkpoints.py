@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
+SCALER = "scaler.pt"  # as accelerate calls it
 
 
 def resume_run(accelerator: Any, run_dir: Path, resume: str, previous_phase: Path | None) -> tuple[int, dict[str, Any]]:
@@ -238,7 +239,9 @@ def load_checkpoint(accelerator: Any, checkpoint: Path) -> tuple[int, dict[str, 
             f"{name}: expected a checkpoint of {processes} processes, got one of {about['processes']}; "
             "DeepSpeed's ds_to_universal converts it, unless it is Muon's"
         )
-    settings = _optimizer_settings(accelerator)
+    settings, scaler = _optimizer_settings(accelerator), accelerator.scaler
+    if SCALER not in _manifest(checkpoint):  # written in another precision: the scale of float16 begins anew
+        accelerator.scaler = None
     with tempfile.TemporaryDirectory(prefix="checkpoint_") as view:
         _link_named_files(checkpoint, Path(view))
         try:
@@ -246,6 +249,8 @@ def load_checkpoint(accelerator: Any, checkpoint: Path) -> tuple[int, dict[str, 
         except (RuntimeError, ValueError, KeyError, OSError, pickle.UnpicklingError, CheckpointException) as error:
             reason = " ".join(str(error).replace(view, "").split())
             raise UsageError(f"{name}: expected a checkpoint of this model and optimizer: {reason[:300]}") from error
+        finally:
+            accelerator.scaler = scaler
     for group, built in zip(_optimizer_groups(accelerator), settings, strict=True):
         group.update(built)
     if (checkpoint / TENSORS).is_file() and TENSORS in _manifest(checkpoint):

@@ -18,6 +18,7 @@ import torch
 
 from shared.command_line import UsageError, expect
 from shared.runtime.cache_folder import keep_caches_where_they_can_be_written
+from shared.runtime.precision import TYPES
 
 
 def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, deterministic: bool) -> Any:
@@ -39,10 +40,14 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
 
     keep_caches_where_they_can_be_written()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "bf16"):
-        raise UsageError(f"accelerate config: mixed_precision: {precision!r}: expected no or bf16")
+    field = "accelerate config: mixed_precision"
+    expect(precision in TYPES, field, precision, "no, bf16 or fp16")
     on_cpu = not _has_accelerator()
     uses_deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
+    if precision == "fp16":
+        expect(not on_cpu, field, precision, "a GPU, none was found")
+        is_sharded = uses_deepspeed or _asked("ACCELERATE_USE_FSDP")
+        expect(not is_sharded, field, precision, "bf16 or no under DeepSpeed and FSDP2, fp16 is for one GPU and DDP")
     if on_cpu and precision == "bf16" and not (uses_deepspeed or _asked("ACCELERATE_USE_CPU")):
         raise UsageError(
             "accelerate config: mixed_precision: 'bf16': expected a GPU, none was found; for bf16 on a CPU set "
@@ -165,7 +170,7 @@ def _check_gpus(local_processes: int, precision: str) -> None:
     expect(local_processes <= number or is_given, field, local_processes, expected)
     if precision == "bf16" and torch.cuda.is_available():
         multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
-        expected = f"no, since {torch.cuda.get_device_name()} has no bfloat16 and would emulate it"
+        expected = f"fp16 or no, since {torch.cuda.get_device_name()} has no bfloat16 and would emulate it"
         expect(multiplies, "accelerate config: mixed_precision", precision, expected)
 
 

@@ -20,10 +20,22 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from shared import command_line as cli
 from shared.data.batches import IGNORED
+from shared.runtime import launch as launch_shared
 from shared.text import streaming, tokenization
 from tests.conftest import ROOT
 from tests.launching import PYTHON, preloaded_python
-from tests.recipes.runs import assert_same_weights, metrics_of, push_and_load, results_of, run, run_card
+from tests.recipes.runs import (
+    assert_same,
+    assert_same_weights,
+    metric,
+    metrics_of,
+    push_and_load,
+    results_of,
+    run,
+    run_card,
+    state_at,
+    weights,
+)
 
 TINY = {
     "hidden_size": 32,
@@ -398,9 +410,46 @@ def test_too_many_bad_updates_stop_the_run(
 ) -> None:
     loss_sum = gpt.causal_lm_loss_sum
     monkeypatch.setattr(gpt, "causal_lm_loss_sum", lambda logits, labels: loss_sum(logits, labels) * math.inf)
-    with pytest.raises(cli.TooManyNonFiniteUpdates, match="3 updates in a row"):
+    with pytest.raises(cli.TooManyNonFiniteUpdates, match="4 updates in a row"):  # 3, and what came meanwhile
         run(gpt, config_of(gpt, corpus, tmp_path / "run", max_bad_updates=3))
-    assert metrics_of(tmp_path / "run")[-1]["train/skipped_updates"] == 3
+    assert metrics_of(tmp_path / "run")[-1]["train/skipped_updates"] == 4
+
+
+@pytest.fixture
+def in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate does with fp16 on a GPU, on the CPU, which it refuses; the scale begins too large."""
+    start_plainly = launch_shared.start_accelerator
+
+    def start_accelerator(*values: Any) -> Any:
+        accelerator = start_plainly(*values)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=4)
+        return accelerator
+
+    monkeypatch.setattr(launch_shared, "start_accelerator", start_accelerator)
+
+
+@pytest.mark.usefixtures("in_float16")
+def test_float16_learns_and_resumes_with_its_scale(
+    gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates that overflow are skipped until the scale fits; those after them are near float32's."""
+    fields = {"max_steps": 60, "save_every": 30, "keep_checkpoints": 9, "max_bad_updates": 40}
+    run(gpt, config_of(gpt, corpus, tmp_path / "whole", **fields))
+    skipped = metric(tmp_path / "whole", "train/skipped_updates")
+    assert 5 < skipped[-1] < 40
+    assert skipped[29] > skipped[0] == 1
+    losses = metric(tmp_path / "whole", "train/loss")
+    assert losses[0] == pytest.approx(metric(reference, "train/loss")[0], rel=1e-3)
+    assert losses[-1] < losses[0] - 1
+    state_at(tmp_path / "whole", 30, tmp_path / "resumed")
+    run(gpt, config_of(gpt, corpus, tmp_path / "resumed", **fields))
+    assert_same(tmp_path / "resumed", tmp_path / "whole")
+    assert {tensor.dtype for tensor in weights(tmp_path / "whole").values()} == {torch.float32}
+    monkeypatch.undo()  # the same run on a GPU with bfloat16, or here
+    state_at(tmp_path / "whole", 30, tmp_path / "other")
+    run(gpt, config_of(gpt, corpus, tmp_path / "other", **fields))
+    assert metric(tmp_path / "other", "train/skipped_updates")[-1] == skipped[29]
 
 
 @pytest.mark.parametrize("goes_on", [False, True])

@@ -81,7 +81,8 @@ def started(monkeypatch: pytest.MonkeyPatch, accelerator: Any, **environment: st
             "precision bf16 was asked for, got no",
         ),
         (stand_in(), {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: 'bf16': expected a GPU, none was found"),
-        (stand_in(), {"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: 'fp16': expected no or bf16"),
+        (stand_in(), {"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: 'fp16': expected a GPU, none was found"),
+        (stand_in(), {"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision: 'fp8': expected no, bf16 or fp16"),
     ],
 )
 def test_what_was_not_asked_for_is_refused(
@@ -129,8 +130,12 @@ def test_processes_need_a_gpu_each_and_bfloat16_one_that_has_it(monkeypatch: pyt
     ):
         started(monkeypatch, stand_in(8), WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")
     sizes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
-    with pytest.raises(UsageError, match=r"^accelerate config: mixed_precision: 'bf16': expected no, since Tesla V100"):
+    with pytest.raises(UsageError, match=r"^accelerate config: mixed_precision: 'bf16': expected fp16 or no, since"):
         started(monkeypatch, stand_in(4, precision="bf16"), ACCELERATE_MIXED_PRECISION="bf16", **sizes)
+    sharded = {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    with pytest.raises(UsageError, match=r"^accelerate config: mixed_precision: 'fp16': expected bf16 or no under"):
+        started(monkeypatch, stand_in(4), **sharded, **sizes)
+    started(monkeypatch, stand_in(4, precision="fp16"), ACCELERATE_MIXED_PRECISION="fp16", **sizes)
     started(monkeypatch, stand_in(4), ACCELERATE_MIXED_PRECISION="no", **sizes)
 
 
