@@ -233,16 +233,10 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> t
 # Training
 
 
-def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
+def build_optimizer(cfg: Config, model: Any, fused: bool = True) -> torch.optim.Optimizer:
     """SGD with momentum; no decay of norms and biases (He et al. 2019, section 3.1)."""
-    groups = decay_of_matrices(model, cfg.weight_decay)
-    return torch.optim.SGD(
-        groups,
-        lr=cfg.learning_rate,
-        momentum=cfg.momentum,
-        nesterov=cfg.nesterov and cfg.momentum > 0,
-        fused=True,
-    )
+    groups, nesterov = decay_of_matrices(model, cfg.weight_decay), cfg.nesterov and cfg.momentum > 0
+    return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum, nesterov=nesterov, fused=fused)
 
 
 def learning_rate_factor(cfg: Config, step: int) -> float:
@@ -288,7 +282,8 @@ def main(cfg: Config) -> None:
     if cfg.compile:
         num_sides = len({image_size_at(cfg, step) for step in range(cfg.max_steps)})
         model.compile(dynamic=False, recompile_limit=2 * num_sides + 6)  # a last micro-batch may be smaller; evaluation
-    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+    is_sharded = accelerator.distributed_type == "FSDP"  # torch has no fused SGD of such weights
+    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model, fused=not is_sharded))
     statistics = RunningStatistics(model)
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here

@@ -60,7 +60,7 @@ def clip_and_step(accelerator: Any, model: Any, optimizer: Any, max_grad_norm: f
     Args:
         accelerator: knows the engine.
         model: prepared.
-        optimizer: prepared; a kind that `step_if_finite` takes.
+        optimizer: prepared; see `step_if_finite`.
         max_grad_norm: norm to which the gradient is clipped; 0 = no clipping.
 
     Returns:
@@ -68,7 +68,7 @@ def clip_and_step(accelerator: Any, model: Any, optimizer: Any, max_grad_norm: f
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 has a part on each process
-    grad_norm = torch.as_tensor(whole, dtype=torch.float32, device=accelerator.device)
+    grad_norm = torch.as_tensor(whole, device=accelerator.device)
     step_if_finite(optimizer, grad_norm)
     optimizer.zero_grad()
     return grad_norm
@@ -78,10 +78,15 @@ def step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
     """Take the step where the norm is finite, else change neither weights nor state.
 
     Args:
-        optimizer: prepared, or not. It must read `found_inf`, as torch's fused ones, `MuonWithAdamW` and `Lamb` do.
+        optimizer: prepared, or not. Torch's fused ones, `MuonWithAdamW` and `Lamb` read `found_inf` on the device; for
+            any other the host waits.
         grad_norm: scalar, on the device of the weights.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
+    if not getattr(inner, "_step_supports_amp_scaling", False):  # by which torch's GradScaler tells them too
+        if grad_norm.isfinite():
+            optimizer.step()
+        return
     if isinstance(inner, torch.optim.SGD):
         _begin_momentum(inner)
     inner.found_inf = (~grad_norm.isfinite()).float()

@@ -4,7 +4,8 @@
 
 FSDP_ON_CPU=1     accelerate takes the gloo processes for GPUs, which is all that keeps FSDP2 from running on CPUs
 POISON=2:1        the logits of update 2 are not numbers on rank 1, in the first micro-batch
-SIGTERM_AT=2      in update 2 the launcher gets the SIGTERM that a scheduler sends; 2:1 = rank 1 gets it, and no other
+SIGTERM_AT=2      in update 2 the launcher gets the SIGTERM that a scheduler sends; 2:1 = rank 1 gets it, and no other.
+                  Several processes stop after the update that follows, the fourth
 """
 
 import importlib.util

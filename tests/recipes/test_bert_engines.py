@@ -105,7 +105,7 @@ def test_stopping_and_going_on_is_exact(runs: Runs, tmp_path: Path, engine: str,
     fields = {**FIELDS[optimizer], "save_every": 0}
     status, output = runs.run(engine, run_dir, fields, SIGTERM_AT="2:1")
     assert status == 1, output  # of the launcher
-    assert "stopped: saved at step 3 of 6" in output
+    assert "stopped: saved at step 4 of 6" in output
     assert_no_traceback(output)
     status, output = runs.run(engine, run_dir, fields)
     assert status == 0, output

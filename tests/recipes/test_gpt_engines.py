@@ -198,9 +198,9 @@ def test_stopping_and_going_on_is_exact(
     status, output = runs.run(engine, run_dir, fields, SIGTERM_AT=signalled)
     assert status == 1, output  # of the launcher
     assert ("exitcode  : 75" in output) == (":" in signalled)  # a launcher that was signalled does not tell
-    assert "stopped: saved at step 3 of 6" in output
+    assert "stopped: saved at step 4 of 6" in output
     assert_no_traceback(output)
-    assert metric(run_dir, "step") == [1, 2, 3]
+    assert metric(run_dir, "step") == [1, 2, 3, 4]
     status, output = runs.run(engine, run_dir, fields)
     assert status == 0, output
     assert_same(run_dir, whole)

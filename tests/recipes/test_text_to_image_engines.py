@@ -88,7 +88,7 @@ def test_stopping_and_going_on_is_exact(runs: dict[str, Runs], tmp_path: Path, r
     fields = {**runs[recipe].fields["ema"], "save_every": 0}
     status, output = runs[recipe].run(engine, run_dir, fields, SIGTERM_AT="2:1")
     assert status == 1, output  # of the launcher
-    assert "stopped: saved at step 3 of 6" in output
+    assert "stopped: saved at step 4 of 6" in output
     assert_no_traceback(output)
     status, output = runs[recipe].run(engine, run_dir, fields)
     assert status == 0, output

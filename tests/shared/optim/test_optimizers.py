@@ -117,6 +117,7 @@ def builders() -> dict[str, Any]:
         "lamb": lambda *weights: Lamb(weights, 0.01, weight_decay=0.1),
         "adamw": lambda *weights: torch.optim.AdamW(weights, lr=0.01, fused=True),
         "sgd": lambda *weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True, fused=True),
+        "any other": lambda *weights: torch.optim.RMSprop(weights, lr=0.01),
     }
 
 
@@ -144,7 +145,7 @@ def test_updates_without_a_finite_gradient_change_neither_weights_nor_state(kind
     assert len(found) == len(expected)
 
 
-@pytest.mark.parametrize("kind", list(builders()))
+@pytest.mark.parametrize("kind", [kind for kind in builders() if kind != "any other"])
 def test_a_scaler_of_gradients_asks_the_optimizer_and_not_the_host(kind: str) -> None:
     """As under float16: the first update overflows, changes nothing, and halves the scale."""
     weights = [parameter(6, 4), parameter(5)]
