@@ -23,10 +23,10 @@ FLAGS = (
 )
 
 
-def train(corpus: Path, run_dir: Path, *flags: str) -> list[dict[str, float]]:
-    """Run the recipe with accelerate_configs/single_gpu.yaml; the metrics it leaves."""
+def train(corpus: Path, run_dir: Path, *flags: str, config: str = "single_gpu") -> list[dict[str, float]]:
+    """Run the recipe with a file of accelerate_configs/; the metrics it leaves."""
     arguments = (RECIPE, f"--data={corpus}", f"--output_dir={run_dir}", *FLAGS, *flags)
-    status, output = launching.launch("single_gpu", *arguments, launcher=())
+    status, output = launching.launch(config, *arguments, launcher=())
     assert status == 0, output
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -44,6 +44,13 @@ def test_bfloat16_learns_and_is_exported_in_float32(corpus: Path, tmp_path: Path
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["precision"] == "bf16"
     assert "NVIDIA" in record["hardware"]
+
+
+def test_float16_learns_with_a_scaled_loss(corpus: Path, tmp_path: Path) -> None:
+    metrics = train(corpus, tmp_path / "run", config="single_gpu_fp16")
+    assert metrics[-1]["train/loss"] < metrics[0]["train/loss"] - 2
+    assert metrics[-1]["train/skipped_updates"] < 20
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["precision"] == "fp16"
 
 
 def test_resuming_is_exact_with_deterministic_kernels(corpus: Path, tmp_path: Path) -> None:

@@ -132,11 +132,11 @@ def test_processes_need_a_gpu_each_and_bfloat16_one_that_has_it(monkeypatch: pyt
     sizes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
     with pytest.raises(UsageError, match=r"^accelerate config: mixed_precision: 'bf16': expected fp16 or no, since"):
         started(monkeypatch, stand_in(4, precision="bf16"), ACCELERATE_MIXED_PRECISION="bf16", **sizes)
+    started(monkeypatch, stand_in(4), ACCELERATE_MIXED_PRECISION="no", **sizes)
+    started(monkeypatch, stand_in(4, precision="fp16"), ACCELERATE_MIXED_PRECISION="fp16", **sizes)
     sharded = {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     with pytest.raises(UsageError, match=r"^accelerate config: mixed_precision: 'fp16': expected bf16 or no under"):
         started(monkeypatch, stand_in(4), **sharded, **sizes)
-    started(monkeypatch, stand_in(4, precision="fp16"), ACCELERATE_MIXED_PRECISION="fp16", **sizes)
-    started(monkeypatch, stand_in(4), ACCELERATE_MIXED_PRECISION="no", **sizes)
 
 
 def test_accumulation_follows_from_the_batch() -> None:
@@ -254,7 +254,7 @@ def test_configuration_is_what_accelerate_reads(path: Path) -> None:
     assert re.search(r"Run .*by the tests|Not run yet: needs", lines[0])
     assert all("#" in line for line in lines)
     config = load_config_from_file(str(path))
-    assert config.mixed_precision in ("no", "bf16")
+    assert config.mixed_precision in ("no", "bf16", "fp16")
     deepspeed = yaml.safe_load(path.read_text()).get("deepspeed_config", {})
     if deepspeed:
         assert deepspeed["gradient_accumulation_steps"] == deepspeed["gradient_clipping"] == "auto"
