@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import yaml
 
 EXIT_USAGE = 2
-EXIT_DISK_FULL = 74  # EX_IOERR of sysexits.h
+EXIT_DISK = 74  # EX_IOERR of sysexits.h
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may requeue the same command
 EXIT_NON_FINITE = 76
 EXIT_NO_CHECKPOINT = 77
@@ -47,6 +47,10 @@ class RunStopped(Exception):
 
 class TooManyNonFiniteUpdates(Exception):
     """Updates with a non-finite gradient came too many times in a row."""
+
+
+class DiskError(Exception):
+    """A disk cannot be read for now; what is on it may be whole."""
 
 
 class NoUsableCheckpoint(Exception):
@@ -205,18 +209,20 @@ def exit_codes() -> Iterator[None]:
         # One raised in a data worker comes with that process's traceback as a part of its text.
         message, status = f"error: {str(error).strip().rpartition('UsageError: ')[2]}", EXIT_USAGE
         if _is_disk_full(error):
-            message, status = f"error: the disk is full: {error}", EXIT_DISK_FULL
+            message, status = f"error: the disk is full: {error}", EXIT_DISK
     except RunStopped as error:
         message, status = f"stopped: {error}", EXIT_STOPPED
     except TooManyNonFiniteUpdates as error:
         message, status = f"error: {error}", EXIT_NON_FINITE
     except NoUsableCheckpoint as error:
         message, status = f"error: {error}", EXIT_NO_CHECKPOINT
+    except DiskError as error:
+        message, status = f"error: {error}", EXIT_DISK
     except Exception as error:  # what libraries make of a full disk has no common class; all else is raised again
         if not _is_disk_full(error):
             raise
         expected = "with room on the disk the same command goes on from the newest checkpoint"
-        message, status = f"error: the disk is full: {error}: {expected}", EXIT_DISK_FULL
+        message, status = f"error: the disk is full: {error}: {expected}", EXIT_DISK
     else:
         _leave_process_group()
     finally:

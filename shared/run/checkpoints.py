@@ -5,6 +5,7 @@ so that a torn or altered file is found before it is loaded, and nothing else is
 training is a function of (config, data, step), and those files are pickles.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -13,13 +14,14 @@ import pickle
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException  # of BaseException, which `except Exception` misses
 
-from shared.command_line import NoUsableCheckpoint, UsageError, expect
+from shared.command_line import DiskError, NoUsableCheckpoint, UsageError, expect
 from shared.runtime.collectives import SHARDED_ENGINES, check_shared_folder, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
+# Errors that tell nothing of what is on a disk: of devices, of file systems over a network, of rights.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EACCES, errno.EPERM}
+_PASSING |= {errno.ENOTCONN, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+_PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 SCALER = "scaler.pt"  # as accelerate calls it
 
 
@@ -122,13 +128,30 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, or "" if every file is as its manifest says."""
+    """What is wrong with a checkpoint, or "" if every file is as its manifest says.
+
+    Raises:
+        DiskError: it cannot be read for now, so nobody knows; a disk that comes back within 15 seconds is waited for.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return _damage(checkpoint)
+        except _CannotTell as error:
+            if pause is None:
+                said = f"{error}: the checkpoint may be whole, so nothing was done; the same command tries again"
+                raise DiskError(said) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _damage(checkpoint: Path) -> str:
     try:
         files = dict(_manifest(checkpoint))
         expected = [(name, int(size), str(digest)) for name, (size, digest) in files.items()]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
+        _raise_if_passing(error, checkpoint / MANIFEST)
         return f"{MANIFEST} cannot be read ({error})"
     if STATE not in files:
         return f"{MANIFEST} does not name {STATE}"
@@ -142,8 +165,18 @@ def damage(checkpoint: Path) -> str:
         except FileNotFoundError:
             return f"{name} is missing"
         except (OSError, ValueError) as error:
+            _raise_if_passing(error, checkpoint / name)
             return f"{name} cannot be read ({error})"
     return ""
+
+
+class _CannotTell(Exception):
+    """A disk, a network or a right is missing for now."""
+
+
+def _raise_if_passing(error: Exception, file: Path) -> None:
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise _CannotTell(f"{file} cannot be read: {error.strerror}") from error
 
 
 def newest_usable_checkpoint(run_dir: Path) -> Path | None:
@@ -151,6 +184,7 @@ def newest_usable_checkpoint(run_dir: Path) -> Path | None:
 
     Raises:
         NoUsableCheckpoint: there are checkpoints, and all are damaged.
+        DiskError: see `damage`.
     """
     problems = []
     for checkpoint in list_checkpoints(run_dir):
@@ -198,12 +232,13 @@ def find_checkpoint(accelerator: Any, run_dir: Path, resume: str) -> Path | None
     Raises:
         NoUsableCheckpoint: there are checkpoints, and all are damaged.
         UsageError: the checkpoint folder is damaged, or is a sharded engine's (which holds pickles) from elsewhere.
+        DiskError: see `damage`.
     """
     found: Path | Exception | None = None
     if accelerator.is_main_process:
         try:
             found = _find(run_dir, resume, accelerator.distributed_type.value)
-        except (NoUsableCheckpoint, UsageError) as error:
+        except (NoUsableCheckpoint, UsageError, DiskError) as error:
             found = error
     found = gather_objects(accelerator, found)[0]
     if isinstance(found, Exception):

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 from shared import command_line
 from shared.command_line import (
-    EXIT_DISK_FULL,
+    EXIT_DISK,
     EXIT_NO_CHECKPOINT,
     EXIT_NON_FINITE,
     EXIT_STOPPED,
     EXIT_USAGE,
+    DiskError,
     Given,
     NoUsableCheckpoint,
     Place,
@@ -427,6 +428,7 @@ def test_redact():
         (RunStopped("saved at step 3"), EXIT_STOPPED, "stopped: saved at step 3\n"),
         (TooManyNonFiniteUpdates("10 updates"), EXIT_NON_FINITE, "error: 10 updates\n"),
         (NoUsableCheckpoint("all damaged"), EXIT_NO_CHECKPOINT, "error: all damaged\n"),
+        (DiskError("a file cannot be read"), EXIT_DISK, "error: a file cannot be read\n"),
         (UsageError(f"two\nlines {TOKEN}"), EXIT_USAGE, "error: two lines hf_***\n"),
     ],
 )
@@ -497,7 +499,7 @@ def test_a_full_disk_is_one_line_and_a_status_of_its_own(capsys, error):
     for wrapped in (False, True):
         with pytest.raises(SystemExit) as caught, exit_codes():
             _fail(error, while_cleaning_up=wrapped)
-        assert caught.value.code == EXIT_DISK_FULL
+        assert caught.value.code == EXIT_DISK
         out, err = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(r"error: the disk is full: [^\n]*\n", err)
@@ -524,7 +526,7 @@ with exit_codes():
 
 
 def test_the_exit_statuses_differ():
-    assert len({0, 1, EXIT_USAGE, EXIT_DISK_FULL, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT}) == 7
+    assert len({0, 1, EXIT_USAGE, EXIT_DISK, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT}) == 7
     assert EXIT_USAGE == 2
 
 

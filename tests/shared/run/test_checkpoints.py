@@ -5,6 +5,7 @@ any point and run again must end with the weights of the one that never was.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -35,6 +36,7 @@ from torch import nn
 from shared.command_line import (
     EXIT_NO_CHECKPOINT,
     EXIT_USAGE,
+    DiskError,
     NoUsableCheckpoint,
     UsageError,
     exit_codes,
@@ -439,6 +441,35 @@ def test_the_run_that_passed_a_damaged_one_over_ends_the_same(reference: Path, s
     assert trained(stopped) == [5, 6, 7, 8, 9, 10]
     assert hidden_of(stopped) == [".bad_step_00000006"]
     assert steps_of(stopped) == [10, 8]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "optimizer.bin"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_fails_for_now_damages_nothing(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    """It is waited for; where it stays away the run ends, and no older checkpoint is gone on from."""
+    newest, opened, pauses = checkpoint_of(stopped, 6), Path.open, []
+    monkeypatch.setattr("time.sleep", pauses.append)
+
+    def fail(times: int) -> None:
+        left = iter(range(times))
+
+        def open_badly(path: Path, *values: Any, **options: Any) -> Any:
+            if path == newest / name and next(left, None) is not None:
+                raise OSError(code, os.strerror(code), str(path))
+            return opened(path, *values, **options)
+
+        monkeypatch.setattr(Path, "open", open_badly)
+
+    fail(3)
+    assert newest_usable_checkpoint(stopped) == newest
+    assert pauses == [1, 2, 4]
+    fail(99)
+    with pytest.raises(DiskError, match=f"{name} cannot be read: {os.strerror(code)}: the checkpoint may be whole"):
+        newest_usable_checkpoint(stopped)
+    assert steps_of(stopped) == [6, 4, 2]
+    assert hidden_of(stopped) == []
 
 
 def test_the_same_step_damaged_twice(stopped: Path) -> None:
