@@ -97,6 +97,10 @@ class RunControl:
     """Updates between two pushes of a loadable model. 0 = only at the end."""
     report_to: Several = ""
     """Trackers, comma-separated: tensorboard, wandb, ... metrics.jsonl is always written. "" = none."""
+    tracker_project: str = ""
+    """Project under which trackers keep the run. "" = what WANDB_PROJECT says, else pretraining."""
+    run_name: str = ""
+    """Name of the run in trackers. "" = that of the run folder."""
     timeout_minutes: Positive = 30
     """Minutes that one process waits for another in a collective before the run fails."""
     cache_dir: Place = ""

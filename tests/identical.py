@@ -46,7 +46,7 @@ PAGES = {
 }
 CADENCE = ("--max_steps=6", "--warmup_steps=2", "--log_every=1", "--eval_every=3", "--save_every=3")
 # Of run.json, of a checkpoint's state and of metrics.jsonl: what no two runs have alike.
-VOLATILE = ("started", "git_commit", "training_seconds", "versions", "hardware", "command")
+VOLATILE = ("run_id", "started", "git_commit", "training_seconds", "versions", "hardware", "command")
 RATES = ("perf/",)
 SIGNALLED_AT = 1  # entries of metrics.jsonl after which SIGTERM is sent
 

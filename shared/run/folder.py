@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,15 @@ FREE_FIELDS = (
         "push_every",
         "eval_windows",
     ),
-    *("report_to", "timeout_minutes", "cache_dir", "per_device_batch_size", "gradient_checkpointing"),
+    *(
+        "report_to",
+        "tracker_project",
+        "run_name",
+        "timeout_minutes",
+        "cache_dir",
+        "per_device_batch_size",
+        "gradient_checkpointing",
+    ),
     *("max_bad_fraction", "seeds"),
 )
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "diffusers", "deepspeed", "numpy")
@@ -108,10 +117,13 @@ def check_room(folder: Path, num_bytes: int) -> None:
     expect(num_bytes <= free, "output_dir", str(folder), expected)
 
 
-def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[str, Any]) -> None:
+def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write config.yaml, a copy of the recipe, and run.json with versions, command, commit, hardware and `facts`.
 
     run.json and the model card made from it name neither the user's home folder nor an access token.
+
+    Returns:
+        What run.json holds, also run_id, which stays the same when the run goes on.
 
     Raises:
         UsageError: the folder holds a run on other data (one of the facts called ..._fingerprint differs).
@@ -127,6 +139,7 @@ def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[s
     write_text(folder / "config.yaml", config_yaml)
     write_text(folder / "recipe.py", recipe.read_text(encoding="utf-8"))
     record = {
+        "run_id": recorded.get("run_id") or secrets.token_hex(4),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git_commit": _git_commit(recipe.parent),
@@ -136,6 +149,7 @@ def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[s
         **facts,
     }
     write_json(record_file, record)
+    return record
 
 
 def update_run_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shared.run.trackers import show_image
+
 
 class RunLog:
     """One entry a step that logged or evaluated; no step twice and none missing after resuming.
 
     Args:
-        accelerator: only its main process writes and speaks; its trackers get every entry.
+        accelerator: only its main process writes and speaks; its trackers get every entry and what the model made.
         run_dir: the run folder.
         step: the step that training goes on from; entries after it are cut off, they will be written again.
         max_steps: updates in all.
@@ -30,8 +32,6 @@ class RunLog:
             aside = self._file.with_name(".metrics.jsonl")
             aside.write_text("".join(map(_line, kept)))
             aside.replace(self._file)
-        if accelerator.log_with:
-            accelerator.init_trackers("pretraining")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Move to `step` and record its metrics, if there are any."""
@@ -41,6 +41,9 @@ class RunLog:
         if self._accelerator.is_main_process:
             with self._file.open("a") as stream:
                 stream.write(_line({"step": step, **metrics}))
+            image = self._file.with_name("samples") / f"step_{step:08d}.png"
+            if self._accelerator.log_with and image.is_file():
+                show_image(self._accelerator, image, step)
         self._accelerator.log(metrics, step=step)
         # Without the groups, but for evaluation's, whose loss would stand beside that of training under the same name.
         names = {key: key.removeprefix("train/").removeprefix("perf/") for key in metrics}
@@ -57,6 +60,7 @@ class RunLog:
             file = self._file.with_name("samples") / f"step_{step:08d}.txt"
             file.parent.mkdir(exist_ok=True)
             file.write_text(text + "\n", encoding="utf-8")
+        self._accelerator.log({"samples": text}, step=step)
 
     def say(self, text: str) -> None:
         """Print without breaking the bar."""

@@ -44,6 +44,7 @@ from shared.run.lock import lock_folder
 from shared.run.log import RunLog
 from shared.run.report import finish_run
 from shared.run.skipped_updates import SkippedUpdates
+from shared.run.trackers import start_trackers
 from shared.runtime import collectives, launch
 from shared.runtime.late_number import LateNumber
 from shared.runtime.signals import StopSignals
@@ -133,11 +134,14 @@ class Run:
         Raises:
             UsageError: see `hub.check_push` and `write_run_record`.
         """
-        control, accelerator, hub_id = self._control, self._accelerator, ""
+        control, accelerator, hub_id, run_id = self._control, self._accelerator, "", ""
         with collectives.raise_together(accelerator):
             if accelerator.is_main_process:
                 hub_id = hub.check_push(control.push_to_hub, private=control.hub_private)
-                write_run_record(self.folder, to_yaml(control), recipe, {**facts, "license": control.hub_license})
+                facts = {**facts, "license": control.hub_license}
+                run_id = write_run_record(self.folder, to_yaml(control), recipe, facts)["run_id"]
+        names = {"project": control.tracker_project, "name": control.run_name, "run_id": run_id}
+        start_trackers(accelerator, self.folder, asdict(control), **names, step=self.step)
         self._log = RunLog(accelerator, self.folder, self.step, control.max_steps)
         self._pusher = hub.HubPusher(hub_id, control.hub_private)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 
 from shared.run.log import RunLog
 
@@ -108,16 +107,3 @@ def test_lines_without_a_terminal(accelerator, tmp_path, capsys):
 def test_the_two_losses_of_a_line_are_told_apart(accelerator, tmp_path, capsys):
     RunLog(accelerator, tmp_path, 0, 20).write(10, {"train/loss": 1.5, "eval/loss": 2.5})
     assert "  loss 1.5  eval/loss 2.5  left" in capsys.readouterr().out
-
-
-def test_trackers_get_every_entry(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accelerator = Accelerator(
-        cpu=True, log_with=["tensorboard"], project_config=ProjectConfiguration(logging_dir=str(tmp_path))
-    )
-    log_steps(accelerator, tmp_path, 0, 4)
-    accelerator.end_training()
-    events = EventAccumulator(str(tmp_path / "pretraining")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 8.0), (4, 6.0)]
