@@ -195,8 +195,12 @@ def exit_codes() -> Iterator[None]:
     """Turn the exceptions above, and a full disk, into one line on stderr and the exit status of CONTRIBUTING's table.
 
     Ctrl-C ends the process at once, without a traceback, unless something else is set up inside; also later, while the
-    program imports what it needs. Output that cannot be printed or written does not end it.
+    program imports what it needs. Output that cannot be printed or written does not end it. Windows is refused, since
+    signals, locks and flushed folders are those of POSIX.
     """
+    if sys.platform == "win32":
+        print("error: Windows: expected Linux or macOS; WSL has a Linux", file=sys.stderr, flush=True)  # noqa: T201
+        sys.exit(EXIT_USAGE)
     message, status = "", 0
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     outputs = sys.stdout, sys.stderr

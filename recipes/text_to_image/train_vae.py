@@ -270,7 +270,7 @@ def evaluate(
         made, kl, _ = forward(model, from_minus_one(true), noise)
         loss, made = losses(from_minus_one(true), made, kl, cfg.kl_weight), to_uint8(made)
         rows = torch.stack([torch.ones_like(loss), loss, psnr(true, made), ssim(true, made), kl.float()])
-        totals += rows[:, is_image].double().sum(1).cpu()
+        totals += rows[:, is_image].cpu().double().sum(1)
         shown += [pixels[is_image].cpu().numpy() for pixels in (true, made)] if not shown else []
     model.train()
     number, *sums = torch.stack(gather_objects(accelerator, totals)).sum(0).tolist()
@@ -339,7 +339,7 @@ def latent_statistics(
         batch = to_device(batch, accelerator.device)
         noise = torch.zeros(len(batch["indices"]), *latent_shape(cfg), device=accelerator.device)
         _, _, latents = forward(model, from_minus_one(batch["pixel_values"]), noise)
-        kept = latents[batch["indices"] >= 0].double().cpu()
+        kept = latents[batch["indices"] >= 0].cpu().double()
         ones = torch.full((cfg.latent_channels,), kept[:, 0].numel(), dtype=torch.float64)
         totals += torch.stack([ones, kept.sum((0, 2, 3)), kept.square().sum((0, 2, 3))])
     model.train()

@@ -110,7 +110,8 @@ def _begin_on_a_cpu(worker: int) -> None:
 def _begin(worker: int) -> None:
     """Let a data worker heed the SIGTERM of the training process, which waits for it when it exits, and no other.
 
-    Linux ends it with that process. Torch would too, but then it waits until its last items are read, for ever.
+    macOS does not tell who sent a signal, so there it heeds any. Linux ends it with that process. Torch would too, but
+    then it waits until its last items are read, for ever.
     """
     del worker
     if sys.platform == "linux":
@@ -120,6 +121,9 @@ def _begin(worker: int) -> None:
 
 
 def _wait_for_the_parent() -> None:
+    if not hasattr(signal, "sigwaitinfo"):
+        signal.sigwait({signal.SIGTERM})
+        os._exit(0)
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -65,7 +65,7 @@ class BandErrors:
 
     def add(self, place: Place, errors: Tensor) -> None:
         """Take in the errors (B,) of a batch."""
-        counts = torch.tensor([errors.double().sum().item(), len(errors)], dtype=torch.float64)
+        counts = torch.tensor([errors.cpu().double().sum().item(), len(errors)], dtype=torch.float64)
         self._totals[place.row, place.band] += counts * place.is_new
 
     def metrics(self, accelerator: Any, train_split: str) -> dict[str, float]:

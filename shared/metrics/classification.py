@@ -82,8 +82,8 @@ def answers_of(probabilities: Tensor, batch: dict[str, Tensor]) -> Answers:
         batch: indices (B,) and labels (B,), -100 where there is none; such images are left out.
     """
     kept = batch["labels"] != IGNORED
-    best = probabilities[kept].double().topk(min(_TOP, probabilities.shape[1]))
-    found = (batch["indices"][kept], batch["labels"][kept], best.indices, best.values[:, 0])
+    best = probabilities[kept].topk(min(_TOP, probabilities.shape[1]))
+    found = (batch["indices"][kept], batch["labels"][kept], best.indices, best.values[:, 0].cpu().double())
     return Answers(*(values.cpu().numpy() for values in found))
 
 

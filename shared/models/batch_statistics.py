@@ -36,7 +36,7 @@ class RunningStatistics:
     def begin_update(self) -> None:
         """Call this before the first forward pass of an update."""
         self._before = [buffer.clone() for buffer in self._buffers()]
-        self._sums = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in self._before]
+        self._sums = [torch.zeros_like(buffer, dtype=_type_of_sums(buffer)) for buffer in self._before]
         self._micro_batches = 0
 
     def add_micro_batch(self) -> None:
@@ -52,4 +52,8 @@ class RunningStatistics:
         of_update = accelerator.reduce(torch.cat(self._sums) / self._micro_batches, "mean")
         means = of_update.split([total.numel() for total in self._sums])
         for buffer, before, mean in zip(self._buffers(), self._before, means, strict=True):
-            buffer.copy_(torch.where(grad_norm.isfinite(), before.double().lerp(mean, MOMENTUM), before))
+            buffer.copy_(torch.where(grad_norm.isfinite(), before.to(mean.dtype).lerp(mean, MOMENTUM), before))
+
+
+def _type_of_sums(buffer: torch.Tensor) -> torch.dtype:
+    return torch.float32 if buffer.device.type == "mps" else torch.float64  # which Apple's GPUs do not have

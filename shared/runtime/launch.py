@@ -143,6 +143,8 @@ def set_deepspeed_values(accelerator: Any, micro_batch_size: int, max_grad_norm:
             raise UsageError(f"accelerate config: {key}: {fixed!r}: expected auto, the recipe sets it to {value}")
         config[key] = value
     unset_hf_deepspeed_config()
+    # With state in CPU memory it would take no optimizer but its own, which it compiles.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
     if accelerator.mixed_precision == "bf16":
         # Left alone, weights become bfloat16, and averages of them cannot move by a small share of what they are. With
         # no "safe" modules, gradients travel in float32.

@@ -87,7 +87,7 @@ def train(family: str, recipe: Any, micro_batch_size: int) -> dict[str, torch.Te
         batches = [{key: rows[start : start + micro_batch_size] for key, rows in whole.items()} for start in starts]
         loss, norm = recipe.train_update(cfg, accelerator, model, optimizer, batches, step)
     results = {name: value.clone() for name, value in accelerator.unwrap_model(model).state_dict().items()}
-    return {"loss": loss.double(), "norm": torch.tensor(norm, dtype=torch.float64), **results}
+    return {"loss": loss.double(), "norm": norm.double(), **results}
 
 
 if __name__ == "__main__":

@@ -205,7 +205,9 @@ def test_accumulation_is_exact(bert: ModuleType, tokenizer: Any, sizes: tuple[in
         edges = itertools.pairwise(np.cumsum([0, *parts]))
         batches = [{name: values[first:last] for name, values in whole.items()} for first, last in edges]
         updates = [bert.train_update(cfg, accelerator, model, built, batches, step) for step in range(3)]
-        results.append((updates[-1][0], updates[-1][1], [parameter.detach() for parameter in model.parameters()]))
+        results.append(
+            (updates[-1][0], updates[-1][1].item(), [parameter.detach() for parameter in model.parameters()])
+        )
     (losses, norm, parameters), (other_losses, other_norm, other_parameters) = results
     torch.testing.assert_close(losses, other_losses, rtol=1e-10, atol=0)
     assert norm == pytest.approx(other_norm, rel=1e-10)

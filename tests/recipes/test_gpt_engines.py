@@ -46,6 +46,7 @@ ENGINES = [
     ("deepspeed_zero1", "adamw"),
     ("deepspeed_zero2", "adamw"),
     ("deepspeed_zero3", "adamw"),
+    ("deepspeed_zero3_offload", "adamw"),
     ("deepspeed_zero1", "unclipped_muon"),
     ("deepspeed_zero2", "unclipped_muon"),
     ("deepspeed_zero3", "unclipped_muon"),

@@ -141,7 +141,8 @@ def test_accumulation_is_exact(gpt: ModuleType, tokenizer: Any, micro_batches: t
             {name: values[first:last] for name, values in whole.items()} for first, last in itertools.pairwise(edges)
         ]
         update = [gpt.train_update(cfg, accelerator, model, built, parts, step) for step in range(3)]
-        results.append((update[-1][0].item(), update[-1][1], [parameter.detach() for parameter in model.parameters()]))
+        (loss, norm), parameters = update[-1], [parameter.detach() for parameter in model.parameters()]
+        results.append((loss.item(), norm.item(), parameters))
     (loss, norm, parameters), (other_loss, other_norm, other_parameters) = results
     assert loss == pytest.approx(other_loss, rel=1e-10)
     assert norm == pytest.approx(other_norm, rel=1e-10)

@@ -525,6 +525,14 @@ with exit_codes():
     assert (tmp_path / "out").read_text().count("\\xe4\\xf6\\xfc \\u56db") == 20000
 
 
+def test_windows_is_refused_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as caught, exit_codes():
+        pytest.fail("it went on")
+    assert caught.value.code == EXIT_USAGE
+    assert capsys.readouterr().err == "error: Windows: expected Linux or macOS; WSL has a Linux\n"
+
+
 def test_the_exit_statuses_differ():
     assert len({0, 1, EXIT_USAGE, EXIT_DISK, EXIT_STOPPED, EXIT_NON_FINITE, EXIT_NO_CHECKPOINT}) == 7
     assert EXIT_USAGE == 2

@@ -162,6 +162,7 @@ def test_deepspeed_gets_the_values_of_the_recipe() -> None:
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 0.5,
+        "zero_force_ds_cpu_optimizer": False,
     }
     launch.set_deepspeed_values(accelerator, micro_batch_size=3, max_grad_norm=0.5)  # its own values are no obstacle
 
