@@ -89,7 +89,7 @@ def step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
         return
     if isinstance(inner, torch.optim.SGD):
         _begin_momentum(inner)
-    inner.found_inf = (~grad_norm.isfinite()).float()
+    inner.found_inf = (~grad_norm.isfinite()).to(torch.float32)
     optimizer.step()
 
 
