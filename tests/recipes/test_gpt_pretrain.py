@@ -430,6 +430,7 @@ def in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_shared, "start_accelerator", start_accelerator)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float16")
 def test_float16_learns_and_resumes_with_its_scale(
     gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -51,7 +51,7 @@ def messages(talks: Path) -> Path:
     return talks / "messages"
 
 
-@pytest.fixture(params=PAGES)
+@pytest.fixture(params=[pytest.param(name, marks=() if name == "resnet" else pytest.mark.slow) for name in PAGES])
 def page(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any, Any]:
     """Name, module and configuration of a page; the fourth update alone is logged."""
     tests, data = PAGES[request.param]

@@ -118,6 +118,7 @@ def test_a_program_ends_though_its_workers_are_still_reading(then: str, code: in
     assert ("RuntimeError: of the loop" in ended.stderr) == (code == 1)
 
 
+@pytest.mark.slow
 def test_a_program_with_workers_ends_where_the_system_does_not_say_who_sent_a_signal() -> None:
     """As macOS does not."""
     program = LEFT_OPEN.format(path=[str(Path(__file__).parents[3]), str(Path(__file__).parent)], then="")
