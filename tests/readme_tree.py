@@ -4,6 +4,7 @@ python tests/readme_tree.py
 """
 
 import ast
+import json
 import textwrap
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def tree() -> str:
         lines.append(entry(1, f"{family.name}/", title))
         lines += [entry(2, stage.name, first_line(stage)) for stage in sorted(family.glob("*.py"))]
     lines += [entry(1, program.name, first_line(program)) for program in sorted((ROOT / "recipes").glob("*.py"))]
+    for notebook in sorted((ROOT / "recipes").glob("*.ipynb")):
+        title = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"][0]
+        lines.append(entry(1, notebook.name, title.strip("# \n") + "."))
     shared = ROOT / "shared"
     lines.append(entry(0, "shared/", first_line(shared / "__init__.py")))
     lines += [entry(1, module.name, first_line(module)) for module in sorted(shared.glob("[!_]*.py"))]
