@@ -1,7 +1,8 @@
 """Records of a data set that is read as it arrives: its shards, dealt to the processes, and where each of them is.
 
-The shards (files, or the data set's own) are shuffled each pass and dealt; records come in their order within a shard.
-Whoever reads them shuffles a window of them at a time. The state that a checkpoint keeps is where the window began and
+The shards (files, or the data set's own) are shuffled each pass and dealt, as many to each process; those that are left,
+fewer than processes, are cut, so that all come to the end of a pass after about as many records. Records come in their
+order within a shard. Whoever reads them shuffles a window of them at a time. The state that a checkpoint keeps is where the window began and
 how many of it are used up; resuming reads that window again, so all is the same as without the stop. What stays
 approximate: with another number of processes the shards are dealt anew, from the next pass on.
 """
@@ -53,6 +54,25 @@ def resumed_state(states: Sequence[StreamState], rank: int, num_processes: int) 
     return {**start, "epoch": 1 + max(state["epoch"] for state in states)}
 
 
+def shares_of(rank: int, processes: int, order: Sequence[int]) -> list[tuple[int, range]]:
+    """What a process reads in a pass: shards, and which of their records, by what is left of their number / processes.
+
+    Args:
+        rank: this process.
+        processes: in all.
+        order: of the shards in this pass. As many as can be dealt evenly are whole; those left have `processes` parts
+            each, and of all these parts in a line each process has a stretch of the same length, in two shards at most.
+    """
+    num_left = len(order) % processes
+    whole, left = order[: len(order) - num_left], order[len(order) - num_left :]
+    mine = [(shard, range(processes)) for shard in whole[rank::processes]]
+    for place, shard in enumerate(left):
+        first, end = (min(max(edge * num_left - place * processes, 0), processes) for edge in (rank, rank + 1))
+        if first < end:
+            mine.append((shard, range(first, end)))
+    return mine
+
+
 def deal_records(
     shards: Sequence[Iterable[Record]], seed: int, rank: int, state: StreamState
 ) -> Iterator[tuple[Record, StreamState]]:
@@ -68,15 +88,15 @@ def deal_records(
         UsageError: in a whole pass there is no record for this process.
     """
     processes, epoch, first_shard, skipped = state["num_processes"], state["epoch"], state["shard"], state["record"]
-    # With fewer shards than processes, all read all shards and each keeps its share of the records.
-    deals_shards = len(shards) >= processes
+    has_whole_shards = len(shards) >= processes
     while True:
         order = shuffled_indices(np.arange(len(shards)), len(shards), derive_seed(seed, "shards", epoch))
-        mine = order[rank::processes] if deals_shards else order
+        mine = shares_of(rank, processes, order.tolist())
         is_futile = first_shard == skipped == 0  # unless this pass, from its start on, comes upon a record
         for place in range(first_shard, len(mine)):
-            for number, record in enumerate(shards[mine[place]]):
-                if number < skipped or not (deals_shards or number % processes == rank):
+            shard, parts = mine[place]
+            for number, record in enumerate(shards[shard]):
+                if number < skipped or number % processes not in parts:
                     continue
                 is_futile = False
                 yield (
@@ -84,7 +104,7 @@ def deal_records(
                     {"num_processes": processes, "epoch": epoch, "shard": place, "record": number + 1, "used": 0},
                 )
             skipped = 0
-        if is_futile and not (deals_shards and any(True for shard in shards for _ in shard)):
+        if is_futile and not (has_whole_shards and any(True for shard in shards for _ in shard)):
             raise UsageError(
                 f"data: expected records to train on in a pass over the stream, got none for process {rank} of "
                 f"{processes}: all are held out, or there are fewer than processes"
