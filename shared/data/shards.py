@@ -1,10 +1,10 @@
 """Records of a data set that is read as it arrives: its shards, dealt to the processes, and where each of them is.
 
-The shards (files, or the data set's own) are shuffled each pass and dealt, as many to each process; those that are left,
-fewer than processes, are cut, so that all come to the end of a pass after about as many records. Records come in their
-order within a shard. Whoever reads them shuffles a window of them at a time. The state that a checkpoint keeps is where the window began and
-how many of it are used up; resuming reads that window again, so all is the same as without the stop. What stays
-approximate: with another number of processes the shards are dealt anew, from the next pass on.
+The shards (files, or the data set's own) are shuffled each pass and dealt, as many to each process; those that are
+left, fewer than processes, are cut, so that all come to the end of a pass after about as many records. Records come in
+their order within a shard. Whoever reads them shuffles a window of them at a time. The state that a checkpoint keeps is
+where the window began and how many of it are used up; resuming reads that window again, so all is the same as without
+the stop. What stays approximate: with another number of processes the shards are dealt anew, from the next pass on.
 """
 
 import logging

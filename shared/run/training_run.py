@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from shared.command_line import RunStopped
+from shared.command_line import RunStopped, expect
 from shared.data import left_out
 from shared.fields import RunControl, to_yaml
 from shared.performance.flops import peak
@@ -132,9 +132,13 @@ class Run:
             facts: for run.json: data, data_fingerprint, init, and what follows from the configuration.
 
         Raises:
-            UsageError: see `hub.check_push` and `write_run_record`.
+            UsageError: data differs between processes; see `hub.check_push` and `write_run_record`.
         """
         control, accelerator, hub_id, run_id = self._control, self._accelerator, "", ""
+        fingerprints = {name: value for name, value in facts.items() if name.endswith("_fingerprint")}
+        for rank, others in enumerate(collectives.gather_objects(accelerator, fingerprints)):
+            is_same = others == fingerprints
+            expect(is_same, "data", facts["data"], f"the same data on all nodes, what process {rank} found differs")
         with collectives.raise_together(accelerator):
             if accelerator.is_main_process:
                 hub_id = hub.check_push(control.push_to_hub, private=control.hub_private)

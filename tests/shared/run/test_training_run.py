@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shared.run.checkpoints import list_checkpoints
+from tests.conftest import ROOT
 from tests.launching import launch
 from tests.shared.run import loops
 from tests.shared.run.loops import drive, expected, random_case
@@ -98,3 +99,31 @@ def test_two_processes_do_the_same_and_stop_together(tmp_path: Path) -> None:
         starts = [[list(event) for event in start] for start in expected(case, 2)]
         assert first[index] == second[index] == starts
         check_files(tmp_path / str(1000 + index), case, starts)
+
+
+DIFFERING = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from shared.command_line import exit_codes
+from shared.fields import RunControl
+from shared.run.training_run import Run, start
+
+with exit_codes():
+    control = RunControl(output_dir=sys.argv[1], global_batch_size=2, max_steps=1, max_grad_norm=1.0)
+    accelerator, _ = start(control)
+    run = Run(control, accelerator)
+    data = {{"data": "corpus.txt", "data_fingerprint": ["a" if os.environ["RANK"] == "0" else "b"]}}
+    run.record(Path(__file__), data)
+"""
+
+
+@pytest.mark.slow
+def test_nodes_with_other_data_are_refused(tmp_path: Path) -> None:
+    """They would train on an order that nobody knows."""
+    (tmp_path / "program.py").write_text(DIFFERING.format(root=str(ROOT)))
+    status, output = launch("multi_cpu", tmp_path / "program.py", str(tmp_path / "run"))
+    assert status == 1
+    expected = "error: data: 'corpus.txt': expected the same data on all nodes, what process 1 found differs"
+    assert output.count(expected) == 1
+    assert not (tmp_path / "run" / "run.json").exists()
