@@ -16,21 +16,21 @@ from shared.command_line import UsageError
 if sys.platform != "win32":
     import fcntl
 
-_ABANDONED_SECONDS = 7 * 24 * 3600
+_ABANDONED_SECONDS = 6 * 3600  # in which nobody wrote into it
 
 
 @contextlib.contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which is flushed and becomes `folder` at the end unless another run was faster.
 
-    An exception removes it. What a killed run left stays beside `folder` under a hidden name for a week.
+    An exception removes it. What a killed run left stays beside `folder` under a hidden name for six hours.
 
     Raises:
         UsageError: nothing can be written there.
     """
     for left in folder.parent.glob(f".{folder.name}.*"):
         with contextlib.suppress(OSError):  # another run removes it at the same time
-            if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+            if left.is_dir() and _last_written(left) < time.time() - _ABANDONED_SECONDS:
                 shutil.rmtree(left)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # process numbers repeat on other nodes
     with _refusing("cache_dir", folder.parent):
@@ -49,9 +49,15 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _last_written(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+
+
 @contextlib.contextmanager
 def one_at_a_time(folder: Path, field: str = "cache_dir") -> Iterator[IO[str]]:
-    """Let one process of this node after the other run the block, so that what one built the others only find.
+    """Let one process after the other run the block, so that what one built the others only find.
+
+    Those of other nodes that see the folder too, as far as its file system has locks (NFS does).
 
     Gives the file that is locked; a program that inherits it holds the lock as well. `field` names the folder in
     messages.
@@ -66,6 +72,20 @@ def one_at_a_time(folder: Path, field: str = "cache_dir") -> Iterator[IO[str]]:
         if sys.platform != "win32":  # there several may build the same, which does no harm
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock
+
+
+@contextlib.contextmanager
+def one_builder(folder: Path) -> Iterator[bool]:
+    """Whether this process is to make `folder`, which it does with `written_aside`; the others wait until it is there.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    with one_at_a_time(folder) as lock:
+        try:
+            yield not folder.exists()
+        finally:
+            Path(lock.name).unlink(missing_ok=True)  # who waits for it finds the folder, or makes it
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import numpy as np
 
 from shared.command_line import UsageError, expect
 from shared.data import left_out
-from shared.runtime.atomic_folder import written_aside
+from shared.runtime.atomic_folder import one_builder, written_aside
 from shared.text import tokenization
 from shared.text.document_pool import map_documents
 from shared.text.documents import Texts
@@ -155,8 +155,10 @@ def split_corpus(
             num_processes=num_processes,
             description="splitting into sentences",
         )
-        with written_aside(folder) as aside:
-            _write(aside, results, num_ids(tokenizer), eval_fraction, place)
+        with one_builder(folder) as builds:
+            if builds:
+                with written_aside(folder) as aside:
+                    _write(aside, results, num_ids(tokenizer), eval_fraction, place)
     note_empty_documents(folder, documents)
     train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
     lost = train.lost
@@ -181,8 +183,10 @@ def join_caches(caches: Sequence[SentenceCache], cache_dir: Path) -> SentenceCac
     key = cache_key(FORMAT_VERSION, "joined", *(f"{cache.fingerprint} {cache.folder.name}" for cache in caches))
     folder = cache_dir / "sentences" / key
     if not folder.exists():
-        with written_aside(folder) as aside:
-            _write_joined(aside, caches)
+        with one_builder(folder) as builds:
+            if builds:
+                with written_aside(folder) as aside:
+                    _write_joined(aside, caches)
     return open_sentence_cache(folder, SPLITS[0])
 
 

@@ -5,8 +5,8 @@
                         /summary.json
 
 The key covers the data, the tokenizer and the settings. A folder is written aside and renamed, so it is complete or
-absent, and two runs that build the same one do no harm. Memory stays flat: results are appended to the files as they
-come back from the processes, in order.
+absent; of several runs or nodes that want the same one, one builds it and the others wait. Memory stays flat: results
+are appended to the files as they come back from the processes, in order.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 
 from shared.command_line import UsageError
 from shared.data import left_out
-from shared.runtime.atomic_folder import written_aside
+from shared.runtime.atomic_folder import one_builder, written_aside
 from shared.text import tokenization
 from shared.text.document_pool import map_documents
 from shared.text.vocabulary import num_ids, special_ids
@@ -76,6 +76,12 @@ def build_token_cache(
     """
     if folder.exists():
         return
+    with one_builder(folder) as builds:
+        if builds:
+            _build(folder, documents, tokenizer, eval_fraction, num_processes)
+
+
+def _build(folder: Path, documents: Iterable[str], tokenizer: Any, eval_fraction: float, num_processes: int) -> None:
     with written_aside(folder) as aside:
         writers = {split: _SplitWriter(aside / split, num_ids(tokenizer)) for split in SPLITS}
         first_share = None

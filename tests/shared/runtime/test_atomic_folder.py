@@ -64,14 +64,19 @@ def test_where_nothing_can_be_written_is_one_line(tmp_path: Path) -> None:
             block(tmp_path / "file" / "a" / "b").__enter__()
 
 
-def test_what_killed_runs_left_is_removed_after_a_week(tmp_path: Path) -> None:
-    for name in (".a.old", ".a.new", ".b.old"):
+def test_what_killed_runs_left_is_removed_once_nobody_wrote_for_long(tmp_path: Path) -> None:
+    for name in (".a.old", ".a.new", ".a.written", ".b.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
-        if name.endswith("old"):
-            os.utime(tmp_path / name, (1, 1))
+        if not name.endswith("new"):
+            for path in (tmp_path / name / "file", tmp_path / name):
+                os.utime(path, (1, 1))
+    (tmp_path / ".a.written" / "file").touch()  # a folder keeps its time when a file in it grows
+    os.utime(tmp_path / ".a.written", (1, 1))
+    (tmp_path / ".a.lock").touch()
+    os.utime(tmp_path / ".a.lock", (1, 1))
     write(tmp_path / "a", "x")
-    assert sorted(os.listdir(tmp_path)) == [".a.new", ".b.old", "a"]
+    assert sorted(os.listdir(tmp_path)) == [".a.lock", ".a.new", ".a.written", ".b.old", "a"]
 
 
 def build_once(folder: Path) -> None:

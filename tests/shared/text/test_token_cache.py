@@ -238,7 +238,7 @@ def test_a_kill_half_way_leaves_nothing_that_looks_complete_and_no_process(
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
-    [left] = tmp_path.glob(".cache.*")
+    [left] = (path for path in tmp_path.glob(".cache.*") if path.is_dir())
     assert not (tmp_path / "cache").exists()
     assert not (left / "summary.json").exists()
     workers = (tmp_path / "children").read_text().split()
@@ -264,13 +264,14 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def test_two_that_build_the_same_at_once(tokenizer: Any, tmp_path: Path) -> None:
+def test_of_two_that_build_the_same_at_once_one_waits(tokenizer: Any, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    both_read = context.Barrier(2)
+    has_read = context.Lock()  # of which nobody gives back what he took
 
     def documents() -> Iterator[str]:
+        assert has_read.acquire(timeout=1)
+        time.sleep(0.3)
         yield from DOCUMENTS
-        both_read.wait(60)
 
     builders = [context.Process(target=build, args=(tmp_path / "cache", documents(), tokenizer)) for _ in range(2)]
     for builder in builders:
