@@ -116,7 +116,8 @@ class Corpus:
     """sample (prose and dictionary), prose (presidents' messages and novels), dictionary, books (novels and
     dictionary), a .txt/.jsonl/.parquet file, a folder of them, or a Hub data set id; several with commas, in YAML as a
     list. One may have its own config, split or text_column:
-    wikimedia/wikipedia:config=20231101.en,my_books:text_column=body."""
+    wikimedia/wikipedia:config=20231101.en,my_books:text_column=body. A Hub id may end in @ and a branch, tag or
+    commit."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     data_split: str = "train"
@@ -140,7 +141,8 @@ class Images:
 
     # Data
     data: Place = "sample"
-    """sample, a .parquet or .tar file, a folder of them or of images, or a Hub data set id."""
+    """sample, a .parquet or .tar file, a folder of them or of images, or a Hub data set id, also with @ and a branch,
+    tag or commit."""
     data_config: str = ""
     """Configuration of a Hub data set. "" = its only one."""
     data_split: str = "train"

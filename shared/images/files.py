@@ -18,7 +18,7 @@ import numpy as np
 
 from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
-from shared.data.hub_ids import is_hub_id
+from shared.data.hub_data import is_hub_id, resolve
 from shared.data.local_files import find_files, part_by_split, split_named, split_to_evaluate_on
 from shared.data.parquet import with_rows
 from shared.data.randomness import derive_seed, shuffled_indices
@@ -111,14 +111,15 @@ def open_split(
     path = Path(os.path.expanduser(data))
     with _load_errors(data):
         listing = _list_files(data, path) if path.exists() else None
-        splits = list(listing.splits) if listing else datasets.get_dataset_split_names(data, config or None)
+        splits = list(listing.splits) if listing else _hub_splits(data, config)
     name = split_named(split, splits)
     expect(bool(name), field, split, f"one of {', '.join(splits)}, the splits of {data!r}")
     if listing:
         left_out.note_splits(data, {other: len(files) for other, files in listing.splits.items()}, read=name)
     with _load_errors(data):
         if listing is None:
-            dataset = datasets.load_dataset(data, config or None, split=name, streaming=streaming)
+            of_hub, configuration, commit = resolve(data, config)
+            dataset = datasets.load_dataset(of_hub, configuration, split=name, streaming=streaming, revision=commit)
         elif listing.are_shards:
             dataset = _open_shards(listing.splits[name], streaming)
         else:
@@ -137,13 +138,16 @@ def without_decoding(dataset: Any, image: str) -> Any:
 
 def list_splits(data: str, config: str) -> list[str]:
     """The splits of a data set, in the form of `open_files`, found without loading it."""
-    import datasets
-
     path = Path(os.path.expanduser(data))
     with _load_errors(data):
-        if not path.exists():
-            return datasets.get_dataset_split_names(data, config or None)
-        return list(_list_files(data, path).splits)
+        return list(_list_files(data, path).splits) if path.exists() else _hub_splits(data, config)
+
+
+def _hub_splits(data: str, config: str) -> list[str]:
+    import datasets
+
+    name, configuration, commit = resolve(data, config)
+    return datasets.get_dataset_split_names(name, configuration, revision=commit)
 
 
 def validation_split(data: str, config: str, test_split: str = "") -> str:

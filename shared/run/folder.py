@@ -117,6 +117,12 @@ def check_room(folder: Path, num_bytes: int) -> None:
     expect(num_bytes <= free, "output_dir", str(folder), expected)
 
 
+def recorded_commits(folder: Path) -> dict[str, str]:
+    """The commits of data sets on the Hub with which a folder's run began, by what `--data` said; none, no run."""
+    record_file = folder / "run.json"
+    return _read_mapping(record_file, json.loads).get("data_commits", {}) if record_file.is_file() else {}
+
+
 def write_run_record(folder: Path, config_yaml: str, recipe: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write config.yaml, a copy of the recipe, and run.json with versions, command, commit, hardware and `facts`.
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from shared.data.hub_ids import is_hub_id
+from shared.data.hub_data import is_hub_id
 from shared.run.summary import listed
 
 
@@ -103,7 +103,7 @@ table above was made.
 
 def _hub_ids(names: str) -> list[str]:
     """Those of some comma-separated names that are Hub ids, owner and all, and not files or folders here."""
-    ids = [name.split(":")[0].strip() for name in names.split(",")]
+    ids = [name.split(":")[0].split("@")[0].strip() for name in names.split(",")]
     return [name for name in ids if "/" in name and is_hub_id(name) and not Path(name).exists()]
 
 

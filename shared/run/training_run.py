@@ -32,14 +32,14 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from shared.command_line import RunStopped, expect
-from shared.data import left_out
+from shared.data import hub_data, left_out
 from shared.fields import RunControl, to_yaml
 from shared.performance.flops import peak
 from shared.performance.profiling import trace_updates
 from shared.performance.throughput import Throughput
 from shared.run import checkpoints, hub
 from shared.run import predictions as predictions_file
-from shared.run.folder import check_run_folder, write_run_record
+from shared.run.folder import check_run_folder, recorded_commits, write_run_record
 from shared.run.lock import lock_folder
 from shared.run.log import RunLog
 from shared.run.report import finish_run
@@ -85,6 +85,7 @@ def start(control: RunControl) -> tuple[Any, int]:
     left_out.forget()
     defaults = {field.name: field.default for field in dataclass_fields(control)}
     check_run_folder(Path(control.output_dir), control.resume, asdict(control), defaults)
+    hub_data.pin(recorded_commits(Path(control.output_dir)))
     launch.follow_launcher()
     accelerator = launch.start_accelerator(
         control.timeout_minutes, control.report_to, control.output_dir, control.deterministic
@@ -142,7 +143,7 @@ class Run:
         with collectives.raise_together(accelerator):
             if accelerator.is_main_process:
                 hub_id = hub.check_push(control.push_to_hub, private=control.hub_private)
-                facts = {**facts, "license": control.hub_license}
+                facts = {**facts, "data_commits": hub_data.commits(), "license": control.hub_license}
                 run_id = write_run_record(self.folder, to_yaml(control), recipe, facts)["run_id"]
         names = {"project": control.tracker_project, "name": control.run_name, "run_id": run_id}
         start_trackers(accelerator, self.folder, asdict(control), **names, step=self.step)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
-from shared.data.hub_ids import is_hub_id
+from shared.data.hub_data import is_hub_id, resolve
 from shared.data.local_files import (
     find_files,
     is_about_the_data,
@@ -462,7 +462,8 @@ def _open_hub_texts(data: str, *, config: str, split: str, text_column: str) -> 
     with hub_errors(data):
         import datasets
 
-        dataset = datasets.load_dataset(data, config or None, split=split)
+        name, configuration, commit = resolve(data, config)
+        dataset = datasets.load_dataset(name, configuration, split=split, revision=commit)
     columns = {
         name: getattr(feature, "dtype", "") in ("string", "large_string") for name, feature in dataset.features.items()
     }

@@ -15,6 +15,7 @@ import torch
 
 from shared.command_line import UsageError
 from shared.data.batches import micro_batches
+from shared.data.hub_data import resolve
 from shared.data.randomness import derive_seed, shuffled_indices
 from shared.data.sample_order import mixture_sources, positions_of_update
 from shared.data.shards import StreamState, deal_records, resumed_state
@@ -52,7 +53,8 @@ def open_shards(data: str, *, config: str, split: str, text_column: str) -> Sequ
     with hub_errors(data):
         import datasets
 
-        builder = datasets.load_dataset_builder(data, config or None)
+        name, configuration, commit = resolve(data, config)
+        builder = datasets.load_dataset_builder(name, configuration, revision=commit)
         dataset = builder.as_streaming_dataset(split=split)
         columns = text_columns(dataset)
     if not columns:

@@ -10,6 +10,7 @@ from typing import Any
 from shared.command_line import UsageError, expect, one_line
 from shared.data import left_out
 from shared.data.csv_rows import read_csv
+from shared.data.hub_data import resolve
 from shared.data.local_files import find_files, part_by_split, split_to_evaluate_on
 from shared.data.parquet import with_rows
 from shared.data.text_lines import encoding_of
@@ -37,7 +38,8 @@ def split_names(data: str, config: str, field: str = "data") -> list[str]:
     if path.exists():
         return list(_local(path, field))
     with hub_errors(data, field):
-        return datasets.get_dataset_split_names(data, config or None)
+        name, configuration, commit = resolve(data, config)
+        return datasets.get_dataset_split_names(name, configuration, revision=commit)
 
 
 def load_split(data: str, config: str, split: str, field: str = "data") -> Any:
@@ -60,7 +62,8 @@ def load_split(data: str, config: str, split: str, field: str = "data") -> Any:
     path = Path(os.path.expanduser(data))
     if not path.exists():
         with hub_errors(data, field):
-            return datasets.load_dataset(data, config or None, split=split)
+            name, configuration, commit = resolve(data, config)
+            return datasets.load_dataset(name, configuration, split=split, revision=commit)
     splits = _local(path, field)
     files = splits[split]
     left_out.note_splits(data, {other: len(there) for other, there in splits.items()}, read=split)

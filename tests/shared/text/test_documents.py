@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from shared.command_line import UsageError
 from shared.data import left_out
-from shared.data.hub_ids import is_hub_id
+from shared.data.hub_data import is_hub_id
 from shared.fields import Corpus
 from shared.text import documents
 from shared.text.documents import (
