@@ -74,8 +74,8 @@ class Config(fields.RunControl):
     """muon = Muon for hidden matrices and AdamW for the rest; adamw = AdamW for all; auto = what trained the run folder
     of `init` (of scratch: of `tokenizer`), adamw for published models and adapters."""
     learning_rate: Amount = 0.0
-    """Peak rate of AdamW. 0 = 2e-5 for a model and 2e-4 for an adapter as is usual; with muon half of that
-    run's, for scratch as much."""
+    """Peak rate of AdamW. 0 = 2e-5 for a model and 2e-4 for an adapter as is usual; for a run folder of muon, also
+    with an adapter, half of that run's, for scratch as much."""
     muon_learning_rate: Amount = 0.0  # Peak rate of Muon. 0 = likewise.
     weight_decay: Amount = 0.0  # Decoupled weight decay of matrices (adamw: of embeddings too). 0 = none.
     warmup_steps: Natural = 20  # Updates over which the rate rises; then it falls linearly to 0.
@@ -362,15 +362,18 @@ def rates_of(cfg: Config) -> Rates:
     is_new = cfg.init == "scratch"
     record = Path(cfg.tokenizer if is_new else cfg.init) / "config.yaml"
     before: dict[str, Any] = (yaml.safe_load(record.read_text(encoding="utf-8")) or {}) if record.is_file() else {}
-    fits = before.get("optimizer") == "muon" and before.get("architecture") != "gpt2" and not cfg.lora_rank
-    if cfg.optimizer == "muon" or (cfg.optimizer == "auto" and fits):
+    is_of_muon = before.get("optimizer") == "muon" and before.get("architecture") != "gpt2"
+    if cfg.optimizer == "muon" or (cfg.optimizer == "auto" and is_of_muon and not cfg.lora_rank):
         share = 1.0 if is_new else SHARE_OF_RATE
         usual = [share * before.get(name, 0.0) for name in ("learning_rate", "muon_learning_rate")]
         rates = Rates(cfg.learning_rate or usual[0], cfg.muon_learning_rate or usual[1])
         expected = "rates, since no run folder of Muon says any"
         cli.expect(min(rates) > 0, "muon_learning_rate", cfg.muon_learning_rate, expected)
         return rates
-    return Rates(cfg.learning_rate or (ADAPTER_RATE if cfg.lora_rank else PUBLISHED_RATE), 0.0)
+    usual_rate = ADAPTER_RATE if cfg.lora_rank else PUBLISHED_RATE
+    if cfg.lora_rank and is_of_muon:  # beside weights as large as Muon's
+        usual_rate = SHARE_OF_RATE * before["learning_rate"]
+    return Rates(cfg.learning_rate or usual_rate, 0.0)
 
 
 def with_rates(cfg: Config) -> Config:

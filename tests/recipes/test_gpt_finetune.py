@@ -167,7 +167,7 @@ def test_a_share_of_the_examples_is_chosen_by_the_seed(
         ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {}, (0.01, 0.008)),
         ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {"muon_learning_rate": 0.5}, (0.01, 0.5)),
         ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {"optimizer": "adamw"}, (2e-5, 0)),
-        ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {"lora_rank": 8}, (2e-4, 0)),
+        ("optimizer: muon\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {"lora_rank": 8}, (0.01, 0)),
         ("optimizer: muon\narchitecture: gpt2\nlearning_rate: 0.02\nmuon_learning_rate: 0.016\n", {}, (2e-5, 0)),
         ("optimizer: adamw\nlearning_rate: 0.02\n", {}, (2e-5, 0)),
         ("", {}, (2e-5, 0)),
