@@ -12,8 +12,17 @@ import pytest
 from PIL import Image
 
 from tests import pipelines
-from tests.recipes import test_bert_pretrain, test_resnet_pretrain
+from tests.recipes import test_bert_pretrain, test_gpt_finetune, test_resnet_pretrain
 from tests.recipes.runs import run
+
+# Those of a module that others use too.
+causal, talks = test_gpt_finetune.causal, test_gpt_finetune.talks
+
+
+@pytest.fixture(scope="session")
+def messages(talks: Path) -> Path:
+    """Conversations."""
+    return talks / "messages"
 
 
 @pytest.fixture(scope="session")

@@ -12,43 +12,12 @@ import torch
 from shared.run.training_run import Run
 from shared.runtime.late_number import LateNumber
 from tests.host_reads import HostReads
-from tests.recipes import (
-    test_bert_finetune,
-    test_bert_pretrain,
-    test_gpt_finetune,
-    test_gpt_pretrain,
-    test_resnet_finetune,
-    test_resnet_pretrain,
-    test_resnet_pretrain_rsb,
-    test_text_to_image_pretrain,
-    test_text_to_image_pretrain_transformer,
-    test_text_to_image_train_vae,
-)
+from tests.recipes.pages import PAGES
 from tests.recipes.runs import run
 
-# Of the module that tests a page, whose `config_of` takes them: the page's fixture, then those of its data.
-PAGES: dict[str, tuple[Any, list[str]]] = {
-    "gpt": (test_gpt_pretrain, ["corpus"]),
-    "gpt_finetune": (test_gpt_finetune, ["causal", "messages"]),
-    "bert": (test_bert_pretrain, ["sentences_file"]),
-    "bert_finetune": (test_bert_finetune, ["encoder", "labelled"]),
-    "resnet": (test_resnet_pretrain, ["shapes"]),
-    "resnet_rsb": (test_resnet_pretrain_rsb, ["shapes"]),
-    "resnet_finetune": (test_resnet_finetune, ["classifier", "shapes"]),
-    "vae": (test_text_to_image_train_vae, ["shapes"]),
-    "pretrain": (test_text_to_image_pretrain, ["latents", "tiny_vae"]),
-    "pretrain_transformer": (test_text_to_image_pretrain_transformer, ["latents", "tiny_vae"]),
-}
 # Reads that are not ours, in a micro-batch: transformers looks whether a row holds padding or several documents, but in
 # compiled models; torch's one_hot looks at the labels, but on GPUs.
 OF_LIBRARIES = {"gpt": 1, "gpt_finetune": 1, "bert": 1, "bert_finetune": 1, "resnet_rsb": 2}
-causal, talks = test_gpt_finetune.causal, test_gpt_finetune.talks
-
-
-@pytest.fixture
-def messages(talks: Path) -> Path:
-    """Conversations."""
-    return talks / "messages"
 
 
 @pytest.fixture(params=[pytest.param(name, marks=() if name == "resnet" else pytest.mark.slow) for name in PAGES])
