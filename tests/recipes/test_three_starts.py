@@ -11,13 +11,11 @@ from shared.command_line import RunStopped
 from tests.recipes.pages import PAGES
 from tests.recipes.runs import assert_same, metric, run
 
-STREAMED = {"gpt", "resnet"}
+RUNS = [*((name, False) for name in PAGES), ("gpt", True), ("resnet", True)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "streams"), [*((name, False) for name in PAGES), *((name, True) for name in STREAMED)]
-)
+@pytest.mark.parametrize(("name", "streams"), RUNS)
 def test_two_stops_change_nothing(
     name: str, streams: bool, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
