@@ -101,7 +101,8 @@ def save_checkpoint(
             save_file(tensors, aside / TENSORS)
         plain = {key: value for key, value in state.items() if key != "tensors"}
         (aside / STATE).write_text(json.dumps({**about, "state": plain}))
-        files = _flush_and_sum(aside)
+    files = _flush_and_sum(accelerator, aside)
+    if accelerator.is_main_process:
         _fault("before_manifest", step)
         (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
         _flush(aside / MANIFEST)
@@ -336,13 +337,20 @@ def _manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
     return json.loads((checkpoint / MANIFEST).read_text())["files"]
 
 
-def _flush_and_sum(folder: Path) -> dict[str, tuple[int, str]]:
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        _flush(path)
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = (path.stat().st_size, _sha256(path))
-    return files
+def _flush_and_sum(accelerator: Any, folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and sum of each file, by name; each process reads a share of them, for all of them wait meanwhile."""
+    sizes: dict[str, int] = {}
+    if accelerator.is_main_process:  # others might not see all of them yet on a network's file system
+        for path in sorted(folder.rglob("*")):
+            _flush(path)
+            if path.is_file():
+                sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    sizes = gather_objects(accelerator, sizes)[0]
+    by_size = sorted(sizes, key=lambda name: (-sizes[name], name))
+    mine = by_size[accelerator.process_index :: accelerator.num_processes]
+    parts = gather_objects(accelerator, {name: _sha256(folder / name) for name in mine})
+    sums = {name: digest for part in parts for name, digest in part.items()}
+    return {name: (size, sums[name]) for name, size in sizes.items()}
 
 
 def _prune(run_dir: Path, step: int, keep: int) -> None:

@@ -74,8 +74,12 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         # Without this, each epoch's end would force a short, unaccumulated update.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         fsdp_plugin=_fsdp_plugin(precision),
-        # Buffers are the recipe's to keep equal: DDP would send the first process's with every forward pass.
-        kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # Buffers are the recipe's to keep equal: DDP would send the first process's with every forward pass. Gradients
+        # as views of what is sent are not kept twice.
+        kwargs_handlers=[
+            process_group,
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
         log_with=trackers or None,
         project_config=ProjectConfiguration(logging_dir=logging_dir),
     )
