@@ -325,7 +325,7 @@ def train_update(
 @torch.no_grad()
 def latent_statistics(
     cfg: Config, accelerator: Any, model: Any, train: ImageFiles, batch_size: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, float]:
     """Mean of each channel of training images' latents (C,), and the deviation of all from these means.
 
     Rombach et al. 2022, section 4.3.2 and appendix G: diffusion expects latents of about unit variance.

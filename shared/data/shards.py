@@ -62,7 +62,10 @@ def shares_of(rank: int, processes: int, order: Sequence[int]) -> list[tuple[int
         processes: in all.
         order: of the shards in this pass. As many as can be dealt evenly are whole; those left have `processes` parts
             each, and of all these parts in a line each process has a stretch of the same length, in two shards at most.
+            Of fewer shards than processes each process has a part of every one.
     """
+    if len(order) < processes:  # a stretch of short shards could hold no record at all
+        return [(shard, range(rank, rank + 1)) for shard in order]
     num_left = len(order) % processes
     whole, left = order[: len(order) - num_left], order[len(order) - num_left :]
     mine = [(shard, range(processes)) for shard in whole[rank::processes]]

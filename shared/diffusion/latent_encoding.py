@@ -55,7 +55,7 @@ def cache_identity(
         buckets: heights and widths in pixels that images are cut to.
         mirrored: whether mirror images are encoded as well.
         sampled: see `latent_cache.posterior_columns`.
-        precision: in which the networks compute, no or bf16 as accelerate calls them.
+        precision: in which the networks compute, no, bf16 or fp16 as accelerate calls them.
         images_per_shard: see `latent_cache.plan_shards`.
     """
     return {

@@ -30,7 +30,7 @@ class Lamb(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
-    _step_supports_amp_scaling = True  # so torch's GradScaler gives `found_inf` too, and does not read it itself
+    _step_supports_amp_scaling = True  # so torch's GradScaler, after `unscale_`, gives `found_inf` and does not read it
 
     def __init__(
         self,
@@ -42,8 +42,13 @@ class Lamb(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "trust_ratio": True}
-        # fused: torch then puts counters of updates back on the device when a state is loaded.
-        super().__init__(groups, {**defaults, "fused": True})
+        super().__init__(groups, defaults)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer`; counters of updates go to where the weights are, also those of older files."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            state["step"] = state["step"].to(parameter.device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is taken

@@ -44,7 +44,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
-    _step_supports_amp_scaling = True  # so torch's GradScaler gives `found_inf` too, and does not read it itself
+    _step_supports_amp_scaling = True  # so torch's GradScaler, after `unscale_`, gives `found_inf` and does not read it
 
     def __init__(
         self,

@@ -69,8 +69,9 @@ def clip_and_step(accelerator: Any, model: Any, optimizer: Any, max_grad_norm: f
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 has a part on each process
     grad_norm = torch.as_tensor(whole, device=accelerator.device)
-    step_if_finite(optimizer, grad_norm)
-    optimizer.zero_grad()
+    if accelerator.distributed_type != "DEEPSPEED":  # which has stepped
+        step_if_finite(optimizer, grad_norm)
+        optimizer.zero_grad()
     return grad_norm
 
 
@@ -83,14 +84,16 @@ def step_if_finite(optimizer: Any, grad_norm: Tensor) -> None:
         grad_norm: scalar, on the device of the weights.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    if not getattr(inner, "_step_supports_amp_scaling", False):  # by which torch's GradScaler tells them too
-        if grad_norm.isfinite():
-            optimizer.step()
-        return
     if isinstance(inner, torch.optim.SGD):
         _begin_momentum(inner)
-    inner.found_inf = (~grad_norm.isfinite()).to(torch.float32)
-    optimizer.step()
+    if getattr(optimizer, "scaler", None):  # of float16, which has looked at the gradient and skips by itself
+        optimizer.step()
+    elif getattr(inner, "_step_supports_amp_scaling", False):  # by which torch's GradScaler tells them too
+        inner.found_inf = (~grad_norm.isfinite()).to(torch.float32)
+        optimizer.step()
+        del inner.found_inf
+    elif grad_norm.isfinite():
+        optimizer.step()
 
 
 def replace(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:

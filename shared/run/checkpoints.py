@@ -15,16 +15,19 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException  # of BaseException, which `except Exception` misses
 
-from shared.command_line import DiskError, NoUsableCheckpoint, UsageError, expect
+from shared.command_line import DiskError, NoUsableCheckpoint, UsageError, expect, one_line
 from shared.runtime.collectives import SHARDED_ENGINES, check_shared_folder, gather_objects
 
 logger = logging.getLogger(__name__)
+
+Read = TypeVar("Read")
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -120,29 +123,46 @@ def save_checkpoint(
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, damaged ones included."""
-    folders = [
-        path
-        for path in (run_dir / "checkpoints").glob("step_*")
-        if path.name[5:].isdecimal() and path.is_dir() and not path.is_symlink()
-    ]
-    return sorted(folders, key=_step, reverse=True)
+    folder = run_dir / "checkpoints"
+    return sorted(_patiently(folder, lambda: _step_folders(folder)), key=_step, reverse=True)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    try:
+        names = os.listdir(folder)  # `glob` takes what it may not read for empty
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    paths = [folder / name for name in names if name.startswith("step_") and name[5:].isdecimal()]
+    return [path for path in paths if path.is_dir() and not path.is_symlink()]
+
+
+def _patiently(path: Path, read: Callable[[], Read]) -> Read:
+    """What `read` finds at `path`; while a disk fails in passing it is asked again for 15 seconds.
+
+    Raises:
+        DiskError: the disk stays away.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            if pause is None:
+                name = error.filename or path
+                said = f"{name} cannot be read: {error.strerror}: the checkpoint may be whole, so nothing was done; "
+                raise DiskError(said + "the same command tries again") from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or "" if every file is as its manifest says.
 
     Raises:
-        DiskError: it cannot be read for now, so nobody knows; a disk that comes back within 15 seconds is waited for.
+        DiskError: it cannot be read for now, so nobody knows.
     """
-    for pause in (*_PAUSES, None):
-        try:
-            return _damage(checkpoint)
-        except _CannotTell as error:
-            if pause is None:
-                said = f"{error}: the checkpoint may be whole, so nothing was done; the same command tries again"
-                raise DiskError(said) from error
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+    return _patiently(checkpoint, lambda: _damage(checkpoint))
 
 
 def _damage(checkpoint: Path) -> str:
@@ -152,7 +172,7 @@ def _damage(checkpoint: Path) -> str:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _raise_if_passing(error, checkpoint / MANIFEST)
+        _raise_if_passing(error)
         return f"{MANIFEST} cannot be read ({error})"
     if STATE not in files:
         return f"{MANIFEST} does not name {STATE}"
@@ -166,18 +186,14 @@ def _damage(checkpoint: Path) -> str:
         except FileNotFoundError:
             return f"{name} is missing"
         except (OSError, ValueError) as error:
-            _raise_if_passing(error, checkpoint / name)
+            _raise_if_passing(error)
             return f"{name} cannot be read ({error})"
     return ""
 
 
-class _CannotTell(Exception):
-    """A disk, a network or a right is missing for now."""
-
-
-def _raise_if_passing(error: Exception, file: Path) -> None:
+def _raise_if_passing(error: BaseException) -> None:
     if isinstance(error, OSError) and error.errno in _PASSING:
-        raise _CannotTell(f"{file} cannot be read: {error.strerror}") from error
+        raise error
 
 
 def newest_usable_checkpoint(run_dir: Path) -> Path | None:
@@ -212,7 +228,7 @@ def has_gone_on_from(run_dir: Path, resume: str) -> bool:
         return False
     for checkpoint in list_checkpoints(run_dir):
         try:
-            before = json.loads((checkpoint / STATE).read_text())["resume"]
+            before = json.loads(_patiently(checkpoint, (checkpoint / STATE).read_text))["resume"]
         except (OSError, ValueError):  # damaged, the one before may tell
             continue
         except (KeyError, TypeError):  # of an earlier version
@@ -241,6 +257,8 @@ def find_checkpoint(accelerator: Any, run_dir: Path, resume: str) -> Path | None
             found = _find(run_dir, resume, accelerator.distributed_type.value)
         except (NoUsableCheckpoint, UsageError, DiskError) as error:
             found = error
+        except OSError as error:
+            found = DiskError(f"{run_dir}: its checkpoints cannot be read: {one_line(error)}")
     found = gather_objects(accelerator, found)[0]
     if isinstance(found, Exception):
         raise found
@@ -265,7 +283,7 @@ def load_checkpoint(accelerator: Any, checkpoint: Path) -> tuple[int, dict[str, 
         UsageError: it was written by another engine, by another number of processes under DeepSpeed, or for a model
             or optimizer of another shape.
     """
-    about = json.loads((checkpoint / STATE).read_text())
+    about = json.loads(_patiently(checkpoint, (checkpoint / STATE).read_text))
     name = f"resume: {str(checkpoint)!r}"
     engine, processes = accelerator.distributed_type.value, accelerator.num_processes
     if about["engine"] != engine and {about["engine"], engine} & set(SHARDED_ENGINES):
@@ -283,6 +301,10 @@ def load_checkpoint(accelerator: Any, checkpoint: Path) -> tuple[int, dict[str, 
         try:
             accelerator.load_state(view)
         except (RuntimeError, ValueError, KeyError, OSError, pickle.UnpicklingError, CheckpointException) as error:
+            if isinstance(error, OSError) and error.errno in _PASSING:
+                raise DiskError(
+                    f"{checkpoint} cannot be read: {error.strerror}; the same command tries again"
+                ) from error
             reason = " ".join(str(error).replace(view, "").split())
             raise UsageError(f"{name}: expected a checkpoint of this model and optimizer: {reason[:300]}") from error
         finally:

@@ -63,7 +63,7 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any], defaults
             another configuration (the message names the fields that differ).
     """
     name = f"output_dir: {str(folder)!r}"
-    is_there = resume in ("auto", "never") or (Path(resume) / "manifest.json").is_file()
+    is_there = resume in ("auto", "never") or os.path.isfile(Path(resume) / "manifest.json")
     if not is_there and not has_gone_on_from(folder, resume):  # then it may be pruned by now
         raise UsageError(f"resume: {resume!r}: expected auto, never or a checkpoint folder")
     check_writable(folder)

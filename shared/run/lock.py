@@ -2,19 +2,16 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import IO
 
 from shared.command_line import UsageError
-
-if sys.platform != "win32":
-    import fcntl
 
 WAIT_SECONDS = 10.0  # for a run that was just ended and still saves
 _TAKEN = (errno.EACCES, errno.EAGAIN)
@@ -26,8 +23,8 @@ def lock_folder(folder: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str] | N
     """Lock a run folder, made if it is not there, until this process ends or closes a file of that name.
 
     The lock is the system's (POSIX record locks), which NFS has too: that of a dead process, or after a while of a dead
-    machine, is gone, so nothing stale has to be told from what lives. None where the file system or the system has no
-    such locks; then nothing keeps two runs apart.
+    machine, is gone, so nothing stale has to be told from what lives. None where the file system has no such locks;
+    then nothing keeps two runs apart.
 
     Args:
         folder: of the run.
@@ -36,8 +33,6 @@ def lock_folder(folder: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str] | N
     Raises:
         UsageError: another process holds it, it says which; or nothing can be written there.
     """
-    if sys.platform == "win32":
-        return None
     name = f"output_dir: {str(folder)!r}: expected a folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -178,7 +178,7 @@ class Run:
             assert is_saved, "a checkpoint was due and is not there"
             if profiler:
                 profiler.step()
-            if self._were_too_many:  # it is saved, and by now the newest update was looked at too
+            if self._were_too_many or self.is_over:  # it is saved, and by now the newest update was looked at too
                 self._skipped.check(self.step)
             if self._is_stopping and self.step < control.max_steps and not self.is_over:
                 raise RunStopped(

@@ -2,9 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,8 +14,7 @@ from typing import IO
 
 from shared.command_line import UsageError
 
-if sys.platform != "win32":
-    import fcntl
+logger = logging.getLogger(__name__)
 
 _ABANDONED_SECONDS = 6 * 3600  # in which nobody wrote into it
 
@@ -65,13 +65,29 @@ def one_at_a_time(folder: Path, field: str = "cache_dir") -> Iterator[IO[str]]:
     Raises:
         UsageError: nothing can be written there.
     """
+    file = folder.with_name(f".{folder.name}.lock")
     with _refusing(field, folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_name(f".{folder.name}.lock").open("w")
-    with file as lock:
-        if sys.platform != "win32":  # there several may build the same, which does no harm
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = file.open("w")
+    while not _is_locked(lock, file):  # another run has removed it meanwhile
+        lock.close()
+        lock = file.open("w")
+    with lock:
         yield lock
+
+
+def _is_locked(lock: IO[str], file: Path) -> bool:
+    """Wait for the lock; whether it is still that of the file of this name."""
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("waiting for another run, which makes %s", file.name[1:].removesuffix(".lock"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:  # then several may make the same, which does no harm
+        logger.warning("%s cannot be locked (%s)", file, error.strerror)
+        return True
+    return file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ class LateNumber:
     """
 
     def __init__(self, number: torch.Tensor) -> None:
-        self._here = number.detach().to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        # From a GPU into pinned memory; copied also on a CPU, where it could be changed before it is read.
+        self._here = number.detach().to("cpu", non_blocking=True, copy=True)
         self._copied = None
         if number.device.type != "cpu":
             self._copied = torch.Event(number.device)

@@ -23,7 +23,7 @@ import numpy as np
 from shared.command_line import UsageError, one_line
 from shared.data import left_out
 from shared.data.batches import IGNORED
-from shared.runtime.atomic_folder import written_aside
+from shared.runtime.atomic_folder import one_builder, written_aside
 from shared.text import tokenization
 from shared.text.conversations import Conversations, Example, encode_example, stop_token
 from shared.text.document_pool import map_documents
@@ -104,8 +104,10 @@ def pack_examples(
     parts = (_FORMAT_VERSION, samples.fingerprint(), tokenization.fingerprint(tokenizer), template, seq_length)
     folder = cache_dir / "examples" / hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
     if not folder.exists():
-        with written_aside(folder) as aside:
-            _write(aside, _encoded(samples, tokenizer, num_processes), seq_length)
+        with one_builder(folder) as builds:
+            if builds:
+                with written_aside(folder) as aside:
+                    _write(aside, _encoded(samples, tokenizer, num_processes), seq_length)
     summary = json.loads((folder / "summary.json").read_text())
     where = f"{len(samples):,} examples ({folder.name[:8]})"
     left_out.note("ends_of_long_examples", summary["num_cut"], where=where, more=f"after {seq_length} tokens")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shared.command_line import UsageError, one_line
-from shared.runtime.atomic_folder import written_aside
+from shared.runtime.atomic_folder import one_builder, written_aside
 from shared.text.documents import Beginning, Texts
 from shared.text.vocabulary import special_ids
 
@@ -83,11 +83,13 @@ def load_or_train(name: str, sources: Sequence[Texts], *, vocab_size: int, seq_l
     key = repr(([source.fingerprint for source in sources], vocab_size, seq_length, CONVERSATION_TOKENS))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
-        beginnings = [Beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources]
-        documents = tqdm(itertools.chain.from_iterable(beginnings), desc="training a tokenizer", unit="doc", delay=2)
-        tokenizer = train_byte_level_bpe(documents, vocab_size, seq_length)
-        with written_aside(folder) as aside:
-            tokenizer.save_pretrained(aside)
+        with one_builder(folder) as builds:
+            if builds:
+                parts = (Beginning(source, TRAINING_CHARACTERS // len(sources)) for source in sources)
+                documents = tqdm(itertools.chain.from_iterable(parts), desc="training a tokenizer", unit="doc", delay=2)
+                tokenizer = train_byte_level_bpe(documents, vocab_size, seq_length)
+                with written_aside(folder) as aside:
+                    tokenizer.save_pretrained(aside)
     return load_tokenizer(str(folder))
 
 

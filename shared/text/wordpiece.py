@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shared.command_line import UsageError, expect
-from shared.runtime.atomic_folder import written_aside
+from shared.runtime.atomic_folder import one_builder, written_aside
 from shared.text import tokenization
 from shared.text.documents import Beginning, Texts
 from shared.text.vocabulary import num_ids
@@ -115,10 +115,12 @@ def load_or_train(
     key = repr(("wordpiece, sorted", [source.fingerprint for source in sources], *sizes))
     folder = cache_dir / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.exists():
-        beginnings = [Beginning(source, tokenization.TRAINING_CHARACTERS // len(sources)) for source in sources]
-        tokenizer = train_wordpiece(_Chained(beginnings), *sizes)
-        with written_aside(folder) as aside:
-            tokenizer.save_pretrained(aside)
+        with one_builder(folder) as builds:
+            if builds:
+                parts = [Beginning(source, tokenization.TRAINING_CHARACTERS // len(sources)) for source in sources]
+                tokenizer = train_wordpiece(_Chained(parts), *sizes)
+                with written_aside(folder) as aside:
+                    tokenizer.save_pretrained(aside)
     return load_wordpiece(str(folder))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from shared.optim.lamb import Lamb
 from shared.optim.muon import MuonWithAdamW
 from shared.optim.optimizers import (
+    clip_and_step,
     decay_of_matrices,
     set_learning_rates,
     split_weights,
@@ -161,3 +162,28 @@ def test_a_scaler_of_gradients_asks_the_optimizer_and_not_the_host(kind: str) ->
         assert reads.number == 0
         assert all(torch.equal(*pair) != moves for pair in zip(weights, before, strict=True))
     assert scaler.get_scale() == 2.0**15
+
+
+def test_an_optimizer_that_asks_the_host_goes_on_after_an_overflow_of_float16() -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    model = nn.Linear(3, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.RMSprop(model.parameters(), lr=0.1))
+    before = model.weight.detach().clone()
+    for factor, moves in ((math.inf, False), (1.0, True), (1.0, True)):
+        accelerator.backward(model(torch.ones(2, 3)).sum() * factor)
+        clip_and_step(accelerator, model, optimizer, 1.0)
+        assert torch.equal(model.weight, before) != moves
+    assert accelerator.scaler.get_scale() == 2.0**15
+
+
+def test_a_counter_of_lamb_lies_where_the_weights_do_also_from_older_files() -> None:
+    """Elsewhere each step of each tensor would make the host wait."""
+    weights = nn.Parameter(torch.ones(2))
+    optimizer = Lamb([weights], 0.1)
+    weights.grad = torch.ones(2)
+    optimizer.step()
+    state = optimizer.state_dict()
+    other = Lamb([nn.Parameter(torch.ones(2, device="meta"))], 0.1)
+    other.load_state_dict(state)
+    assert next(iter(other.state.values()))["step"].device.type == "meta"

@@ -472,6 +472,35 @@ def test_a_disk_that_fails_for_now_damages_nothing(
     assert hidden_of(stopped) == []
 
 
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the run would begin anew."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    listed = os.listdir
+
+    def list_badly(folder: Any) -> list[str]:
+        if str(folder).endswith("checkpoints"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", list_badly)
+    with pytest.raises(DiskError, match="checkpoints cannot be read: Permission denied"):
+        newest_usable_checkpoint(stopped)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL])
+def test_a_disk_that_fails_while_a_checkpoint_is_found_ends_all_processes_in_one_line(
+    accelerator: Accelerator, stopped: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    def fail(_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(DiskError, match=os.strerror(code)):
+        checkpoints.find_checkpoint(accelerator, stopped, "auto")
+
+
 def test_the_same_step_damaged_twice(stopped: Path) -> None:
     for _ in range(2):
         DAMAGES["zero-length"](checkpoint_of(stopped, 6) / "model.safetensors")

@@ -1,5 +1,6 @@
 """A folder is complete or absent, however its writing ends."""
 
+import errno
 import multiprocessing
 import os
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.command_line import UsageError
-from shared.runtime.atomic_folder import one_at_a_time, written_aside
+from shared.runtime.atomic_folder import one_at_a_time, one_builder, written_aside
 
 
 def write(folder: Path, content: str) -> None:
@@ -96,3 +97,41 @@ def test_of_several_processes_one_builds_and_the_others_find(tmp_path: Path) -> 
         process.join(30)
         assert process.exitcode == 0
     assert len([name for name in os.listdir(tmp_path / "deep") if name.startswith("built_by")]) == 1
+
+
+def make(folder: Path, seconds: float, fails: bool) -> None:
+    with one_builder(folder) as builds:
+        if builds:
+            (folder.parent / f"began_{os.getpid()}").touch()
+            time.sleep(seconds)
+            if fails:
+                raise ValueError
+            write(folder, "x")
+
+
+def test_of_several_builders_one_builds_also_after_one_that_failed(tmp_path: Path) -> None:
+    context, folder = multiprocessing.get_context("fork"), tmp_path / "a"
+    first = context.Process(target=make, args=(folder, 0.5, True))
+    first.start()
+    time.sleep(0.2)
+    others = [context.Process(target=make, args=(folder, 0.5, False)) for _ in range(2)]
+    for process in others:
+        process.start()
+    first.join(30)
+    late = context.Process(target=make, args=(folder, 0.5, False))  # which finds no lock file, or a new one
+    late.start()
+    for process in (*others, late):
+        process.join(30)
+        assert process.exitcode == 0
+    assert first.exitcode == 1
+    assert sorted(name for name in os.listdir(tmp_path) if not name.startswith("began")) == ["a"]
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    make(tmp_path / "a", 0, False)
+    assert (tmp_path / "a" / "nested" / "file").read_text() == "x"
