@@ -123,6 +123,7 @@ USAGE = """from transformers import pipeline
 
 generate = pipeline("text-generation", "path/of/this/folder")
 print(generate("The", max_new_tokens={}))"""
+OF_SCHEDULE = ("max_steps", "schedule", "decay_fraction", "final_fraction")  # may change before the rate falls
 NEXT = "generate: python recipes/gpt/generate.py --model {}"
 
 
@@ -382,7 +383,7 @@ def train_update(cfg: Config, accelerator: Any, model: Any, optimizer: Any, batc
 def main(cfg: Config) -> None:
     """Train, evaluate, save, and leave a model that `from_pretrained` loads."""
     check_config(cfg)
-    accelerator, micro_batch_size = start(cfg)
+    accelerator, micro_batch_size = start(cfg, OF_SCHEDULE)
     check_engine(cfg, accelerator)
     if cfg.dry_run:
         cfg = replace(cfg, streaming=True)  # the beginning of the data is enough
@@ -398,7 +399,8 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, for_engine(accelerator, build_optimizer(cfg, model)))
 
-    run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    rates = [learning_rate_factor(cfg, step) for step in range(cfg.max_steps)]
+    run = Run(cfg, accelerator, schedule=(OF_SCHEDULE, rates))  # a run that was stopped goes on here
     saved = run.state.get("streams", [])
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, run.step, saved)
     fingerprints = [source.fingerprint for source in train]

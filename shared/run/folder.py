@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,13 @@ FREE_FIELDS = (
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "diffusers", "deepspeed", "numpy")
 
 
-def check_run_folder(folder: Path, resume: str, fields: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
+def check_run_folder(
+    folder: Path,
+    resume: str,
+    fields: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    checked_later: Sequence[str] = (),
+) -> None:
     """Refuse a folder that this command must not write to; writes nothing itself.
 
     Args:
@@ -57,6 +63,7 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any], defaults
         resume: auto, never, or a checkpoint folder.
         fields: the resolved configuration.
         defaults: of its fields, which a run had that is older than a field; None = there are none.
+        checked_later: names of fields that may differ as far as this goes.
 
     Raises:
         UsageError: it cannot be written, holds something else, holds a run and `resume` is never, or holds a run of
@@ -78,11 +85,18 @@ def check_run_folder(folder: Path, resume: str, fields: dict[str, Any], defaults
     recorded = _read_mapping(recorded_file, yaml.safe_load)
     recorded = {**(defaults or {}), **recorded}
     # Files may lie elsewhere now; whether they are the same `write_run_record` sees by their content.
-    free = {*FREE_FIELDS, *(key for key in ("data", "eval_data") if _are_files(fields.get(key, "")))}
+    free = {*FREE_FIELDS, *checked_later, *(key for key in ("data", "eval_data") if _are_files(fields.get(key, "")))}
     different = [key for key, value in fields.items() if key not in free and recorded.get(key) != value]
     if different:
         changes = ", ".join(f"{key} {recorded.get(key)!r} -> {fields[key]!r}" for key in different)
         raise UsageError(f"{name}: it holds a run with another configuration ({changes}); choose another folder")
+
+
+def changed_fields(folder: Path, fields: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of `names` whose values differ from those that the folder's run was begun or last gone on with."""
+    file = folder / "config.yaml"
+    recorded = _read_mapping(file, yaml.safe_load) if file.is_file() else {}
+    return [name for name in names if recorded.get(name, fields[name]) != fields[name]]
 
 
 def _are_files(names: str) -> bool:

@@ -23,12 +23,14 @@ Every process makes every call. What is `due` is the same on all of them, so a b
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from shared.command_line import RunStopped, expect
@@ -39,7 +41,7 @@ from shared.performance.profiling import trace_updates
 from shared.performance.throughput import Throughput
 from shared.run import checkpoints, hub
 from shared.run import predictions as predictions_file
-from shared.run.folder import check_run_folder, recorded_commits, write_run_record
+from shared.run.folder import changed_fields, check_run_folder, recorded_commits, write_run_record
 from shared.run.lock import lock_folder
 from shared.run.log import RunLog
 from shared.run.report import finish_run
@@ -68,13 +70,14 @@ class Due(NamedTuple):
     push: bool
 
 
-def start(control: RunControl) -> tuple[Any, int]:
+def start(control: RunControl, schedule_fields: Sequence[str] = ()) -> tuple[Any, int]:
     """Check the run folder, start the processes, derive accumulation, and see that the Hub knows who pushes.
 
     Nothing is written.
 
     Args:
         control: of the run; all of its fields are compared with those that the folder may hold.
+        schedule_fields: names of those that may change when a run goes on, as far as `Run` finds its `rates` unchanged.
 
     Returns:
         The `Accelerator`, and the samples of one micro-batch on one process.
@@ -84,7 +87,7 @@ def start(control: RunControl) -> tuple[Any, int]:
     """
     left_out.forget()
     defaults = {field.name: field.default for field in dataclass_fields(control)}
-    check_run_folder(Path(control.output_dir), control.resume, asdict(control), defaults)
+    check_run_folder(Path(control.output_dir), control.resume, asdict(control), defaults, schedule_fields)
     hub_data.pin(recorded_commits(Path(control.output_dir)))
     launch.follow_launcher()
     accelerator = launch.start_accelerator(
@@ -104,6 +107,8 @@ class Run:
         control: of the run.
         accelerator: its prepared model and optimizer are filled from the checkpoint to go on from, if there is one.
         previous_phase: run folder whose newest checkpoint a new run begins with, at step 0; None = as they are.
+        schedule: fields of `control` that may differ from those that the run was begun with, and the learning rate's
+            factor at each update up to max_steps: at the updates that are done it must be what it was.
 
     Attributes:
         folder: of the run.
@@ -112,14 +117,25 @@ class Run:
         is_over: set it after an evaluation to make that update the last one.
 
     Raises:
-        NoUsableCheckpoint, UsageError: see `checkpoints.resume_run` and `lock_folder`.
+        NoUsableCheckpoint, UsageError: see `checkpoints.resume_run` and `lock_folder`; or the schedule has changed.
     """
 
-    def __init__(self, control: RunControl, accelerator: Any, previous_phase: Path | None = None) -> None:
+    def __init__(
+        self,
+        control: RunControl,
+        accelerator: Any,
+        previous_phase: Path | None = None,
+        schedule: tuple[Sequence[str], Sequence[float]] = ((), ()),
+    ) -> None:
         self._control, self._accelerator, self.folder = control, accelerator, Path(control.output_dir)
         with collectives.raise_together(accelerator):  # before it is looked into, or two could begin at step 0
             self._lock = lock_folder(self.folder) if accelerator.is_main_process else None
         self.step, self.state = checkpoints.resume_run(accelerator, self.folder, control.resume, previous_phase)
+        names, self._rates = schedule
+        changed = changed_fields(self.folder, asdict(control), names)
+        if changed and self.state.get("rates") != self._rates_so_far():
+            expected = f"one with which the rates of the {self.step} updates done so far are what they were"
+            expect(self.step == 0, changed[0], getattr(control, changed[0]), expected)
         self._skipped = SkippedUpdates(self.state, control.max_bad_updates)
         self._seconds: float = self.state.get("training_seconds", 0.0)  # at the newest checkpoint
         self.is_over = False
@@ -245,7 +261,12 @@ class Run:
         """
         assert self._written == self.step, "metrics are written before the checkpoint, or a kill could lose them"
         self._seconds = self._training_seconds()
-        everything = {"training_seconds": self._seconds, **self._skipped.state(), **state}
+        everything = {
+            "training_seconds": self._seconds,
+            "rates": self._rates_so_far(),
+            **self._skipped.state(),
+            **state,
+        }
         checkpoints.save_checkpoint(
             self._accelerator, self.folder, self.step, everything, self._control.keep_checkpoints, self._control.resume
         )
@@ -297,6 +318,11 @@ class Run:
         self._stop.restore()
         if self._lock:
             self._lock.close()
+
+    def _rates_so_far(self) -> str:
+        """Changes when the rates of the updates done so far would have been others; "" where none were given."""
+        rates = np.array(self._rates[: self.step], dtype=np.float64)
+        return hashlib.sha256(rates.tobytes()).hexdigest()[:16] if len(self._rates) else ""
 
     def _is_any_process_stopping(self) -> bool:
         """Whether one of them was to stop when it had done the update before; alone, whether this one is."""

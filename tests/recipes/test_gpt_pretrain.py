@@ -416,6 +416,27 @@ def test_too_many_bad_updates_stop_the_run(
     assert metrics_of(tmp_path / "run")[-1]["train/skipped_updates"] == 4
 
 
+def test_a_run_is_extended_and_branched_before_its_rate_falls(gpt: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    """Its weights are those of a run that was so long from the start; once the rate has fallen that cannot be."""
+    long = {"max_steps": 12, "decay_fraction": 0.5, "save_every": 3, "keep_checkpoints": 9, "eval_every": 4}
+    short = {**long, "max_steps": 8, "decay_fraction": 0.25}
+    run(gpt, config_of(gpt, corpus, tmp_path / "long", **long))
+    run(gpt, config_of(gpt, corpus, tmp_path / "short", **short))
+    state_at(tmp_path / "short", 6, tmp_path / "extended")
+    run(gpt, config_of(gpt, corpus, tmp_path / "extended", **long))
+    assert_same_weights(tmp_path / "extended", tmp_path / "long")
+    assert results_of(tmp_path / "extended") == results_of(tmp_path / "long")
+    branch = {**long, "resume": str(tmp_path / "short" / "checkpoints" / "step_00000006")}
+    run(gpt, config_of(gpt, corpus, tmp_path / "branch", **branch))
+    assert_same_weights(tmp_path / "branch", tmp_path / "long")
+    expected = "max_steps: 12: expected one with which the rates of the 8 updates done so far are what they were"
+    with pytest.raises(cli.UsageError, match=expected):
+        run(gpt, config_of(gpt, corpus, tmp_path / "short", **long))
+    state_at(tmp_path / "short", 6, tmp_path / "hotter")
+    with pytest.raises(cli.UsageError, match=r"it holds a run with another configuration \(learning_rate"):
+        run(gpt, config_of(gpt, corpus, tmp_path / "hotter", **long, learning_rate=1.0))
+
+
 @pytest.fixture
 def in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     """What accelerate does with fp16 on a GPU, on the CPU, which it refuses; the scale begins too large."""
