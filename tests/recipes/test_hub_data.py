@@ -17,7 +17,7 @@ from tests.recipes.test_resnet_pretrain import TINY as TINY_IMAGES
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("family", "streams"), [("gpt", False), ("gpt", True), ("resnet", False)])
+@pytest.mark.parametrize(("family", "streams"), [("gpt", True), ("resnet", False)])
 def test_a_push_to_the_data_set_ends_no_run(
     request: pytest.FixtureRequest, corpus: Path, shapes: Path, tmp_path: Path, family: str, streams: bool
 ) -> None:
@@ -51,10 +51,11 @@ def test_a_push_to_the_data_set_ends_no_run(
     assert done.returncode == 0, done.stderr
     assert metric(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data_commits"] == {"tester/mine": first}
-    for name, revision, commit in (("new", "", second), ("old", f"@{first}", first)):
-        done = start(name, data=f"tester/mine{revision}", max_steps=1, warmup_steps=0)
-        assert done.returncode == 0, done.stderr
-        record = json.loads((tmp_path / name / "run.json").read_text())
-        assert record["data_commits"] == {f"tester/mine{revision}": commit}
-    assert "tester/mine" in (tmp_path / "old" / "README.md").read_text()
+    name, revision, commit = {"gpt": ("old", f"@{first}", first), "resnet": ("new", "", second)}[family]
+    done = start(name, data=f"tester/mine{revision}", max_steps=1, warmup_steps=0)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / name / "run.json").read_text())
+    assert record["data_commits"] == {f"tester/mine{revision}": commit}
+    card = (tmp_path / name / "README.md").read_text()
+    assert "- tester/mine\n" in card.partition("\n---\n")[0]  # its metadata, which the Hub links
     hub.stop()
