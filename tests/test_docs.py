@@ -16,6 +16,7 @@ from tests import core_turns
 from tests.conftest import ROOT, load_recipe
 from tests.hub_server import start_hub
 from tests.launching import preloaded_python
+from tests.recipes import engines
 
 READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("README.md"))]
 # Commands that name no run folder, and the one they get here.
@@ -41,6 +42,14 @@ def test_the_readmes_have_commands_and_configs_are_found() -> None:
     assert len(READMES) >= 3
     assert sum(len(commands_of(readme)) for readme in READMES) >= 8
     assert len(CONFIGS) >= 3
+
+
+def test_the_table_of_engines_is_what_the_tests_try() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert engines.with_table(readme) == readme, "run python -m tests.recipes.engines"
+    for page, of_page in engines.TRIED.items():
+        assert (ROOT / "recipes" / page).is_file()
+        assert {engine for engine, _ in engines.STOPPED[page]} <= of_page.keys() <= engines.COLUMNS.keys()
 
 
 def test_every_config_says_what_it_stands_for() -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launching import assert_no_traceback, launch, preloaded_python
-from tests.recipes import float64_updates
+from tests.recipes import engines, float64_updates
 from tests.recipes.runs import Runs, assert_same, metric, weights
 from tests.recipes.test_bert_pretrain import TINY as SIZES
 
@@ -25,17 +25,7 @@ FIELDS = {
     "adamw": {**TINY, "optimizer": "adamw", "per_device_batch_size": 2, "max_grad_norm": 1e-5, "weight_decay": 0.1},
     "lamb": {**TINY, "optimizer": "lamb", "weight_decay": 0.01, "per_device_batch_size": 2},
 }
-ENGINES = [
-    ("multi_cpu", "muon"),
-    ("multi_cpu", "adamw"),
-    ("multi_cpu", "lamb"),
-    ("fsdp2", "muon"),
-    ("fsdp2", "adamw"),
-    ("fsdp2", "lamb"),
-    ("deepspeed_zero2", "adamw"),
-    ("deepspeed_zero3", "adamw"),
-    ("deepspeed_zero2", "unclipped_muon"),
-]
+ENGINES = engines.pairs("bert/pretrain.py")
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -97,9 +87,7 @@ def test_float64_updates_are_equal(bert: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "optimizer"), [("multi_cpu", "muon"), ("deepspeed_zero2", "adamw"), ("fsdp2", "lamb")]
-)
+@pytest.mark.parametrize(("engine", "optimizer"), engines.STOPPED["bert/pretrain.py"])
 def test_stopping_and_going_on_is_exact(runs: Runs, tmp_path: Path, engine: str, optimizer: str) -> None:
     whole, run_dir = runs.of_engine(engine, optimizer), tmp_path / "run"
     fields = {**FIELDS[optimizer], "save_every": 0}

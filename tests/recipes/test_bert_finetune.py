@@ -25,6 +25,7 @@ from shared.text.labelled import SAMPLES
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
 from tests.launching import assert_no_traceback
+from tests.recipes import engines
 from tests.recipes.runs import Runs, assert_same, metric, metrics_of, push_and_load, results_of, run, run_card, weights
 
 TINY: dict[str, Any] = {
@@ -441,14 +442,7 @@ def runs(bert_finetune: ModuleType, encoder: Path, labelled: Path, tmp_path_fact
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("engine", "kind"),
-    [
-        pytest.param("multi_cpu", "tags", marks=pytest.mark.slow),
-        *(
-            pytest.param(engine, "classes", marks=pytest.mark.slow)
-            for engine in ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")
-        ),
-    ],
+    ("engine", "kind"), [pytest.param(*pair, marks=pytest.mark.slow) for pair in engines.pairs("bert/finetune.py")]
 )
 def test_engine_equals_one_process(runs: Runs, engine: str, kind: str) -> None:
     run_dir, other = runs.of_engine(engine, kind), runs.of_one_process(kind)

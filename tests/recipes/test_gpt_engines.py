@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launching import ON_CPUS, assert_no_traceback, finish, launch, preloaded_python
-from tests.recipes import float64_updates
+from tests.recipes import engines, float64_updates
 from tests.recipes.runs import Runs, assert_same, metric, state_at, weights
 
 TINY: dict[str, Any] = {
@@ -38,19 +38,7 @@ FIELDS = {
     "unclipped_muon": {**TINY, "max_grad_norm": 0.0, "weight_decay": 0.1, "per_device_batch_size": 2},  # DeepSpeed's
     "adamw": {**TINY, "optimizer": "adamw", "per_device_batch_size": 2, "max_grad_norm": 1e-5, "weight_decay": 0.1},
 }
-ENGINES = [
-    ("multi_cpu", "muon"),
-    ("multi_cpu", "adamw"),
-    ("fsdp2", "muon"),
-    ("fsdp2", "adamw"),
-    ("deepspeed_zero1", "adamw"),
-    ("deepspeed_zero2", "adamw"),
-    ("deepspeed_zero3", "adamw"),
-    ("deepspeed_zero3_offload", "adamw"),
-    ("deepspeed_zero1", "unclipped_muon"),
-    ("deepspeed_zero2", "unclipped_muon"),
-    ("deepspeed_zero3", "unclipped_muon"),
-]
+ENGINES = engines.pairs("gpt/pretrain.py")
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -182,14 +170,8 @@ def test_float64_updates_are_equal(gpt: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "optimizer", "signalled"),
-    [
-        ("multi_cpu", "muon", "2"),  # a scheduler signals the launcher
-        ("fsdp2", "muon", "2:1"),  # one process alone gets the signal
-        ("deepspeed_zero2", "adamw", "2:1"),
-        ("deepspeed_zero3", "adamw", "2:1"),
-        ("deepspeed_zero2", "unclipped_muon", "2:1"),
-        ("deepspeed_zero3", "unclipped_muon", "2:1"),
-    ],
+    # A scheduler signals the launcher, or one process alone gets the signal.
+    [(*pair, "2" if pair[0] == "multi_cpu" else "2:1") for pair in engines.STOPPED["gpt/pretrain.py"]],
 )
 def test_stopping_and_going_on_is_exact(
     runs: Runs, tmp_path: Path, engine: str, optimizer: str, signalled: str

@@ -18,7 +18,7 @@ from shared import command_line as cli
 from shared.run.predictions import read_predictions
 from tests.conftest import ROOT
 from tests.launching import assert_no_traceback
-from tests.recipes import test_gpt_pretrain
+from tests.recipes import engines, test_gpt_pretrain
 from tests.recipes.runs import Runs, assert_same, metric, push_and_load, results_of, run, run_card, state_at, weights
 
 TINY: dict[str, Any] = {
@@ -307,20 +307,7 @@ def runs(gpt_finetune: ModuleType, causal: Path, talks: Path, tmp_path_factory: 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("engine", "kind"),
-    [
-        *(
-            pytest.param(engine, kind, marks=pytest.mark.slow)
-            for engine, kind in (
-                ("multi_cpu", "whole"),
-                ("fsdp2", "whole"),
-                ("fsdp2", "adapter"),
-                ("deepspeed_zero2", "adamw"),
-                ("deepspeed_zero3", "adamw"),
-                ("deepspeed_zero3", "adapter"),
-            )
-        ),
-    ],
+    ("engine", "kind"), [pytest.param(*pair, marks=pytest.mark.slow) for pair in engines.pairs("gpt/finetune.py")]
 )
 def test_engine_equals_one_process(runs: Runs, engine: str, kind: str) -> None:
     run_dir, other = runs.of_engine(engine, kind), runs.of_one_process(kind)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.launching import assert_no_traceback
+from tests.recipes import engines
 from tests.recipes.runs import Runs, assert_same, metric, weights
 from tests.recipes.test_resnet_pretrain import TINY as SIZES
 from tests.recipes.test_resnet_pretrain_rsb import TINY as LONG_SIZES
@@ -22,12 +23,7 @@ TINY: dict[str, Any] = {**SIZES, "max_steps": 6, "save_every": 3, "per_device_ba
 # A small rate, for Adam's part of LAMB makes a step of full size from a gradient that is zero but for rounding.
 LONG = {**LONG_SIZES, "max_steps": 6, "save_every": 3, "per_device_batch_size": 4, "learning_rate": 0.005}
 FIELDS = {"ema": TINY, "plain": {**TINY, "ema_decay": 0.0}}
-ENGINES = [
-    ("multi_cpu", "ema"),
-    ("fsdp2", "ema"),
-    ("deepspeed_zero2", "ema"),
-    ("deepspeed_zero3", "plain"),
-]
+ENGINES = engines.pairs("resnet/pretrain.py")
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -64,7 +60,7 @@ def test_engine_equals_one_process(runs: Runs, engine: str, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "kind"), [("multi_cpu", "ema"), ("fsdp2", "ema"), ("deepspeed_zero2", "ema")])
+@pytest.mark.parametrize(("engine", "kind"), engines.STOPPED["resnet/pretrain.py"])
 def test_stopping_and_going_on_is_exact(runs: Runs, tmp_path: Path, engine: str, kind: str) -> None:
     whole, run_dir = runs.of_engine(engine, kind), tmp_path / "run"
     fields = {**FIELDS[kind], "save_every": 0}
@@ -95,10 +91,10 @@ def test_an_average_is_refused_under_zero3(runs: Runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["multi_cpu", "fsdp2"])
-def test_two_processes_equal_one_in_the_long_recipe(long_runs: Runs, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "kind"), engines.pairs("resnet/pretrain_rsb.py"))
+def test_two_processes_equal_one_in_the_long_recipe(long_runs: Runs, engine: str, kind: str) -> None:
     """Mixing, RandAugment, repeated crops and skipped blocks are those of one process."""
-    assert_close(long_runs.of_engine(engine, "lamb"), long_runs.of_one_process("lamb"))
+    assert_close(long_runs.of_engine(engine, kind), long_runs.of_one_process(kind))
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from shared.images.crops import CenterCrops
 from shared.run.predictions import read_predictions
 from tests.conftest import ROOT
 from tests.hub_server import Repository, start_hub
+from tests.recipes import engines
 from tests.recipes.runs import Runs, assert_same, metric, metrics_of, push_and_load, run, run_card, weights
 
 TINY: dict[str, Any] = {
@@ -340,9 +341,9 @@ def runs(resnet_finetune: ModuleType, classifier: Path, shapes: Path, tmp_path_f
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("engine", ["multi_cpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
-def test_engine_equals_one_process(runs: Runs, engine: str) -> None:
-    run_dir, other = runs.of_engine(engine, "all"), runs.of_one_process("all")
+@pytest.mark.parametrize(("engine", "kind"), engines.pairs("resnet/finetune.py"))
+def test_engine_equals_one_process(runs: Runs, engine: str, kind: str) -> None:
+    run_dir, other = runs.of_engine(engine, kind), runs.of_one_process(kind)
     assert metric(run_dir, "step") == metric(other, "step")
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.launching import assert_no_traceback
+from tests.recipes import engines
 from tests.recipes import test_text_to_image_pretrain as diffusion
 from tests.recipes import test_text_to_image_pretrain_transformer as flow
 from tests.recipes import test_text_to_image_train_vae as autoencoder
@@ -21,8 +22,7 @@ FIELDS = {
     "pretrain": {**diffusion.TINY, **COMMON, "learning_rate": 0.0002},
     "pretrain_transformer": {**flow.TINY, **COMMON, "learning_rate": 0.002},
 }
-# The average needs whole weights, which ZeRO-3 has not.
-ENGINES = [("multi_cpu", "ema"), ("fsdp2", "ema"), ("deepspeed_zero2", "ema"), ("deepspeed_zero3", "plain")]
+ENGINES = engines.pairs("text_to_image/train_vae.py")  # the same in all three
 METRICS = {
     "train_vae": ("eval/loss", "eval/psnr"),
     "pretrain": ("eval/loss", "eval/loss_test_band_0"),
@@ -77,11 +77,7 @@ def test_what_two_processes_export_is_the_librarys(runs: dict[str, Runs], engine
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "engine"),
-    [
-        *(("train_vae", engine) for engine in ("multi_cpu", "fsdp2", "deepspeed_zero2")),
-        *(("pretrain", engine) for engine in ("fsdp2", "deepspeed_zero2")),
-        ("pretrain_transformer", "fsdp2"),
-    ],
+    [(recipe, engine) for recipe in FIELDS for engine, _ in engines.STOPPED[f"text_to_image/{recipe}.py"]],
 )
 def test_stopping_and_going_on_is_exact(runs: dict[str, Runs], tmp_path: Path, recipe: str, engine: str) -> None:
     whole, run_dir = runs[recipe].of_engine(engine, "ema"), tmp_path / "run"
