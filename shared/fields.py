@@ -100,7 +100,7 @@ class RunControl:
     tracker_project: str = ""
     """Project under which trackers keep the run. "" = what WANDB_PROJECT says, else pretraining."""
     run_name: str = ""
-    """Name of the run in trackers. "" = what WANDB_NAME says, else that of the run folder."""
+    """Name of the run in trackers. "" = what WANDB_NAME says, else that of output_dir."""
     timeout_minutes: Positive = 30
     """Minutes that one process waits for another in a collective before the run fails."""
     cache_dir: Place = ""
