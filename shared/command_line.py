@@ -199,7 +199,7 @@ def exit_codes() -> Iterator[None]:
     signals, locks and flushed folders are those of POSIX.
     """
     if sys.platform == "win32":
-        print("error: Windows: expected Linux or macOS; WSL has a Linux", file=sys.stderr, flush=True)  # noqa: T201
+        print("error: Windows: expected Linux or macOS; WSL has a Linux", file=sys.stderr)  # noqa: T201 (before all else)
         sys.exit(EXIT_USAGE)
     message, status = "", 0
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -51,7 +51,7 @@ class RunControl:
     max_grad_norm: Amount
     """Norm to which the update's gradient is clipped. 0 = no clipping."""
     max_bad_updates: Count = 10
-    """Updates in a row with a non-finite gradient after which the run stops."""
+    """Updates in a row with a non-finite gradient after which the run stops, when it has done one more."""
 
     # Evaluation
     eval_every: Natural = 0

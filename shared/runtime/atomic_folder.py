@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from shared.command_line import UsageError
 
 logger = logging.getLogger(__name__)
 
+_TOLD_AFTER_SECONDS = 5.0
 _ABANDONED_SECONDS = 6 * 3600  # in which nobody wrote into it
 
 
@@ -82,8 +84,11 @@ def _is_locked(lock: IO[str], file: Path) -> bool:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.warning("waiting for another run, which makes %s", file.name[1:].removesuffix(".lock"))
+            telling = threading.Timer(_TOLD_AFTER_SECONDS, logger.warning, ("another run holds %s, waiting", file))
+            telling.daemon = True
+            telling.start()
             fcntl.flock(lock, fcntl.LOCK_EX)
+            telling.cancel()
     except OSError as error:  # then several may make the same, which does no harm
         logger.warning("%s cannot be locked (%s)", file, error.strerror)
         return True

@@ -24,5 +24,5 @@ class StopSignals:
 
     @property
     def received(self) -> bool:
-        """Whether this process got a signal; the loop sums it over processes, so that all stop after one update."""
+        """Whether this process got a signal; it is summed over processes, so that all stop after the same update."""
         return bool(self._received)
