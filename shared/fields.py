@@ -171,9 +171,10 @@ class LatentData:
     not there, their latents made in cache_dir."""
     data_split: str = "train"
     """Split to train on."""
-    vae: Place = ""
-    """Run folder of train_vae.py, or Hub id of an autoencoder, with which the latents were made. "" = outputs/vae, or
-    the shipped one if that is not there."""
+    captions_with: str = ""
+    """Take only samples whose caption has this text, also to evaluate on. "" = all."""
+    captions_without: str = ""
+    """Leave out samples whose caption has this text, also to evaluate on. "" = none."""
 
     # Evaluation
     eval_splits: str = ""

@@ -39,6 +39,11 @@ class Config(fields.LatentData, fields.RunControl):
     save_every: Natural = 500
     num_workers: Natural = 1
 
+    # Data
+    vae: Place = ""
+    """Run folder of train_vae.py, or Hub id of an autoencoder, with which the latents were made. "" = outputs/vae, or
+    the shipped one if that is not there."""
+
     # Model
     text_encoder: Place = "scratch"
     """scratch = a CLIP text encoder trained along, or a run folder or Hub id of one that stays as it is; it runs in

@@ -307,6 +307,36 @@ def open_splits(
     return train.subset(np.sort(order[number:])), {"held_out": train.subset(np.sort(order[:number]))}
 
 
+def matching_captions(
+    train: Latents, held_out: dict[str, Latents], wanted: str, unwanted: str
+) -> tuple[Latents, dict[str, Latents]]:
+    """Samples whose caption has `wanted` and has not `unwanted`; splits to evaluate on that have none are left out.
+
+    Args:
+        train: to train on.
+        held_out: to evaluate on, by the names of their splits.
+        wanted: text; "" = of all.
+        unwanted: text; "" = of none.
+
+    Raises:
+        UsageError: there is none to train on, or none to evaluate on.
+    """
+    if not (wanted or unwanted):
+        return train, held_out
+
+    def matching(latents: Latents) -> Latents:
+        pairs = enumerate(latents.captions())
+        kept = [row for row, text in pairs if wanted in text and not (unwanted and unwanted in text)]
+        return latents.subset(np.array(kept, dtype=np.int64))
+
+    field, value = ("captions_with", wanted) if wanted else ("captions_without", unwanted)
+    train, held_out = matching(train), {name: matching(latents) for name, latents in held_out.items()}
+    held_out = {name: latents for name, latents in held_out.items() if len(latents)}
+    expect(len(train) > 0, field, value, "text that leaves samples to train on")
+    expect(bool(held_out), field, value, "text that leaves samples to evaluate on")
+    return train, held_out
+
+
 def some_captions(splits: Iterable[Latents], number: int) -> list[str]:
     """So many captions, evenly spread over each split, of each as many."""
     every = [latents.captions() for latents in splits]

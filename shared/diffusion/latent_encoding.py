@@ -30,7 +30,8 @@ from shared.models.pretrained import load_diffusion_model
 from shared.runtime.atomic_folder import written_aside
 from shared.runtime.collectives import node_main_first
 
-_SAMPLE_SIDES, _SAMPLE_SHARD = (64, 64), 1024  # sides of the embedded emoji in pixels; images of a file
+SAMPLE_SIDE = 64  # of the embedded emoji in pixels
+_IMAGES_PER_SHARD = 1024
 
 logger = logging.getLogger(__name__)
 
@@ -221,57 +222,97 @@ def open_latents(
         accelerator: knows the processes.
         source: which latents; the sample's are in `cached`, which must be of the embedded emoji, or, if it is not
             there, are made in `cache_dir`.
-        vae: see `sample_latents`.
-        text: see `sample_latents`.
+        vae: see `encode_once`.
+        text: see `encode_once`.
         cached: folder that may be there.
         cache_dir: for data that is made once.
 
     Raises:
-        UsageError: there is no complete cache, or one of something else; or see `latent_cache.open_splits`.
+        UsageError: see `open_cache`.
     """
     with node_main_first(accelerator):
-        folder, identity = Path(source.data), dict[str, Any](vae=latent_cache.weights_digest(vae))
+        folder, of_sample = Path(source.data), {}
         if source.data == "sample":
-            folder = cached if cached.is_dir() else sample_latents(cache_dir, vae, text)
-            identity["data"] = {name: images.fingerprint for name, images in sample_splits().items()}
-        manifest = latent_cache.read_manifest(folder, "data")
-        if text and manifest["text_encoder"]:
-            identity |= text_identity(*text)
-        latent_cache.check_identity(manifest, identity, "data", folder)
-        for what, number in manifest.get("left_out", {}).items():  # caches of earlier versions say nothing of it
-            left_out.note(what, number, where=str(folder))
-        splits = (source.data_split, source.eval_splits, source.eval_fraction)
-        train, held_out = latent_cache.open_splits(folder, manifest, *splits)
+            splits = sample_splits()
+            form: dict[str, Any] = {"side": SAMPLE_SIDE, "mirrored": True, "max_bad_fraction": 0.0}
+            folder = cached if cached.is_dir() else encode_once(cache_dir, splits, vae, text, **form)
+            of_sample["data"] = {name: images.fingerprint for name, images in splits.items()}
+        train, held_out, manifest = open_cache(folder, source, vae, text, of_sample)
     if text is None or manifest["text_encoder"]:
         return train, held_out, manifest, None
     note_cut_captions(text[0], latent_cache.some_captions([train], 10_000))
     return train, held_out, manifest, text[1].to(accelerator.device)
 
 
-def sample_latents(cache_dir: Path, vae: Any, text: tuple[Any, Any] | None) -> Path:
-    """The latents of the embedded emoji and of their mirror images, made in `cache_dir` unless they are there.
+def open_cache(
+    folder: Path, source: LatentData, vae: Any, text: tuple[Any, Any] | None, identity: dict[str, Any]
+) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
+    """Latents to train on, those to evaluate on by the names of their splits, and the manifest of their cache.
+
+    Args:
+        folder: of the cache.
+        source: which of its samples.
+        vae: with which it must have been made.
+        text: tokenizer and encoder with which its embeddings, if it has any, must have been made; None = whichever.
+        identity: what else its manifest must say.
+
+    Raises:
+        UsageError: there is no complete cache, or one of something else; or see `latent_cache.open_splits` and
+            `latent_cache.matching_captions`.
+    """
+    manifest = latent_cache.read_manifest(folder, "data")
+    identity = {"vae": latent_cache.weights_digest(vae), **identity}
+    if text and manifest["text_encoder"]:
+        identity |= text_identity(*text)
+    latent_cache.check_identity(manifest, identity, "data", folder)
+    for what, number in manifest.get("left_out", {}).items():  # caches of earlier versions say nothing of it
+        left_out.note(what, number, where=str(folder))
+    splits = (source.data_split, source.eval_splits, source.eval_fraction)
+    train, held_out = latent_cache.open_splits(folder, manifest, *splits)
+    asked = (source.captions_with, source.captions_without)
+    return *latent_cache.matching_captions(train, held_out, *asked), manifest
+
+
+def encode_once(
+    cache_dir: Path,
+    splits: dict[str, CaptionedImages],
+    vae: Any,
+    text: tuple[Any, Any] | None,
+    *,
+    side: int,
+    mirrored: bool,
+    max_bad_fraction: float,
+) -> Path:
+    """The latents of few images, cut to squares, made in `cache_dir` unless they are there.
 
     Args:
         cache_dir: for data that is made once.
+        splits: images of each split.
         vae: `diffusers.AutoencoderKL`, on the device that is to encode.
         text: tokenizer and encoder, on that device; None = the captions alone.
+        side: of the squares in pixels.
+        mirrored: whether mirror images are encoded as well.
+        max_bad_fraction: share of the images that may be damaged; they are left out.
 
     Returns:
         The folder of a complete cache.
+
+    Raises:
+        UsageError: more images are damaged.
     """
-    splits = sample_splits()
-    form: dict[str, Any] = {"buckets": [_SAMPLE_SIDES], "mirrored": True, "sampled": False}
-    identity = cache_identity(vae, text, splits, **form, precision="no", images_per_shard=_SAMPLE_SHARD)
+    form: dict[str, Any] = {"buckets": [(side, side)], "mirrored": mirrored, "sampled": False}
+    identity = cache_identity(vae, text, splits, **form, precision="no", images_per_shard=_IMAGES_PER_SHARD)
     folder = cache_dir / f"latents-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
-        logger.warning("encoding the embedded emoji, once, into %s", folder)
+        number = sum(len(images) for images in splits.values())
+        logger.warning("encoding %s images, once, into %s", f"{number:,}", folder)
         with written_aside(folder) as aside:
             latent_cache.begin_cache(aside, identity)
             sizes = {name: len(images) for name, images in splits.items()}
-            shards = latent_cache.plan_shards(sizes, _SAMPLE_SHARD)
+            shards = latent_cache.plan_shards(sizes, _IMAGES_PER_SHARD)
             form |= {"batch_size": 32, "num_workers": 0, "shows_progress": True}
             encode_shards(aside, shards, splits, vae, text, **form)
-            latent_cache.finish_cache(aside, identity, shards, max_bad_fraction=0.0)
+            latent_cache.finish_cache(aside, identity, shards, max_bad_fraction)
     return folder
 
 
