@@ -172,6 +172,12 @@ def vae() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def text_to_image_finetune() -> ModuleType:
+    """recipes/text_to_image/finetune.py as a module."""
+    return load_recipe("text_to_image/finetune.py")
+
+
+@pytest.fixture(scope="session")
 def cache_latents() -> ModuleType:
     """recipes/text_to_image/cache_latents.py as a module."""
     return load_recipe("text_to_image/cache_latents.py")

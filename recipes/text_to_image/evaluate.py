@@ -46,6 +46,8 @@ class Config:
     # Model
     model: Place = "outputs/text_to_image"
     """Run folder, folder of save_pretrained, or Hub id of a latent diffusion pipeline of diffusers."""
+    lora: Place = ""
+    """Adapter of finetune.py to add to the model: its run folder, a file, or a Hub id. "" = none."""
     num_steps: Count = 25  # Steps in which an image is made.
     guidance_scale: float = 4.0
     """How far images follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
@@ -80,6 +82,7 @@ from torch import Tensor
 
 from shared.data.randomness import derive_seed
 from shared.diffusion.generation import (
+    add_adapter,
     check_guidance,
     check_steps,
     load_pipeline,
@@ -244,6 +247,8 @@ def main(cfg: Config) -> None:
     others = open_data(cfg, others_split, None)[2] if others_split else true[:0]
     accelerator = start_accelerator(TIMEOUT_MINUTES, report_to="", logging_dir="", deterministic=False)
     pipeline = load_pipeline(cfg.model, "model", type_of_products(accelerator)).to(accelerator.device)
+    if cfg.lora:
+        add_adapter(pipeline, cfg.lora, scale=1.0)
     has_latents = getattr(pipeline, "vae", None) is not None
     cli.expect(has_latents, "model", cfg.model, "a latent diffusion pipeline, which has an autoencoder")
     check_steps(pipeline, cfg.num_steps)

@@ -32,6 +32,9 @@ class Config:
     # Model
     model: Place = "outputs/text_to_image"
     """Run folder, folder of save_pretrained, or Hub id of a text-to-image pipeline of diffusers."""
+    lora: Place = ""
+    """Adapter of finetune.py to add to the model: its run folder, a file, or a Hub id. "" = none."""
+    lora_scale: float = 1.0  # How much of the adapter is added. 1 = as it was trained.
     num_steps: Count = 25  # Steps in which an image is made.
     guidance_scale: float = 4.0
     """How far images follow the prompt's prediction beyond the empty prompt's. 1 = no guidance."""
@@ -58,11 +61,13 @@ from PIL import Image
 
 from shared.data.randomness import derive_seed
 from shared.diffusion.generation import (
+    add_adapter,
     check_guidance,
     check_steps,
     load_pipeline,
     lost_text,
     make_images,
+    read_prompts,
     set_scheduler,
 )
 from shared.metrics.figures import image_grid
@@ -72,7 +77,15 @@ from shared.runtime.precision import type_of_products
 
 TIMEOUT_MINUTES = 30  # that a process waits for the others' shares
 NUM_SHOWN = 64  # images of the grid, at most
-SETTINGS = ("num_steps", "guidance_scale", "negative_prompt", "scheduler")  # noted for each image
+SETTINGS = (
+    "model",
+    "lora",
+    "lora_scale",
+    "num_steps",
+    "guidance_scale",
+    "negative_prompt",
+    "scheduler",
+)  # noted for each image
 
 logger = logging.getLogger(__name__)
 
@@ -86,20 +99,6 @@ def check_config(cfg: Config) -> None:
     cli.expect(is_heard, "negative_prompt", cfg.negative_prompt, '"" with guidance_scale 1, which does without it')
 
 
-def read_prompts(cfg: Config) -> list[str]:
-    """The prompt, or the lines of the file that are not empty."""
-    if not cfg.prompts_file:
-        return [cfg.prompt]
-    try:
-        lines = Path(cfg.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "") or "other bytes"
-        raise cli.UsageError(f"prompts_file: {cfg.prompts_file!r}: expected a text file, got {reason}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    cli.expect(bool(prompts), "prompts_file", cfg.prompts_file, "a prompt on each line, got none")
-    return prompts
-
-
 def file_name(index: int, prompt: str) -> str:
     """Such as 00012-red-apple.png; names sort as the images come."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
@@ -109,9 +108,11 @@ def file_name(index: int, prompt: str) -> str:
 def main(cfg: Config) -> None:
     """Load the model, make this process's share of the images and write each as soon as it is there."""
     check_config(cfg)
-    prompts, folder = read_prompts(cfg), Path(cfg.output_dir)
+    prompts, folder = read_prompts(cfg.prompts_file) if cfg.prompts_file else [cfg.prompt], Path(cfg.output_dir)
     accelerator = start_accelerator(TIMEOUT_MINUTES, report_to="", logging_dir="", deterministic=False)
     pipeline = load_pipeline(cfg.model, "model", type_of_products(accelerator))
+    if cfg.lora:
+        add_adapter(pipeline, cfg.lora, cfg.lora_scale)
     if cfg.scheduler:
         set_scheduler(pipeline, cfg.scheduler)
     check_steps(pipeline, cfg.num_steps)

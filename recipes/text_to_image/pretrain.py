@@ -325,7 +325,7 @@ def evaluate(
         error, _ = errors(cfg, model, captions.embed_captions(accelerator, batch, frozen), signal)
         found.add(place, error)
     model.train()
-    return found.metrics(accelerator, cfg.data_split)
+    return found.metrics(accelerator, [cfg.data_split])
 
 
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients

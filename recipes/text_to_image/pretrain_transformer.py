@@ -334,7 +334,7 @@ def evaluate(
     for place, batch in fixed_batches(accelerator, held_out, cfg.num_workers):
         found.add(place, errors(model, captions.embed_captions(accelerator, batch, frozen), batch["uniform"]))
     model.train()
-    return found.metrics(accelerator, cfg.data_split)
+    return found.metrics(accelerator, [cfg.data_split])
 
 
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients

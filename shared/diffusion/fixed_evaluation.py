@@ -3,10 +3,10 @@
 errors = BandErrors(fixed)
 for place, batch in fixed_batches(accelerator, fixed, num_workers):
     errors.add(place, error_of_each_sample)
-metrics = errors.metrics(accelerator, data_split)
+metrics = errors.metrics(accelerator, [data_split])
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,16 +68,16 @@ class BandErrors:
         counts = torch.tensor([errors.cpu().double().sum().item(), len(errors)], dtype=torch.float64)
         self._totals[place.row, place.band] += counts * place.is_new
 
-    def metrics(self, accelerator: Any, train_split: str) -> dict[str, float]:
-        """Means over all processes; eval/loss is that of the splits but the one trained on. Every process calls this.
+    def metrics(self, accelerator: Any, trained: Collection[str]) -> dict[str, float]:
+        """Means over all processes; eval/loss is that of the splits but those trained on. Every process calls this.
 
         Args:
             accelerator: knows the processes.
-            train_split: name of the split that is trained on.
+            trained: names of the splits that are trained on.
         """
         sums, numbers = torch.stack(gather_objects(accelerator, self._totals)).sum(0).unbind(-1)
         means = dict(zip(self._names, (sums.sum(1) / numbers.sum(1)).tolist(), strict=True))
-        metrics = {"eval/loss": float(np.mean([mean for name, mean in means.items() if name != train_split]))}
+        metrics = {"eval/loss": float(np.mean([mean for name, mean in means.items() if name not in trained]))}
         for row, (name, mean) in enumerate(means.items()):
             metrics[f"eval/loss_{name}"] = mean
             for band, value in enumerate((sums[row] / numbers[row]).tolist()):

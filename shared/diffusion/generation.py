@@ -14,10 +14,11 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.command_line import expect, is_speaking_process
+from shared.command_line import UsageError, expect, is_speaking_process
 from shared.data.randomness import derive_seed, normal_numbers
+from shared.diffusion.adapters import ADAPTER_FILE
 from shared.images.pixel_range import to_uint8
-from shared.models.pretrained import load_diffusion_model
+from shared.models.pretrained import load_diffusion_model, load_errors
 
 # Samplers of any model that learned to predict noise or v. DDIM's own default is for pixels: it clips what is predicted
 # to [-1, 1], where latents are larger; Stable Diffusion's configuration of it does not.
@@ -49,9 +50,31 @@ def load_pipeline(name: str, field: str, dtype: torch.dtype = torch.float32) -> 
     pipeline.set_progress_bar_config(disable=True)
     if type(pipeline).__name__ == "PRXPipeline":
         pipeline.transformer.register_forward_pre_hook(_one_timestep, with_kwargs=True)
-        if _run_fields(name).get("text_encoder", "scratch") != "scratch":  # trained on captions as they are
+        if reads_as_written(name):
             pipeline.text_preprocessor.clean_text = pipeline.text_preprocessor.basic_clean
     return pipeline
+
+
+def add_adapter(pipeline: Any, name: str, scale: float) -> None:
+    """Add an adapter (LoRA) to a pipeline, from safetensors.
+
+    Args:
+        pipeline: from `load_pipeline`.
+        name: run folder of recipes/text_to_image/finetune.py, a file, or a Hub id.
+        scale: of what the adapter changes; 1 = as it was trained.
+
+    Raises:
+        UsageError: it is not there, or is no adapter of this pipeline; naming lora.
+    """
+    has_loader = hasattr(pipeline, "load_lora_weights") and hasattr(pipeline, "unet")
+    expect(has_loader, "lora", name, f'"" for a {type(pipeline).__name__}, of which diffusers loads no adapters')
+    file = {"weight_name": ADAPTER_FILE} if Path(name).is_dir() else {}
+    with load_errors("lora", name), _only_errors():
+        pipeline.load_lora_weights(name, use_safetensors=True, **file)
+    for network in (pipeline.unet, pipeline.text_encoder):
+        network.eval()  # what was loaded is in training mode, where an adapter's dropout would be at work
+    if scale != 1:
+        pipeline.set_adapters(pipeline.get_active_adapters(), scale)
 
 
 def make_images(
@@ -172,6 +195,33 @@ def _run_fields(name: str) -> dict[str, Any]:
     file = Path(name) / "config.yaml"
     fields = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     return fields if isinstance(fields, dict) else {}
+
+
+def reads_as_written(name: str) -> bool:
+    """Whether a PRX pipeline was trained on captions as they are, and not as it cleans prompts; for a frozen encoder.
+
+    As far as its run folder tells, or that of the pipeline which it was fine-tuned from.
+    """
+    fields = _run_fields(name)
+    if "text_encoder" not in fields and fields.get("init", name) != name:
+        return reads_as_written(fields["init"])
+    return fields.get("text_encoder", "scratch") != "scratch"
+
+
+def read_prompts(file: str) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        UsageError: there are none, or it is no text file; naming prompts_file.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "") or "other bytes"
+        raise UsageError(f"prompts_file: {file!r}: expected a text file, got {reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    expect(bool(prompts), "prompts_file", file, "a prompt on each line, got none")
+    return prompts
 
 
 def lost_text(pipeline: Any, prompt: str) -> str:

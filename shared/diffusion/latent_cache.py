@@ -164,6 +164,11 @@ def finish_cache(
     return manifest
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds a cache, complete or not."""
+    return (folder / "identity.json").is_file() or (folder / "manifest.json").is_file()
+
+
 def read_manifest(folder: Path, field: str) -> dict[str, Any]:
     """What a complete cache says of itself.
 
@@ -286,7 +291,7 @@ def open_splits(
         manifest: its own.
         split: to train on.
         eval_splits: comma-separated; "" = those whose names begin with validation, val or test.
-        eval_fraction: share of the samples that is held out where there is none.
+        eval_fraction: share of the samples that is held out where there is none; 0 = none is.
 
     Raises:
         UsageError: a split is not there, or too few samples to hold some out.
@@ -301,6 +306,8 @@ def open_splits(
     asked = asked or [name for name in others if name.startswith(EVALUATION_SPLITS)]
     if asked:
         return train, {name: Latents(folder, manifest, name) for name in asked}
+    if not eval_fraction:
+        return train, {}
     number = round(len(train) * eval_fraction)
     expect(0 < number < len(train), "eval_fraction", eval_fraction, f"to split {len(train)} samples in two")
     order = shuffled_indices(np.arange(len(train)), len(train), derive_seed(HELD_OUT_SEED, "held out"))
@@ -330,11 +337,11 @@ def matching_captions(
         return latents.subset(np.array(kept, dtype=np.int64))
 
     field, value = ("captions_with", wanted) if wanted else ("captions_without", unwanted)
-    train, held_out = matching(train), {name: matching(latents) for name, latents in held_out.items()}
-    held_out = {name: latents for name, latents in held_out.items() if len(latents)}
+    train, others = matching(train), {name: matching(latents) for name, latents in held_out.items()}
+    others = {name: latents for name, latents in others.items() if len(latents)}
     expect(len(train) > 0, field, value, "text that leaves samples to train on")
-    expect(bool(held_out), field, value, "text that leaves samples to evaluate on")
-    return train, held_out
+    expect(bool(others) == bool(held_out), field, value, "text that leaves samples to evaluate on")
+    return train, others
 
 
 def some_captions(splits: Iterable[Latents], number: int) -> list[str]:

@@ -22,9 +22,9 @@ from shared.diffusion import latent_cache
 from shared.diffusion.captions import encode_text, note_cut_captions, text_identity, token_ids
 from shared.diffusion.latent_cache import Latents, Shard
 from shared.fields import LatentData
-from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned
+from shared.images.captioned import SAMPLE, CaptionedImages, open_captioned, source_of
 from shared.images.crops import BucketCrops
-from shared.images.files import list_splits
+from shared.images.files import check_sides, list_splits
 from shared.images.pixel_range import from_minus_one
 from shared.models.pretrained import load_diffusion_model
 from shared.runtime.atomic_folder import written_aside
@@ -245,7 +245,12 @@ def open_latents(
 
 
 def open_cache(
-    folder: Path, source: LatentData, vae: Any, text: tuple[Any, Any] | None, identity: dict[str, Any]
+    folder: Path,
+    source: LatentData,
+    vae: Any,
+    text: tuple[Any, Any] | None,
+    identity: dict[str, Any],
+    field: str = "data",
 ) -> tuple[Latents, dict[str, Latents], dict[str, Any]]:
     """Latents to train on, those to evaluate on by the names of their splits, and the manifest of their cache.
 
@@ -255,22 +260,64 @@ def open_cache(
         vae: with which it must have been made.
         text: tokenizer and encoder with which its embeddings, if it has any, must have been made; None = whichever.
         identity: what else its manifest must say.
+        field: the configuration field that the folder comes from, for the message.
 
     Raises:
         UsageError: there is no complete cache, or one of something else; or see `latent_cache.open_splits` and
             `latent_cache.matching_captions`.
     """
-    manifest = latent_cache.read_manifest(folder, "data")
+    manifest = latent_cache.read_manifest(folder, field)
     identity = {"vae": latent_cache.weights_digest(vae), **identity}
     if text and manifest["text_encoder"]:
         identity |= text_identity(*text)
-    latent_cache.check_identity(manifest, identity, "data", folder)
+    latent_cache.check_identity(manifest, identity, field, folder)
     for what, number in manifest.get("left_out", {}).items():  # caches of earlier versions say nothing of it
         left_out.note(what, number, where=str(folder))
     splits = (source.data_split, source.eval_splits, source.eval_fraction)
     train, held_out = latent_cache.open_splits(folder, manifest, *splits)
     asked = (source.captions_with, source.captions_without)
     return *latent_cache.matching_captions(train, held_out, *asked), manifest
+
+
+def open_images(
+    data: str,
+    caption: str,
+    columns: dict[str, str],
+    *,
+    cache_dir: Path,
+    vae: Any,
+    side: int,
+    mirrored: bool,
+    max_bad_fraction: float,
+    field: str = "data",
+) -> Path:
+    """The folder of the latents of some data: itself, where it is one, else that of its images, encoded once.
+
+    Args:
+        data: a folder that cache_latents.py made, or images, see `open_captioned`, or sample.
+        caption: of all images; "" = each has its own.
+        columns: config, image_column and caption_column, see `open_captioned`.
+        cache_dir: see `encode_once`.
+        vae: see `encode_once`.
+        side: see `encode_once`.
+        mirrored: see `encode_once`.
+        max_bad_fraction: share of damaged images, or of empty captions, above which the data is refused.
+        field: the configuration field that it comes from, for the message.
+
+    Raises:
+        UsageError: see `open_captioned` and `check_sides`.
+    """
+    if latent_cache.is_cache(Path(data)):
+        return Path(data)
+    source = source_of(data)
+    splits = {
+        name: open_captioned(source, split=name, caption=caption, max_bad_fraction=max_bad_fraction, **columns)
+        for name in list_splits(source, columns["config"])
+    }
+    for images in splits.values():
+        check_sides(source, images.files, side)
+    form: dict[str, Any] = {"side": side, "mirrored": mirrored, "max_bad_fraction": max_bad_fraction}
+    return encode_once(cache_dir, splits, vae, None, **form)
 
 
 def encode_once(

@@ -51,7 +51,14 @@ class CaptionedImages:
 
 
 def open_captioned(
-    data: str, *, config: str, split: str, image_column: str, caption_column: str, max_bad_fraction: float
+    data: str,
+    *,
+    config: str,
+    split: str,
+    image_column: str,
+    caption_column: str,
+    max_bad_fraction: float,
+    caption: str = "",
 ) -> CaptionedImages:
     """Find captioned images without decoding them; those whose caption is empty are left out, counted and named.
 
@@ -62,12 +69,16 @@ def open_captioned(
         image_column: column of the images; "" = the only one that holds images.
         caption_column: column of the captions; "" = the one called caption, text or txt.
         max_bad_fraction: share of empty captions above which the data is refused.
+        caption: of all images, whose own ones, if they have any, are not read; "" = each has its own.
 
     Raises:
         UsageError: nothing is there, the split or a column is not there, or too many captions are empty.
     """
     dataset, image = open_split(data, config, split, image_column, streaming=False)
-    texts = list(dataset.with_format(None)[_pick_caption(dataset, data, caption_column, image)])
+    if caption:
+        texts = [caption] * len(dataset)
+    else:
+        texts = list(dataset.with_format(None)[_pick_caption(dataset, data, caption_column, image)])
     captions = ["" if text is None else " ".join(text.split()) for text in texts]
     kept = np.array([row for row, caption in enumerate(captions) if caption], dtype=np.int64)
     files = ImageFiles(without_decoding(dataset.select_columns([image]), image), image, kept)

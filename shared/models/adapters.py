@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared.command_line import expect
-from shared.models.export import move_files, whole_weights, without_bar
+from shared.models.export import move_files, new_folder, whole_weights, without_bar
 from shared.models.pretrained import is_without_values, load_errors, load_pretrained
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,7 +36,7 @@ def add_lora(
     Raises:
         UsageError: there is no such layer, or the rank is more than any matrix has.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D  # of GPT-2
 
     wanted, head = [name.strip() for name in targets.split(",")], model.get_output_embeddings()
@@ -57,9 +57,34 @@ def add_lora(
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(Path(base).absolute()) if Path(base).is_dir() else base,
     )
+    inject(config, model)
+
+
+def inject(config: Any, model: Any) -> None:
+    """Put an adapter into the model itself, so that it stays what it is, and leave nothing else to train.
+
+    Args:
+        config: `peft.LoraConfig`.
+        model: of transformers or diffusers; changed in place, the configuration its `peft_config`.
+    """
+    from peft import inject_adapter_in_model
+
     with _where_they_are() if is_without_values() else contextlib.nullcontext():
         inject_adapter_in_model(config, model, _NAME)
     model.peft_config = {_NAME: config}
+
+
+def adapter_of(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the model's adapter alone, among all `weights` of the model, whole, as peft names them."""
+    from peft import get_peft_model_state_dict
+
+    adapter = get_peft_model_state_dict(model, state_dict=weights, adapter_name=_NAME)
+    return {name: weight.contiguous() for name, weight in adapter.items()}
+
+
+def config_of(model: Any) -> Any:
+    """The `peft.LoraConfig` of the model's adapter."""
+    return model.peft_config[_NAME]
 
 
 @contextlib.contextmanager
@@ -111,7 +136,7 @@ def export_adapter(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) 
     """Write the adapter alone as peft and `AutoPeftModelForCausalLM` read it. Every process calls this."""
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
-        aside = _new_folder(run_dir / ".export")
+        aside = new_folder(run_dir / ".export")
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
         _write_adapter(bare, weights, aside)
         bare.generation_config.save_pretrained(aside)  # which tokens end an answer
@@ -127,7 +152,7 @@ def export_merged(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path, b
 
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
-        aside, adapter = _new_folder(run_dir / ".export"), _new_folder(run_dir / ".adapter")
+        aside, adapter = new_folder(run_dir / ".export"), new_folder(run_dir / ".adapter")
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
         _write_adapter(bare, weights, adapter)
         with without_bar():
@@ -141,16 +166,7 @@ def export_merged(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path, b
     accelerator.wait_for_everyone()
 
 
-def _new_folder(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
-
-
 def _write_adapter(bare: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    from peft import get_peft_model_state_dict
-
-    adapter = get_peft_model_state_dict(bare, state_dict=weights, adapter_name=_NAME)
-    bare.peft_config[_NAME].save_pretrained(str(folder))
-    named = {f"base_model.model.{name}": weight.contiguous() for name, weight in adapter.items()}
+    config_of(bare).save_pretrained(str(folder))
+    named = {f"base_model.model.{name}": weight for name, weight in adapter_of(bare, weights).items()}
     save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -25,8 +25,7 @@ def export_model(accelerator: Any, model: Any, tokenizer: Any, run_dir: Path) ->
     """
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
-        aside = run_dir / ".export"
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = new_folder(run_dir / ".export")
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
         for tied in bare.all_tied_weights_keys:  # a gathered copy of its own, which the library would save twice
             weights.pop(tied, None)
@@ -65,8 +64,7 @@ def new_like(model_class: Any, trained: Any) -> Any:
 
 def export_module(module: Any, run_dir: Path) -> None:
     """Write a model of diffusers, not prepared, into the run folder in the same way. The main process calls this."""
-    aside = run_dir / ".export"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = new_folder(run_dir / ".export")
     module.save_pretrained(aside)
     move_files(aside, run_dir)
 
@@ -76,11 +74,17 @@ def export_pipeline(pipeline: Any, run_dir: Path) -> None:
 
     Killed between the weights of two parts, an export leaves parts of two steps.
     """
-    aside = run_dir / ".export"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = new_folder(run_dir / ".export")
     with without_bar():
         pipeline.save_pretrained(aside)
     move_files(aside, run_dir)
+
+
+def new_folder(folder: Path) -> Path:
+    """The folder, empty, whatever it held."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 @contextlib.contextmanager
@@ -100,7 +104,9 @@ def without_bar() -> Iterator[None]:
 def move_files(aside: Path, run_dir: Path) -> None:
     """Move the files of an export into the run folder, the weights last, and remove `aside`."""
     files = [path for path in aside.rglob("*") if path.is_file()]
-    readable = next(path for path in files if path.suffix == ".json").stat().st_mode  # weights come out for their owner
+    usual = aside / ".usual"
+    usual.touch()
+    readable = usual.stat().st_mode  # weights come out for their owner alone
     for path in sorted(files, key=lambda path: (path.suffix == ".safetensors", path)):
         path.chmod(readable)
         target = run_dir / path.relative_to(aside)

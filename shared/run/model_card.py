@@ -110,7 +110,8 @@ def _hub_ids(names: str) -> list[str]:
 def _library(run_dir: Path) -> str:
     """The one that loads the exported model; diffusers leaves its version in what it writes."""
     config = run_dir / "config.json"
-    is_of_diffusers = (run_dir / "model_index.json").exists() or (
+    parts = ("model_index.json", "pytorch_lora_weights.safetensors")
+    is_of_diffusers = any((run_dir / name).exists() for name in parts) or (
         config.exists() and "_diffusers_version" in config.read_text()
     )
     return "diffusers" if is_of_diffusers else "transformers"
