@@ -39,6 +39,7 @@ class Config:
     validation, val or test."""
     image_column: str = ""  # Column of the images. "" = the only one that holds images.
     caption_column: str = ""  # Column of the captions. "" = the one called caption, text or txt.
+    captions_with: str = ""  # Measure only images whose caption has this text. "" = all.
     max_bad_fraction: Share = 0.01  # Share of the captions that may be empty; they are left out. 0 = not one.
     image_size: Count = 64
     """Side of the model's images in pixels; true ones are cut to it as the largest square in the middle."""
@@ -60,6 +61,9 @@ class Config:
     features: Place = ""
     """Whose features images are compared in: a run folder of recipes/resnet or Hub id of a ResNet classifier, or
     inception. "" = of the sample alone: a classifier of the embedded emoji that lies in assets."""
+    classifier: Place = ""
+    """What tells kinds of images, such as drawing styles: a run folder of recipes/resnet or Hub id of a ResNet
+    classifier; it is told how many are taken for each. "" = of the sample alone: one of its styles in assets."""
 
     # Run
     config: Place = ""  # YAML file with differences from the defaults; flags override it. "" = none.
@@ -94,7 +98,13 @@ from shared.images.captioned import open_captioned, source_of
 from shared.images.crops import Squares
 from shared.images.files import check_sides, spread, validation_split
 from shared.metrics import figures
-from shared.metrics.image_features import caption_match, frechet_distance, load_features
+from shared.metrics.image_features import (
+    caption_match,
+    frechet_distance,
+    load_classifier,
+    load_features,
+    share_of_classes,
+)
 from shared.run import folder as run_folder
 from shared.run import summary
 from shared.runtime.collectives import gather_objects
@@ -102,6 +112,7 @@ from shared.runtime.launch import start_accelerator
 from shared.runtime.precision import type_of_products
 
 SHIPPED = Path(__file__).parent / "assets" / "emoji_resnet"
+SHIPPED_OF_STYLES = Path(__file__).parent / "assets" / "emoji_style_resnet"
 SAMPLE_SPLIT = "test_unseen_combination"
 TIMEOUT_MINUTES = 30  # that a process waits for the others' shares
 NUM_SHOWN = 16  # pairs of images in the grid
@@ -134,15 +145,21 @@ def pick_split(cfg: Config) -> str:
     return split
 
 
-def open_data(cfg: Config, split: str, most: int | None) -> tuple[list[str], list[int], Tensor]:
-    """Captions of at most so many of a split, their positions in it, and their images, uint8 (N, 3, S, S)."""
+def open_data(cfg: Config, split: str, wanted: str, most: int | None) -> tuple[list[str], list[int], Tensor]:
+    """Captions with the text `wanted`, of at most so many of a split, their positions in it, and their images.
+
+    These are uint8 (N, 3, S, S).
+    """
     source = source_of(cfg.data)
     columns = {"image_column": cfg.image_column, "caption_column": cfg.caption_column}
     images = open_captioned(
         source, config=cfg.data_config, split=split, **columns, max_bad_fraction=cfg.max_bad_fraction
     )
     check_sides(source, images.files, cfg.image_size)
-    positions = spread(len(images), most or len(images))
+    having = [position for position, caption in enumerate(images.captions) if wanted in caption]
+    positions = [having[index] for index in spread(len(having), most or len(having))]
+    expected = f"text that at least two captions of split {split} have"
+    cli.expect(not wanted or len(positions) >= 2, "captions_with", wanted, expected)
     images = images.subset(np.array(positions))
     squares = Squares(images.files, cfg.image_size, len(images))[0]
     for index in np.flatnonzero(squares["indices"] < 0).tolist():
@@ -219,6 +236,12 @@ def measure(
     return {"eval/frechet_distance": distance, **found}, chance
 
 
+def load_kinds(cfg: Config, device: Any) -> Any:
+    """The classifier that tells kinds of images, if there is one."""
+    usual = str(SHIPPED_OF_STYLES) if cfg.data == "sample" else ""
+    return load_classifier(cfg.classifier or usual, "classifier").to(device) if cfg.classifier or usual else None
+
+
 def table(made: dict[str, float], reconstructed: dict[str, float], chance: dict[str, float]) -> str:
     """The numbers side by side."""
     columns = {"made": made, "reconstructed": reconstructed, "chance": chance}
@@ -241,10 +264,10 @@ def main(cfg: Config) -> None:
     """Make an image of each caption, measure, and write what came out."""
     check_config(cfg)
     split = pick_split(cfg)
-    captions, positions, true = open_data(cfg, split, cfg.max_images)
+    captions, positions, true = open_data(cfg, split, cfg.captions_with, cfg.max_images)
     others_split = cfg.others_split or ("train" if cfg.data == "sample" else "")
     cli.expect(others_split != split, "others_split", others_split, f"another split than data_split, {split}")
-    others = open_data(cfg, others_split, None)[2] if others_split else true[:0]
+    others = open_data(cfg, others_split, "", None)[2] if others_split else true[:0]
     accelerator = start_accelerator(TIMEOUT_MINUTES, report_to="", logging_dir="", deterministic=False)
     pipeline = load_pipeline(cfg.model, "model", type_of_products(accelerator)).to(accelerator.device)
     if cfg.lora:
@@ -254,6 +277,7 @@ def main(cfg: Config) -> None:
     check_steps(pipeline, cfg.num_steps)
     with without_bars():
         network = load_features(cfg.features or str(SHIPPED), "features").to(accelerator.device)
+        kinds = load_kinds(cfg, accelerator.device)
     num_cut = sum(bool(lost_text(pipeline, caption)) for caption in captions)
     if num_cut and accelerator.is_main_process:
         logger.warning("%d of %d captions are longer than the text encoder takes and cut", num_cut, len(captions))
@@ -265,16 +289,20 @@ def main(cfg: Config) -> None:
     metrics, chance = measure(network, true, others, made, cfg.batch_size, mine)
     reconstructed = reconstruct(pipeline.vae, true, cfg.batch_size)
     reached, _ = measure(network, true, others, reconstructed, cfg.batch_size, mine)
+    if kinds:
+        for results, images in ((metrics, made), (reached, reconstructed)):
+            shares = share_of_classes(kinds, images.split(cfg.batch_size))
+            results |= {f"eval/taken_for/{name}": share for name, share in shares.items()}
     if not accelerator.is_main_process:
         return
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("config", "output_dir")}
     settings |= {"data_split": split, "others_split": others_split, "scheduler": type(pipeline.scheduler).__name__}
     settings["precision"] = accelerator.mixed_precision
     numbers = {"num_images": len(true), "num_others": len(others)}
-    results = {"metrics": metrics, "reconstructions": reached, "chance": chance, **numbers}
+    outcome = {"metrics": metrics, "reconstructions": reached, "chance": chance, **numbers}
     folder = Path(cfg.output_dir or cfg.model)
     show(true, made, captions, folder / "figures" / "evaluation.png")
-    run_folder.write_json(folder / "evaluation.json", {**results, "settings": settings})
+    run_folder.write_json(folder / "evaluation.json", {**outcome, "settings": settings})
     lines = (
         table(metrics, reached, chance),
         f"{len(true)} images, {len(others)} others: {folder}/evaluation.json, figures/evaluation.png",

@@ -26,6 +26,10 @@ _INCEPTION_FEATURES = 2048  # of its last pooling (Heusel et al. 2017)
 class ClassifierFeatures(nn.Module):
     """What a ResNet classifier knows of an image before its head: the last stage, its mean over places; frozen.
 
+    Attributes:
+        num_features: how many numbers that are.
+        class_names: by class, of the head.
+
     Args:
         model: `transformers.ResNetForImageClassification`; it is put into evaluation mode, for good.
         side: of the images that it was trained on, in pixels.
@@ -39,7 +43,9 @@ class ClassifierFeatures(nn.Module):
     def __init__(self, model: Any, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.num_features: int = model.config.hidden_sizes[-1]
+        self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]
         self._resnet = model.resnet.eval().requires_grad_(False)
+        self._head = model.classifier.eval().requires_grad_(False)
         self._side = side
         self.register_buffer("_mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("_std", torch.tensor(std)[:, None, None])
@@ -55,6 +61,25 @@ class ClassifierFeatures(nn.Module):
             scaled = interpolate(scaled, size=(self._side, self._side), mode="bilinear", antialias=True)
         return self._resnet((scaled - self._mean) / self._std).pooler_output.flatten(1)
 
+    def classes(self, images: Tensor) -> Tensor:
+        """The class int64 (B,) that each of uint8 images (B, 3, H, W) is taken for."""
+        return self._head(self(images)).argmax(1)
+
+
+def load_classifier(name: str, field: str) -> ClassifierFeatures:
+    """A ResNet classifier, from a folder or Hub id, such as one of recipes/resnet.
+
+    Raises:
+        UsageError: it is not there or no ResNet classifier, naming `field`.
+    """
+    model = load_pretrained(transformers.AutoModelForImageClassification, name, field)
+    is_resnet = isinstance(model, transformers.ResNetForImageClassification)
+    expect(is_resnet, field, name, f"a ResNet classifier, got {type(model).__name__}")
+    processor = load_pretrained(transformers.AutoImageProcessor, name, field)
+    cut = processor.crop_size if getattr(processor, "do_center_crop", None) else None
+    side = cut.height if cut else processor.size.shortest_edge or processor.size.height
+    return ClassifierFeatures(model, side, processor.image_mean, processor.image_std)
+
 
 def load_features(name: str, field: str) -> nn.Module:
     """A feature network, with its number of features as `num_features`.
@@ -67,15 +92,7 @@ def load_features(name: str, field: str) -> nn.Module:
     Raises:
         UsageError: it is not there or no ResNet classifier, or `torch-fidelity` or its weights are not there.
     """
-    if name == INCEPTION:
-        return _load_inception(field)
-    model = load_pretrained(transformers.AutoModelForImageClassification, name, field)
-    is_resnet = isinstance(model, transformers.ResNetForImageClassification)
-    expect(is_resnet, field, name, f"a ResNet classifier, or inception, got {type(model).__name__}")
-    processor = load_pretrained(transformers.AutoImageProcessor, name, field)
-    cut = processor.crop_size if getattr(processor, "do_center_crop", None) else None
-    side = cut.height if cut else processor.size.shortest_edge or processor.size.height
-    return ClassifierFeatures(model, side, processor.image_mean, processor.image_std)
+    return _load_inception(field) if name == INCEPTION else load_classifier(name, field)
 
 
 def frechet_distance(features: nn.Module, true: Iterable[Tensor], made: Iterable[Tensor]) -> float:
@@ -102,6 +119,20 @@ def frechet_distance(features: nn.Module, true: Iterable[Tensor], made: Iterable
         for images in batches:
             metric.update(images.to(device), real=is_true)
     return metric.compute().item()
+
+
+@torch.no_grad()
+def share_of_classes(classifier: ClassifierFeatures, images: Iterable[Tensor]) -> dict[str, float]:
+    """The share of images that are taken for each class, by its name.
+
+    Args:
+        classifier: see `load_classifier`.
+        images: batches of uint8 (B, 3, H, W).
+    """
+    device = next(classifier.parameters()).device
+    found = torch.cat([classifier.classes(batch.to(device)) for batch in images])
+    shares = found.bincount(minlength=len(classifier.class_names)).double() / len(found)
+    return dict(zip(classifier.class_names, shares.tolist(), strict=True))
 
 
 def caption_match(made: Tensor, true: Tensor, targets: Tensor) -> dict[str, float]:

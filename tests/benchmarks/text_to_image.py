@@ -179,7 +179,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     tokenizer, text_encoder = text = recipe.captions.load_text_encoder(cfg.text_encoder, "text_encoder")
     # The cache is for evaluation, and to see that it is of these networks.
     folders = {"cached": recipe.CACHED, "cache_dir": recipe.cache_folder(cfg.cache_dir)}
-    train, held_out, _ = recipe.open_latents(accelerator, cfg, vae, text, **folders)
+    train, held_out, *_ = recipe.open_latents(accelerator, cfg, vae, text, **folders)
     own = recipe.build_model(cfg, tokenizer, text_encoder, train.buckets()[0][0])
     noising = DDPMScheduler(**recipe.NOISE, prediction_type=cfg.prediction_type)
     assert cfg.prediction_type == "v_prediction"  # of which targets and weights below are
