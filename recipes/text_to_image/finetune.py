@@ -77,7 +77,7 @@ class Config(fields.LatentData, fields.RunControl):
     # Objective
     snr_gamma: Amount = 5.0
     """Signal-to-noise ratio above which a timestep's weight stops to grow, of diffusion. 0 = all weigh the same."""
-    prior_weight: Amount = 1.0  # Weight of the loss of the prior's images beside that of the others.
+    prior_weight: Amount = 1.0  # Weight of the prior's loss beside that of the images. 0 = it is evaluated alone.
     caption_dropout: Share = 0.1
     """Share of the captions that are replaced by the empty one, so that guidance goes on to work. 0 = none."""
 

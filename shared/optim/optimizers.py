@@ -8,16 +8,18 @@ from torch import Tensor
 
 
 def decay_of_matrices(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weights that are matrices or convolutions decay; embeddings, norms and biases do not."""
-    decays = [
-        name.endswith("weight") and weight.ndim >= 2 and "embedding" not in name
-        for name, weight in model.named_parameters()
-    ]
-    pairs = list(zip(model.parameters(), decays, strict=True))
-    return [
+    """Parameter groups: weights that are matrices or convolutions decay; embeddings, norms and biases do not.
+
+    Weights that need no gradient are in neither, and a group that would be empty is left out.
+    """
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    decays = [name.endswith("weight") and weight.ndim >= 2 and "embedding" not in name for name, weight in trained]
+    pairs = [(weight, decay) for (_, weight), decay in zip(trained, decays, strict=True)]
+    groups: list[dict[str, Any]] = [
         {"params": [weight for weight, decay in pairs if decay], "weight_decay": weight_decay},
         {"params": [weight for weight, decay in pairs if not decay], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def split_weights(

@@ -69,6 +69,12 @@ TRIED: dict[str, dict[str, list[str]]] = {
     "text_to_image/train_vae.py": _AVERAGED,
     "text_to_image/pretrain.py": _AVERAGED,
     "text_to_image/pretrain_transformer.py": _AVERAGED,
+    "text_to_image/finetune.py": {
+        "multi_cpu": ["adapter"],
+        "fsdp2": ["adapter", "all"],
+        "deepspeed_zero2": ["adapter"],
+        "deepspeed_zero3": ["adapter", "all"],
+    },
 }
 # Of these: also stopped by a signal and gone on with, equal to the bit.
 STOPPED: dict[str, list[tuple[str, str]]] = {
@@ -89,6 +95,7 @@ STOPPED: dict[str, list[tuple[str, str]]] = {
     "text_to_image/train_vae.py": [("multi_cpu", "ema"), ("fsdp2", "ema"), ("deepspeed_zero2", "ema")],
     "text_to_image/pretrain.py": [("fsdp2", "ema"), ("deepspeed_zero2", "ema")],
     "text_to_image/pretrain_transformer.py": [("fsdp2", "ema")],
+    "text_to_image/finetune.py": [("fsdp2", "adapter")],
 }
 
 

@@ -10,6 +10,7 @@ from tests.recipes import (
     test_resnet_finetune,
     test_resnet_pretrain,
     test_resnet_pretrain_rsb,
+    test_text_to_image_finetune,
     test_text_to_image_pretrain,
     test_text_to_image_pretrain_transformer,
     test_text_to_image_train_vae,
@@ -27,4 +28,5 @@ PAGES: dict[str, tuple[Any, list[str]]] = {
     "vae": (test_text_to_image_train_vae, ["shapes"]),
     "pretrain": (test_text_to_image_pretrain, ["latents", "tiny_vae"]),
     "pretrain_transformer": (test_text_to_image_pretrain_transformer, ["latents", "tiny_vae"]),
+    "text_to_image_finetune": (test_text_to_image_finetune, ["tiny_pipeline", "captioned"]),
 }

@@ -121,7 +121,7 @@ def push_and_load(recipe: ModuleType, fields: dict[str, Any], program: str, fold
     hub.fail("POST .*/commit/", times=2, status=500)
     online = {**os.environ, **hub.environment(), "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
     options = {**fields, "output_dir": folder / "run", "push_to_hub": "mine"}
-    command = [sys.executable, str(recipe.__file__), *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, str(recipe.__file__), *flags_of(options)]
     done = subprocess.run(command, cwd="/", env=online, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "pushed to tester/mine" in done.stdout
@@ -136,6 +136,17 @@ def push_and_load(recipe: ModuleType, fields: dict[str, Any], program: str, fold
     hub.stop()
     assert loaded.returncode == 0, loaded.stderr
     return loaded.stdout, pushed
+
+
+def flags_of(fields: dict[str, Any]) -> list[str]:
+    """A configuration as flags."""
+
+    def flag(name: str, value: Any) -> str:
+        if isinstance(value, bool):
+            return f"--{name}" if value else f"--no_{name}"
+        return f"--{name}={value}"
+
+    return [flag(name, value) for name, value in fields.items()]
 
 
 class Runs:
@@ -157,7 +168,7 @@ class Runs:
         if engine == "fsdp2":
             options["FSDP_ON_CPU"] = "1"
         shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
-        flags = [f"--{name}={value}" for name, value in {**fields, **self.common, "output_dir": run_dir}.items()]
+        flags = flags_of({**fields, **self.common, "output_dir": run_dir})
         return start(engine, *shim, str(self.recipe.__file__), *flags, python=preloaded_python(), **options)
 
     def run(self, engine: str, run_dir: Path, fields: dict[str, Any], **options: Any) -> tuple[int, str]:

@@ -10,6 +10,7 @@ import torch
 
 from tests.launching import assert_no_traceback
 from tests.recipes import engines
+from tests.recipes import test_text_to_image_finetune as finetuning
 from tests.recipes import test_text_to_image_pretrain as diffusion
 from tests.recipes import test_text_to_image_pretrain_transformer as flow
 from tests.recipes import test_text_to_image_train_vae as autoencoder
@@ -23,6 +24,7 @@ FIELDS = {
     "pretrain_transformer": {**flow.TINY, **COMMON, "learning_rate": 0.002},
 }
 ENGINES = engines.pairs("text_to_image/train_vae.py")  # the same in all three
+OF_FINETUNING = {**finetuning.TINY, **COMMON, "eval_every": 0, "lora_dropout": 0.0, "learning_rate": 0.002}
 METRICS = {
     "train_vae": ("eval/loss", "eval/psnr"),
     "pretrain": ("eval/loss", "eval/loss_test_band_0"),
@@ -64,6 +66,40 @@ def test_engine_equals_one_process(runs: dict[str, Runs], recipe: str, engine: s
     for name, value in weights(run_dir).items():
         if not name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding alone
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    text_to_image_finetune: ModuleType, tiny_pipeline: Path, captioned: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
+    """Runs of fine-tuning, of an adapter or of all weights, of the text encoder too."""
+    common = {**OF_FINETUNING, "init": str(tiny_pipeline)}
+    fields = {"adapter": common, "all": {**common, "lora_rank": 0, "learning_rate": 0.0002}}
+    return Runs(text_to_image_finetune, fields, captioned, tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "kind"), engines.pairs("text_to_image/finetune.py"))
+def test_fine_tuning_under_an_engine_equals_one_process(tuned: Runs, engine: str, kind: str) -> None:
+    run_dir, other = tuned.of_engine(engine, kind), tuned.of_one_process(kind)
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/loss_test_band_0"):
+        assert metric(run_dir, name) == pytest.approx(metric(other, name), rel=1e-5), name
+    expected = weights(other)
+    assert weights(run_dir).keys() == expected.keys()
+    for name, value in weights(run_dir).items():
+        if "k_proj" not in name:  # whose bias softmax does not see: its gradient is rounding alone
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_fine_tuning_that_was_stopped_goes_on_to_the_bit(tuned: Runs, tmp_path: Path) -> None:
+    [(engine, kind)], run_dir = engines.STOPPED["text_to_image/finetune.py"], tmp_path / "run"
+    fields = {**tuned.fields[kind], "save_every": 0}
+    status, output = tuned.run(engine, run_dir, fields, SIGTERM_AT="2:1")
+    assert "stopped: saved at step 4 of 6" in output
+    status, output = tuned.run(engine, run_dir, fields)
+    assert status == 0, output
+    assert_same(run_dir, tuned.of_engine(engine, kind))
 
 
 @pytest.mark.slow
