@@ -425,7 +425,7 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
-    average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
+    average = AveragedWeights(model, cfg.ema_decay, run.state.get("tensors", {}))
     sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
     updates = open_updates(accelerator, cfg, train, reading, **sizes, step=run.step)
     splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_samples, NUM_BANDS, reading)

@@ -439,7 +439,7 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
-    average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
+    average = AveragedWeights(model, cfg.ema_decay, run.state.get("tensors", {}))
     updates = open_updates(cfg, accelerator, train, reading, micro_batch_size, run.step)
     splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_samples, NUM_BANDS, reading)
     fixed = {name: FixedSamples(split, *bands, batch_size=micro_batch_size) for name, split in splits.items()}

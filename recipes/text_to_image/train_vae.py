@@ -386,7 +386,7 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
-    average = AveragedWeights(accelerator, model, cfg.ema_decay, run.state.get("tensors", {}))
+    average = AveragedWeights(model, cfg.ema_decay, run.state.get("tensors", {}))
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step)
     fingerprints = [train.fingerprint(), held_out.fingerprint()]

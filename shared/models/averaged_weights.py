@@ -8,36 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from shared.command_line import UsageError
 from shared.runtime.collectives import placed_like
 
 
 class AveragedWeights:
     """The average of parameters and floating-point buffers over updates, in the precision of the weights.
 
+    Where an engine shards the weights (FSDP2, ZeRO-3), each process averages its own shards.
+
     Args:
-        accelerator: knows the engine.
         model: prepared; its weights are where the average begins.
         decay: share of the old average that an update keeps, less in the beginning; 0 = there is no average, and the
             weights themselves are used.
         saved: what `tensors` gave, of the run that goes on; empty = begin.
-
-    Raises:
-        UsageError: the engine keeps no whole weights between updates (ZeRO-3).
     """
 
-    def __init__(self, accelerator: Any, model: nn.Module, decay: float, saved: dict[str, Tensor]) -> None:
-        plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-        if decay and plugin and plugin.zero_stage == 3:
-            raise UsageError(
-                f"ema_decay: {decay}: expected 0 under ZeRO-3, which keeps no whole weights between updates"
-            )
+    def __init__(self, model: nn.Module, decay: float, saved: dict[str, Tensor]) -> None:
         self._decay = decay
         everything = (*model.named_parameters(), *model.named_buffers()) if decay else ()
-        self._weights = {_plain(name): tensor for name, tensor in everything if tensor.is_floating_point()}
+        self._model = {_plain(name): tensor for name, tensor in everything if tensor.is_floating_point()}
+        self._weights = {name: _shard(tensor) for name, tensor in self._model.items()}
         self._average = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
         for name, tensor in saved.items():
-            self._average[name].copy_(placed_like(tensor.to(self._average[name].device), self._average[name]))
+            self._average[name].copy_(_shard_like(tensor.to(self._average[name].device), self._model[name]))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -63,13 +56,39 @@ class AveragedWeights:
     def _copy(self, source: dict[str, Tensor]) -> None:
         for name, weight in self._weights.items():
             weight.copy_(source[name])
+        # ZeRO-3 keeps small weights whole beside their shards.
+        whole: list[Any] = [tensor for tensor in self._model.values() if getattr(tensor, "ds_persist", False)]
+        if whole:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
 
     def tensors(self) -> dict[str, Tensor]:
         """The average for a checkpoint, gathered to the CPU. Every process calls this."""
-        return {
-            name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
-            for name, tensor in self._average.items()
-        }
+        return {name: _whole(shard, self._model[name]).cpu().contiguous() for name, shard in self._average.items()}
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    """What this process holds of a weight: under ZeRO-3 a flat part, else the tensor, which FSDP2 shards itself."""
+    return getattr(tensor, "ds_tensor", tensor)
+
+
+def _shard_like(whole: Tensor, tensor: Any) -> Tensor:
+    """What this process holds of `whole`, as `_shard` is of `tensor`."""
+    if not hasattr(tensor, "ds_tensor"):
+        return placed_like(whole, tensor)
+    size = tensor.ds_tensor.numel()  # the same on all processes, so the last one's may be longer than what is left
+    start = size * torch.distributed.get_rank(tensor.ds_process_group)
+    part = whole.flatten()[start : start + size]
+    return torch.nn.functional.pad(part, (0, size - len(part)))
+
+
+def _whole(shard: Any, tensor: Any) -> Tensor:
+    """What all processes hold together, as `_shard` is of `tensor`."""
+    if not hasattr(tensor, "ds_tensor"):
+        return shard.full_tensor() if hasattr(shard, "full_tensor") else shard
+    parts = [torch.empty_like(shard) for _ in range(torch.distributed.get_world_size(tensor.ds_process_group))]
+    torch.distributed.all_gather(parts, shard, tensor.ds_process_group)
+    return torch.cat(parts)[: tensor.ds_numel].reshape(tensor.ds_shape)
 
 
 def _plain(name: str) -> str:

@@ -48,7 +48,7 @@ def runs(
     found = {}
     for name, recipe in recipes.items():
         own = {} if name == "train_vae" else {"vae": str(tiny_vae)}
-        fields = {"ema": {**FIELDS[name], **own}, "plain": {**FIELDS[name], **own, "ema_decay": 0.0}}
+        fields = {"ema": {**FIELDS[name], **own}}
         data = shapes if name == "train_vae" else latents
         found[name] = Runs(recipe, fields, data, tmp_path_factory.mktemp(name))
     return found

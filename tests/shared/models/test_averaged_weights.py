@@ -1,5 +1,4 @@
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from shared.models.averaged_weights import AveragedWeights
@@ -19,7 +18,7 @@ def change(model: nn.Module, step: int) -> None:
 
 def test_the_average_is_that_of_the_formula() -> None:
     model = network()
-    average = AveragedWeights(Accelerator(cpu=True), model, 0.5, {})
+    average = AveragedWeights(model, 0.5, {})
     expected = {name: value.double() for name, value in model.state_dict().items()}
     for step in range(1, 9):
         change(model, step)
@@ -35,7 +34,7 @@ def test_the_average_is_that_of_the_formula() -> None:
 
 def test_the_model_has_the_average_inside_the_block_only() -> None:
     model = network()
-    average = AveragedWeights(Accelerator(cpu=True), model, 0.9, {})
+    average = AveragedWeights(model, 0.9, {})
     change(model, 1)
     average.update(1)
     own = {name: value.clone() for name, value in model.state_dict().items()}
@@ -47,16 +46,15 @@ def test_the_model_has_the_average_inside_the_block_only() -> None:
 
 def test_the_average_goes_on_from_what_was_saved() -> None:
     whole, first, second = network(), network(), network()
-    accelerator = Accelerator(cpu=True)
-    uninterrupted = AveragedWeights(accelerator, whole, 0.9, {})
-    before = AveragedWeights(accelerator, first, 0.9, {})
+    uninterrupted = AveragedWeights(whole, 0.9, {})
+    before = AveragedWeights(first, 0.9, {})
     for step in (1, 2):
         change(whole, step)
         uninterrupted.update(step)
     change(first, 1)
     before.update(1)
     second.load_state_dict(first.state_dict())
-    after = AveragedWeights(accelerator, nn.DataParallel(second), 0.9, before.tensors())
+    after = AveragedWeights(nn.DataParallel(second), 0.9, before.tensors())
     change(second, 2)
     after.update(2)
     expected = uninterrupted.tensors()
@@ -65,7 +63,7 @@ def test_the_average_goes_on_from_what_was_saved() -> None:
 
 def test_without_decay_there_is_no_average() -> None:
     model = network()
-    average = AveragedWeights(Accelerator(cpu=True), model, 0.0, {})
+    average = AveragedWeights(model, 0.0, {})
     change(model, 1)
     average.update(1)
     own = model.state_dict()["0.weight"].clone()
