@@ -145,7 +145,7 @@ def pick_split(cfg: Config) -> str:
     return split
 
 
-def open_data(cfg: Config, split: str, wanted: str, most: int | None) -> tuple[list[str], list[int], Tensor]:
+def open_data(cfg: Config, split: str, most: int | None, wanted: str = "") -> tuple[list[str], list[int], Tensor]:
     """Captions with the text `wanted`, of at most so many of a split, their positions in it, and their images.
 
     These are uint8 (N, 3, S, S).
@@ -264,10 +264,10 @@ def main(cfg: Config) -> None:
     """Make an image of each caption, measure, and write what came out."""
     check_config(cfg)
     split = pick_split(cfg)
-    captions, positions, true = open_data(cfg, split, cfg.captions_with, cfg.max_images)
+    captions, positions, true = open_data(cfg, split, cfg.max_images, cfg.captions_with)
     others_split = cfg.others_split or ("train" if cfg.data == "sample" else "")
     cli.expect(others_split != split, "others_split", others_split, f"another split than data_split, {split}")
-    others = open_data(cfg, others_split, "", None)[2] if others_split else true[:0]
+    others = open_data(cfg, others_split, None)[2] if others_split else true[:0]
     accelerator = start_accelerator(TIMEOUT_MINUTES, report_to="", logging_dir="", deterministic=False)
     pipeline = load_pipeline(cfg.model, "model", type_of_products(accelerator)).to(accelerator.device)
     if cfg.lora:

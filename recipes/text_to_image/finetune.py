@@ -87,7 +87,7 @@ class Config(fields.LatentData, fields.RunControl):
     max_grad_norm: Amount = 1.0
     learning_rate: Amount = 0.0
     """Peak rate. 0 = 1e-4 for an adapter and 1e-5 for a model, as is usual; of a run folder as much as that run's for
-    an adapter, and a fifth of it for a model."""
+    an adapter, and 0.3 of it for a model."""
     weight_decay: Amount = 0.0  # Decoupled decay of matrices. 0 = none.
     warmup_steps: Natural = 20  # Updates over which the rate rises linearly.
     decay_fraction: ShareToOne = 0.5
@@ -139,7 +139,7 @@ from shared.runtime.collectives import node_main_first
 
 # Of diffusers' train_text_to_image_lora.py (its default), and of train_text_to_image.py (its README).
 ADAPTER_RATE, MODEL_RATE = 1e-4, 1e-5
-ADAPTER_SHARE, MODEL_SHARE = 1.0, 0.2  # of the rate of a run folder
+ADAPTER_SHARE, MODEL_SHARE = 1.0, 0.3  # of the rate of a run folder; three times as much for an adapter learns less
 # A UNet that has one of these wants more than latents, timesteps and text.
 TEXT_ALONE = dict.fromkeys(("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"))
 # For samplers made from the saved scheduler: DDIM's defaults clip latents to [-1, 1], as if they were pixels.

@@ -83,7 +83,7 @@ def export_pipeline(pipeline: Any, run_dir: Path) -> None:
 def new_folder(folder: Path) -> Path:
     """The folder, empty, whatever it held."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     return folder
 
 

@@ -71,6 +71,31 @@ def read_true(captioned: Path, number: int) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
+def test_the_classifier_is_asked_what_the_images_are(
+    evaluate: ModuleType, fields: dict[str, Any], captioned: Path, tiny_classifier: Path
+) -> None:
+    """Against the library's own model."""
+    model = transformers.ResNetForImageClassification.from_pretrained(tiny_classifier).eval()
+    true, statistics = read_true(captioned, 7), torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])[:, :, None, None]
+    with torch.no_grad():
+        expected = model((true / 255 - statistics[0]) / statistics[1]).logits.argmax(1)
+    network = evaluate.load_classifier(str(tiny_classifier), "classifier")
+    assert torch.equal(network.classes(true), expected)
+    shares = evaluate.share_of_classes(network, true.split(3))
+    assert list(shares.values()) == pytest.approx([float((expected == one).double().mean()) for one in range(2)])
+    found = run(evaluate, fields, classifier=str(tiny_classifier), num_steps=1)
+    for part in ("metrics", "reconstructions"):
+        asked = [found[part][f"eval/taken_for/{name}"] for name in network.class_names]
+        assert sum(asked) == pytest.approx(1)
+
+
+def test_images_are_chosen_by_their_captions(evaluate: ModuleType, fields: dict[str, Any], captioned: Path) -> None:
+    cfg = evaluate.Config(**fields)
+    assert evaluate.open_data(cfg, "train", None, "image 3")[1] == [3, *range(30, 40)]
+    with pytest.raises(cli.UsageError, match="captions_with: 'image 6': expected text that at least two captions of"):
+        evaluate.open_data(cfg, "test", None, "image 6")
+
+
 def test_the_numbers_are_the_libraries(
     evaluate: ModuleType,
     fields: dict[str, Any],

@@ -114,7 +114,7 @@ def test_what_is_no_resnet_classifier(tmp_path: Path, saved: Path) -> None:
     transformers.ResNetForImageClassification.from_pretrained(saved).save_pretrained(tmp_path / "no_processor")
     for name, message in (
         ("nowhere", "expected a run folder or a Hub id of such a model"),
-        ("vit", "expected a ResNet classifier, or inception, got ViTForImageClassification"),
+        ("vit", "expected a ResNet classifier, got ViTForImageClassification"),
         ("no_processor", "preprocessor_config.json"),
     ):
         with pytest.raises(UsageError) as caught:
