@@ -7,7 +7,7 @@ pretrain.py leaves with configs/emoji_two_styles.yaml, and learns the third draw
     accelerate launch recipes/text_to_image/finetune.py
     accelerate launch recipes/text_to_image/finetune.py --init stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --data me/dog --caption "a photo of sks dog" --prior_caption "a photo of a dog" --eval_fraction 0 \
-        --captions_with "" --max_steps 400 --global_batch_size 4
+        --max_steps 400 --global_batch_size 4
     python recipes/text_to_image/generate.py --model outputs/text_to_image_two_styles --lora outputs/text_to_image_lora
 """
 
@@ -45,8 +45,8 @@ class Config(fields.LatentData, fields.RunControl):
     """Images with captions, encoded once into cache_dir: sample, a .parquet or .tar file, a folder of them or of images
     with metadata.jsonl, or a Hub id; or a folder that cache_latents.py made with init's autoencoder."""
     data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
-    captions_with: str = "3D Fluent"
-    """Take only samples whose caption has this text, also to evaluate on. "" = all."""
+    captions_with: str = ""
+    """Take only samples whose caption has this text, also to evaluate on. "" = all, but of sample 3D Fluent."""
     image_column: str = ""  # Column of the images. "" = the only one that holds images.
     caption_column: str = ""  # Column of the captions. "" = the one called caption, text or txt.
     caption: str = ""
@@ -135,7 +135,7 @@ from shared.performance.flops import training_flops
 from shared.run import summary
 from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
-from shared.runtime.collectives import node_main_first
+from shared.runtime.collectives import SHARDED_ENGINES, node_main_first
 
 # Of diffusers' train_text_to_image_lora.py (its default), and of train_text_to_image.py (its README).
 ADAPTER_RATE, MODEL_RATE = 1e-4, 1e-5
@@ -145,6 +145,7 @@ TEXT_ALONE = dict.fromkeys(("addition_embed_type", "class_embed_type", "num_clas
 # For samplers made from the saved scheduler: DDIM's defaults clip latents to [-1, 1], as if they were pixels.
 UNCLIPPED = {"clip_sample": False, "set_alpha_to_one": False}
 PREDICTIONS = ("epsilon", "v_prediction")
+NEW_STYLE = "3D Fluent"  # of the embedded emoji, which configs/emoji_two_styles.yaml leaves out
 PRIOR = "prior"  # as a split
 NUM_BANDS = 4  # of timesteps, which evaluation tells apart
 NUM_SHOWN = 8
@@ -219,14 +220,15 @@ def check_config(cfg: Config) -> None:
     cli.expect(has_prompts, "prompts_file", cfg.prompts_file, expected)
 
 
-def with_rate(cfg: Config) -> Config:
-    """The configuration with the rate that it leaves open, as config.yaml records it."""
+def with_defaults(cfg: Config) -> Config:
+    """The configuration with the rate and the style that it leaves open, as config.yaml records them."""
     record = Path(cfg.init) / "config.yaml"
     before = (yaml.safe_load(record.read_text(encoding="utf-8")) or {}) if record.is_file() else {}
     if rate := before.get("learning_rate", 0.0):
         rate *= ADAPTER_SHARE if cfg.lora_rank else MODEL_SHARE
     usual = ADAPTER_RATE if cfg.lora_rank else MODEL_RATE
-    return replace(cfg, learning_rate=cfg.learning_rate or rate or usual)
+    wanted = cfg.captions_with or (NEW_STYLE if cfg.data == "sample" else "")
+    return replace(cfg, learning_rate=cfg.learning_rate or rate or usual, captions_with=wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def with_rate(cfg: Config) -> Config:
 
 
 def open_data(
-    cfg: Config, accelerator: Any, init: "Init"
+    cfg: Config, accelerator: Any, init: Init
 ) -> tuple[dict[str, Latents], dict[str, Latents], dict[str, Any]]:
     """Latents to train on, those of the prior among them, and to evaluate on, by splits; and what they were made of."""
     columns = {"config": cfg.data_config, "image_column": cfg.image_column, "caption_column": cfg.caption_column}
@@ -262,7 +264,9 @@ def open_data(
 def read_updates(cfg: Config, accelerator: Any, splits: dict[str, Latents], reading: Any, size: int, step: int) -> Any:
     """Updates from `step` on: each this process's micro-batches of the images and, if there are any, of the prior."""
     sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": size, "step": step}
-    return zip(*(open_updates(accelerator, cfg, split, reading, **sizes) for split in splits.values()), strict=True)
+    seeds = {PRIOR: derive_seed(cfg.seed, PRIOR)}  # else it would have the noise of the images
+    each = [(replace(cfg, seed=seeds.get(name, cfg.seed)), split) for name, split in splits.items()]
+    return zip(*(open_updates(accelerator, some, split, reading, **sizes) for some, split in each), strict=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -521,7 +525,7 @@ def export(cfg: Config, accelerator: Any, model: Any, init: Init, folder: Path) 
 def main(cfg: Config) -> None:
     """Train, evaluate, save, and leave an adapter that `load_lora_weights` loads, or a pipeline."""
     check_config(cfg)
-    cfg = with_rate(cfg)
+    cfg = with_defaults(cfg)
     accelerator, micro_batch_size = start(cfg)
     init = open_init(cfg)
     init.vae.to(accelerator.device)
@@ -537,13 +541,15 @@ def main(cfg: Config) -> None:
     model = build_model(cfg, init)
     facts = describe(cfg, accelerator, model, splits, empty)
     accelerator.print(summary.table(facts))
+    if accelerator.distributed_type.value not in SHARDED_ENGINES:  # which cut weights into flat parts
+        model = model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
     noise = init.noise._replace(signal=None if init.noise.signal is None else init.noise.signal.to(accelerator.device))
     bands = {"num_bands": NUM_BANDS, "reading": reading, "batch_size": micro_batch_size}
     fixed = {name: FixedSamples(split, cfg.eval_samples, **bands) for name, split in (splits | held_out).items()}
-    seen = [held_out.get(name, split) for name, split in (held_out or {"": splits[cfg.data_split]}).items()]
+    seen = list(held_out.values()) or [splits[cfg.data_split]]
     prompts = read_prompts(cfg.prompts_file)[:NUM_SHOWN] if cfg.prompts_file else some_captions(seen, NUM_SHOWN)
     shown = {"texts": captions.encode_captions(prompts, init.tokenizer, frozen), "empty": empty}
     shown |= {"noise": noise, "vae": init.vae, "shape": splits[cfg.data_split].squarest_shape()}

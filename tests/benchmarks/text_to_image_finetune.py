@@ -58,7 +58,7 @@ def prepare(folder: str) -> dict[str, Any]:
     recipe, cfg = load_recipe(RECIPE, [f"--output_dir={folder}/none"])
     from shared.run.folder import hardware
 
-    cfg, init, started = recipe.with_rate(cfg), recipe.open_init(cfg), time.perf_counter()
+    cfg, init, started = recipe.with_defaults(cfg), recipe.open_init(cfg), time.perf_counter()
     splits, _, _ = recipe.open_data(cfg, Accelerator(cpu=True), init)
     return {
         "encoding_seconds": time.perf_counter() - started,
@@ -99,6 +99,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else it warns of every data worker
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe, cfg = load_recipe(RECIPE, flags)
+    cfg = recipe.with_defaults(cfg)
     from shared.optim import schedules
 
     set_seed(0)

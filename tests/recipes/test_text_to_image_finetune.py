@@ -33,7 +33,6 @@ from tests.recipes.runs import (
 )
 
 TINY: dict[str, Any] = {
-    "captions_with": "",
     "lora_rank": 4,
     "lora_dropout": 0.1,
     "train_text_encoder": True,
