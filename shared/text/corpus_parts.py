@@ -232,7 +232,7 @@ class Merge:
             # At its place, not at the end: a merge that was killed may have written some of it.
             with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
                 file.seek(size)
-                file.write(array.tobytes())
+                file.write(np.ascontiguousarray(array).data)
                 file.flush()
                 os.fsync(file.fileno())
             self._saved["bytes"][name] = size + array.nbytes
