@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -32,7 +32,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
     """
     for left in folder.parent.glob(f".{folder.name}.*"):
         with contextlib.suppress(OSError):  # another run removes it at the same time
-            if left.is_dir() and _last_written(left) < time.time() - _ABANDONED_SECONDS:
+            if left.is_dir() and _is_abandoned(left):
                 shutil.rmtree(left)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # process numbers repeat on other nodes
     with _refusing("cache_dir", folder.parent):
@@ -51,8 +51,24 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _last_written(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+def remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove those of which no process holds the lock of `one_at_a_time`, and that nobody wrote into for six hours."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is held, or another run removes it at the same time
+            if _is_abandoned(folder):
+                with _lock_file(folder).open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+                    _lock_file(folder).unlink()
+
+
+def _is_abandoned(folder: Path) -> bool:
+    last_written = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    return last_written < time.time() - _ABANDONED_SECONDS
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 @contextlib.contextmanager
@@ -67,7 +83,7 @@ def one_at_a_time(folder: Path, field: str = "cache_dir") -> Iterator[IO[str]]:
     Raises:
         UsageError: nothing can be written there.
     """
-    file = folder.with_name(f".{folder.name}.lock")
+    file = _lock_file(folder)
     with _refusing(field, folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("w")
@@ -96,13 +112,18 @@ def _is_locked(lock: IO[str], file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def one_builder(folder: Path) -> Iterator[bool]:
-    """Whether this process is to make `folder`, which it does with `written_aside`; the others wait until it is there.
+def one_builder(folder: Path, material: Path | None = None) -> Iterator[bool]:
+    """Whether this process is to make `folder`; the others wait until it is there.
+
+    Args:
+        folder: appears by a rename, as with `written_aside`.
+        material: what it is made from and is used up, so that who makes another folder from it waits too; None =
+            nothing of that kind.
 
     Raises:
         UsageError: nothing can be written there.
     """
-    with one_at_a_time(folder) as lock:
+    with one_at_a_time(material or folder) as lock:
         try:
             yield not folder.exists()
         finally:

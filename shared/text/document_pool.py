@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 _BATCH_CHARACTERS = 1 << 20
@@ -24,11 +24,11 @@ def map_documents(
     arguments: tuple[Any, ...],
     num_processes: int,
     description: str,
-) -> Iterator[Any]:
-    """Yield `function`'s result for each document, in order, with a progress bar.
+) -> Generator[Any, None, None]:
+    """Yield `function`'s results, in the order of the documents, with a progress bar.
 
     Args:
-        function: takes a list of documents, returns one result each; importable, since it runs in the processes.
+        function: takes a list of documents, returns a list of results; importable, since it runs in the processes.
         documents: texts; empty ones are passed over.
         start: called once in each process, with `arguments`.
         arguments: what travels to each process once.

@@ -94,6 +94,11 @@ class LocalTexts:
         versions += [_TXT_VERSION] if any(_format_of(file) == ".txt" for file in self.files) else []
         return hashlib.sha256(repr((versions, self.text_column)).encode()).hexdigest()[:16]
 
+    def share(self, rank: int, world_size: int) -> "LocalTexts":
+        """The documents of a task, in whole files: those of the tasks one behind the other are all, in their order."""
+        ends = [len(self.files) * number // world_size for number in (rank, rank + 1)]
+        return dataclasses.replace(self, files=self.files[slice(*ends)])
+
     def __iter__(self) -> Iterator[str]:
         yield from _counting_empty(
             self.place, (text for file in self.files for text in _read_file(file, self.text_column))
@@ -117,6 +122,10 @@ class HubTexts:
     def fingerprint(self) -> str:
         """The fingerprint that `datasets` derives from the data set's files, configuration and split."""
         return hashlib.sha256(f"{self.dataset._fingerprint} {self.text_column}".encode()).hexdigest()[:16]
+
+    def share(self, rank: int, world_size: int) -> "HubTexts":
+        """See `LocalTexts`; a record is of any task."""
+        return dataclasses.replace(self, dataset=self.dataset.shard(world_size, rank, contiguous=True))
 
     def __iter__(self) -> Iterator[str]:
         records = self.dataset.select_columns([self.text_column])

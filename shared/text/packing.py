@@ -30,6 +30,7 @@ from shared.text.token_cache import (
     map_file,
     note_empty_documents,
     open_token_cache,
+    parts_folder,
 )
 
 OPEN_ROWS = 1024
@@ -249,7 +250,8 @@ def pack_corpus(
     """
     key = cache_key(documents.fingerprint, tokenization.fingerprint(tokenizer), eval_fraction)
     folder = cache_dir / "tokens" / key
-    build_token_cache(folder, documents, tokenizer, eval_fraction=eval_fraction, num_processes=num_processes)
+    parts = parts_folder(cache_dir, documents, tokenizer)
+    build_token_cache(folder, parts, documents, tokenizer, eval_fraction=eval_fraction, num_processes=num_processes)
     note_empty_documents(folder, documents)
     caches = [open_token_cache(folder, split) for split in SPLITS]
     for cache, max_waste in zip(caches, (MAX_WASTE, 1.0), strict=True):

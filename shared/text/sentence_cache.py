@@ -6,18 +6,21 @@
                            /summary.json
 
 The order of sentences, paragraphs and documents is kept; what a tokenizer of words loses of a text is counted. The key
-covers the data, the tokenizer and the settings, and a folder is complete or absent, as in `token_cache`.
+covers the data, the tokenizer and the settings, and a folder is complete or absent and merged from parts, as in
+`token_cache`.
 """
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +28,7 @@ from shared.command_line import UsageError, expect
 from shared.data import left_out
 from shared.runtime.atomic_folder import one_builder, written_aside
 from shared.text import tokenization
+from shared.text.corpus_parts import Encoded, Merge, one_encoder, write_all_parts
 from shared.text.document_pool import map_documents
 from shared.text.documents import Texts
 from shared.text.token_cache import SPLITS, cache_key, content_share, map_file, note_empty_documents
@@ -140,25 +144,22 @@ def split_corpus(
         UsageError: the corpus is unreadable, or a split has fewer than two documents of two sentences or more.
     """
     before = blank_before_words(tokenizer)
-    settings = (FORMAT_VERSION, language, one_sentence_per_line, eval_fraction, *([before] if before else []))
-    key = cache_key(documents.fingerprint, tokenization.fingerprint(tokenizer), settings)
-    folder, place = cache_dir / "sentences" / key, getattr(documents, "place", "the text")
+    whole = (FORMAT_VERSION, language, one_sentence_per_line, *([before] if before else []))
+    settings = (*whole[:3], eval_fraction, *whole[3:])
+    fingerprints = (documents.fingerprint, tokenization.fingerprint(tokenizer))
+    folder = cache_dir / "sentences" / cache_key(*fingerprints, settings)
+    parts, place = folder.with_name(f"parts-{cache_key(*fingerprints, whole)}"), getattr(documents, "place", "the text")
     if not folder.exists():
-        results = map_documents(
-            _split_batch,
-            documents,
-            start=_start_worker,
-            arguments=(
-                *(tokenizer.backend_tokenizer.to_str(), tokenizer.unk_token_id, language, one_sentence_per_line),
-                before,
-            ),
-            num_processes=num_processes,
-            description="splitting into sentences",
-        )
-        with one_builder(folder) as builds:
+        with one_encoder(folder, parts) as builds:
             if builds:
-                with written_aside(folder) as aside:
-                    _write(aside, results, num_ids(tokenizer), eval_fraction, place)
+                how: dict[str, Any] = {
+                    "language": language,
+                    "one_sentence_per_line": one_sentence_per_line,
+                    "before": before,
+                }
+                encode = functools.partial(_split, tokenizer=tokenizer, num_processes=num_processes, **how)
+                tasks = write_all_parts(parts, documents, encode, folder)
+                _merge(parts, tasks, folder, eval_fraction)
     note_empty_documents(folder, documents)
     train, held_out = (open_sentence_cache(folder, split) for split in SPLITS)
     lost = train.lost
@@ -214,96 +215,115 @@ def open_sentence_cache(folder: Path, split: str) -> SentenceCache:
     return SentenceCache(folder / split, *(file.view(np.ndarray) for file in files))  # memmap's own indexing is slow
 
 
-def _write(
-    folder: Path,
-    results: Iterable[list[tuple[list[np.ndarray], float, Lost]]],
-    num_ids: int,
-    eval_fraction: float,
-    place: str,
-) -> None:
-    dtype = np.dtype(np.uint16 if num_ids <= 1 << 16 else np.uint32)
-    writers = {split: _SplitWriter(folder / split, dtype) for split in SPLITS}
-    held_out_shares: set[float] = set()
-    lost = Lost()
-    for documents in results:
-        for sentences, share, of_document in documents:
-            lost.add(of_document)
-            whole = [piece for sentence in sentences for piece in np.split(sentence, _cuts(len(sentence)))]
-            lost.cuts += len(whole) - len(sentences)
-            if len(whole) < 2:
-                lost.documents += 1
-                continue
-            if eval_fraction > 0 and len(held_out_shares) < 2:
-                held_out_shares.add(share)
-            is_held_out = share < eval_fraction or share in held_out_shares
-            writers["eval" if is_held_out else "train"].add(whole)
-    counts = {split: writer.close() for split, writer in writers.items()}
+def _merge(parts: Path, tasks: int, folder: Path, eval_fraction: float) -> None:
+    nothing = dict.fromkeys(("tokens", "sentences", "documents"), 0)
+    begun = {"first_shares": [], "lost": dataclasses.asdict(Lost()), **{split: {**nothing} for split in SPLITS}}
+    merge = Merge(parts, tasks, folder, begun)
+    state = merge.state
+    for part in merge.parts():
+        for name, numbers in zip(state["lost"], part["lost"].reshape(-1, len(state["lost"])).T, strict=True):
+            state["lost"][name] += int(numbers.sum())
+        found = dict.fromkeys([*state["first_shares"], *part["shares"].tolist()])  # in order, each once
+        state["first_shares"] = list(itertools.islice(found, 2))
+        held_out = (part["shares"] < eval_fraction) | np.isin(part["shares"], state["first_shares"])
+        held_out &= eval_fraction > 0
+        arrays = {}
+        for split, documents in zip(SPLITS, (~held_out, held_out), strict=True):
+            sentences, counts = np.repeat(documents, part["documents"]), state[split]
+            chosen = {
+                "tokens": part["tokens"][np.repeat(sentences, part["sentences"])],
+                "sentences": counts["tokens"] + np.cumsum(part["sentences"][sentences]),
+                "documents": counts["sentences"] + np.cumsum(part["documents"][documents]),
+            }
+            for name, array in chosen.items():
+                arrays[f"{split}/{name}"] = array
+                counts[name] += len(array)
+        state["dtype"] = part["tokens"].dtype.name
+        merge.append(arrays)
     needed = {"train": eval_fraction < 1, "eval": eval_fraction > 0}
     for split in SPLITS:
-        if needed[split] and counts[split] < 2:
+        if needed[split] and state[split]["documents"] < 2:
+            shutil.rmtree(parts)
             raise UsageError(
                 f"data: expected at least 2 documents of 2 sentences or more to {split} on, for a next sentence from "
-                f"another document, got {counts[split]} ({lost.documents} have no two; equal ones stay together)"
+                f"another document, got {state[split]['documents']} ({state['lost']['documents']} have no two; equal "
+                "ones stay together)"
             )
-    summary = {
-        "dtype": dtype.name,
-        "documents": counts,
-        "lost": dataclasses.asdict(lost),
-        "empty_documents": left_out.of(place).get("empty_documents", 0),
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    counted = {"documents": {split: state[split]["documents"] for split in SPLITS}, "lost": state["lost"]}
+    merge.finish({"dtype": state["dtype"], **counted, "empty_documents": merge.empty_documents})
 
 
-def _cuts(length: int) -> list[int]:
-    return list(range(LONGEST_SENTENCE, length, LONGEST_SENTENCE))
+def _split(
+    documents: Iterable[str],
+    tokenizer: Any,
+    num_processes: int,
+    *,
+    language: str,
+    one_sentence_per_line: bool,
+    before: str,
+) -> Generator[Encoded, None, None]:
+    """Yield what batches of documents become, in order.
 
-
-class _SplitWriter:
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
-        folder.mkdir()
-        self._dtype = dtype
-        names = ("tokens", "sentences", "documents")
-        self._files: dict[str, IO[bytes]] = {name: (folder / f"{name}.bin").open("wb") for name in names}
-        self._tokens = self._sentences = self._documents = 0
-
-    def add(self, sentences: list[np.ndarray]) -> None:
-        ends = self._tokens + np.cumsum([len(sentence) for sentence in sentences])
-        self._files["tokens"].write(np.concatenate(sentences).astype(self._dtype).tobytes())
-        self._files["sentences"].write(ends.astype(np.int64).tobytes())
-        self._tokens = int(ends[-1])
-        self._sentences += len(sentences)
-        self._documents += 1
-        self._files["documents"].write(np.array(self._sentences, dtype=np.int64).tobytes())
-
-    def close(self) -> int:
-        for file in self._files.values():
-            file.close()
-        return self._documents
+    Of documents of two sentences or more tokens: of all sentences; sentences: int64, tokens of each; documents: int64,
+    sentences of each; shares: float64, of the content. Of all documents lost: int64, the fields of a `Lost`.
+    """
+    dtype = np.uint16 if num_ids(tokenizer) <= 1 << 16 else np.uint32
+    return map_documents(
+        _split_batch,
+        documents,
+        start=_start_worker,
+        arguments=(
+            *(tokenizer.backend_tokenizer.to_str(), tokenizer.unk_token_id, language, one_sentence_per_line),
+            *(before, dtype),
+        ),
+        num_processes=num_processes,
+        description="splitting into sentences",
+    )
 
 
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer_json: str, unknown: int, language: str, one_sentence_per_line: bool, before: str) -> None:
+def _start_worker(
+    tokenizer_json: str, unknown: int, language: str, one_sentence_per_line: bool, before: str, dtype: Any
+) -> None:
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer_json)
     backend.encode_special_tokens = True  # a text that spells [SEP] has no separator there
     _worker.update(backend=backend, unknown=unknown, language=language, one_sentence_per_line=one_sentence_per_line)
-    _worker["before"] = before
+    _worker.update(before=before, dtype=dtype)
     normalizer = backend.normalizer
     _worker["loses_marks"] = normalizer is not None and normalizer.normalize_str(_VOWEL_SIGN) == ""
 
 
-def _split_batch(texts: list[str]) -> list[list[tuple[list[np.ndarray], float, Lost]]]:
-    """For each text its documents, several where blank lines end them: sentences of at least a token, content share."""
-    found = []
+def _split_batch(texts: list[str]) -> list[Encoded]:
+    """A text may hold several documents, where blank lines end them."""
+    tokens: list[np.ndarray] = [np.empty(0, dtype=np.uint32)]
+    sentences, counts, shares, lost = [], [], [], Lost()
     for text in texts:
-        documents = [_encode(sentences) for sentences in _documents(_readable(text))]
-        if documents:
-            documents[0][2].bytes += len(_ESCAPED_BYTE.findall(text))
-        found.append(documents)
-    return found
+        lost.bytes += len(_ESCAPED_BYTE.findall(text))
+        for document in _documents(_readable(text)):
+            ids, share, of_document = _encode(document)
+            lengths = [
+                min(LONGEST_SENTENCE, len(one) - at) for one in ids for at in range(0, len(one), LONGEST_SENTENCE)
+            ]
+            lost.add(of_document)
+            lost.cuts += len(lengths) - len(ids)
+            lost.documents += len(lengths) < 2
+            if len(lengths) >= 2:
+                tokens += ids
+                sentences += lengths
+                counts.append(len(lengths))
+                shares.append(share)
+    arrays = {
+        "tokens": np.concatenate(tokens).astype(_worker["dtype"]),
+        "sentences": np.array(sentences, dtype=np.int64),
+        "documents": np.array(counts, dtype=np.int64),
+        "shares": np.array(shares, dtype=np.float64),
+        "lost": np.array(dataclasses.astuple(lost), dtype=np.int64),
+    }
+    return [Encoded(len(texts), sum(map(len, texts)), arrays)]
 
 
 def _documents(text: str) -> list[list[str]]:

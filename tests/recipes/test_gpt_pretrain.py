@@ -360,7 +360,7 @@ def test_a_signal_before_training_ends_the_run_at_once(tmp_path: Path, number: s
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     process = launch(*arguments, f"--tokenizer={tmp_path / 'tokenizer'}", start_new_session=True)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "cache" / "tokens").glob(".*/train/tokens.bin")):
+    while not list((tmp_path / "cache" / "tokens").glob("parts-*/*/.00000.*/tokens.bin")):
         assert time.monotonic() < deadline, process.poll()
         time.sleep(0.05)
     os.killpg(process.pid, number)

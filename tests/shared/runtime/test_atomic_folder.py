@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.command_line import UsageError
-from shared.runtime.atomic_folder import one_at_a_time, one_builder, written_aside
+from shared.runtime.atomic_folder import one_at_a_time, one_builder, remove_abandoned, written_aside
 
 
 def write(folder: Path, content: str) -> None:
@@ -78,6 +78,18 @@ def test_what_killed_runs_left_is_removed_once_nobody_wrote_for_long(tmp_path: P
     os.utime(tmp_path / ".a.lock", (1, 1))
     write(tmp_path / "a", "x")
     assert sorted(os.listdir(tmp_path)) == [".a.lock", ".a.new", ".a.written", ".b.old", "a"]
+
+
+def test_abandoned_folders_are_removed_unless_their_lock_is_held(tmp_path: Path) -> None:
+    for name in ("old", "new", "held"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        if name != "new":
+            for path in (tmp_path / name / "file", tmp_path / name):
+                os.utime(path, (1, 1))
+    with one_at_a_time(tmp_path / "held"):
+        remove_abandoned([*tmp_path.iterdir(), tmp_path / "absent"])
+    assert sorted(os.listdir(tmp_path)) == [".held.lock", "held", "new"]
 
 
 def build_once(folder: Path) -> None:

@@ -31,6 +31,7 @@ from shared.text.documents import (
     DOCUMENT_SEPARATOR,
     UNSEPARATED_CHARACTERS,
     Beginning,
+    HubTexts,
     LocalTexts,
     entries_of,
     list_corpora,
@@ -719,6 +720,20 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(
     assert "\n" not in message
     assert "expected" in message
     assert all(name in message for name in names), message
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 9])
+def test_the_shares_of_tasks_are_all_documents_in_their_order(tmp_path: Path, world_size: int) -> None:
+    import datasets
+
+    for number in range(5):
+        write_documents(tmp_path / f"{number}.jsonl", [f"{number} {document}" for document in DOCUMENTS[: number + 1]])
+    local = texts(tmp_path)
+    hub = HubTexts("name", datasets.Dataset.from_dict({"text": list(local)}), "text")
+    for corpus in (local, hub):
+        shares = [list(corpus.share(rank, world_size)) for rank in range(world_size)]
+        assert [document for share in shares for document in share] == list(local)
+    assert sum(map(bool, shares)) == world_size
 
 
 @pytest.mark.parametrize("characters", [1, 1000, 100_000])
