@@ -136,6 +136,16 @@ class Corpus:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """How much of what is held out pre-training evaluates on; `shared/data/subsets.py` chooses it."""
+
+    # Evaluation
+    eval_rows: Natural = 0
+    """Rows or images that are evaluated, at most, of text those of each source; drawn once, the same for every seed.
+    0 = all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Images:
     """Where images come from; `shared/images/files.py` opens them."""
 
@@ -182,8 +192,8 @@ class LatentData:
     eval_fraction is held out."""
     eval_fraction: ShareInside = 0.05
     """Share of the samples held out where there is no split to evaluate on."""
-    eval_samples: Count = 200
-    """Samples of each split that are evaluated, at most."""
+    eval_rows: Natural = 200
+    """Samples of each split that are evaluated, at most, evenly spread. 0 = all."""
 
 
 def check_run_control(control: RunControl) -> None:

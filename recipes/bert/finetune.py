@@ -131,6 +131,7 @@ from shared.run.best import Best
 from shared.run.seeds import each_seed, report_seeds
 from shared.run.training_run import Run, start
 from shared.runtime.collectives import equal_share, gather_objects, node_main_first, rank_of
+from shared.runtime.signals import until_stopped
 from shared.text import labelled
 from shared.text.label_rows import LabelRows, encode
 from shared.text.labelled import LabelledTexts
@@ -396,7 +397,8 @@ def evaluate(accelerator: Any, model: Any, split: Split, metrics: tuple[str, ...
     share = equal_share(accelerator, math.ceil(len(by_length) / batch_size))
     loss, found = 0.0, {}  # found: of each text its labels and the answers, one or several
     is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
-    for number in tqdm(share, desc="evaluating", delay=2, leave=False, disable=is_quiet):
+    bar = tqdm(share, desc="evaluating", delay=2, leave=False, disable=is_quiet)
+    for number in until_stopped(accelerator, bar):
         mine = by_length[number * batch_size :][:batch_size].tolist()
         batch = to_device(split.rows.batch(mine or [0]), accelerator.device)  # all must run equally often
         logits = forward(model, batch).float()
@@ -512,37 +514,38 @@ def main(cfg: Config) -> None:
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
     best_metric = cfg.best_metric or metric_names[0]
-    best = Best("eval/" + best_metric, run.state)
+    best, (due, metrics) = Best("eval/" + best_metric, run.state), run.owed
     run.is_over = best.has_waited(cfg.patience)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     fingerprints = [texts.fingerprint() for texts in (train, *evals.values())]
     run.record(Path(__file__), {"data": task.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
     for step, batches in run.updates(loader, facts["flops_per_row"]):
-        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, 1.0)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * accelerator.num_processes
-        batches = [to_device(batch, accelerator.device) for batch in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
+        if batches:  # else the evaluation alone is left, which a signal had ended
+            factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, 1.0)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * accelerator.num_processes
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
 
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=tokens)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": learning_rate_of(cfg) * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
-        with run.pause():
-            if due.evaluate:
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=tokens)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": learning_rate_of(cfg) * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
+        if due.evaluate:
+            with run.evaluation(metrics):
                 tried = evaluate(accelerator, model, held_out, metric_names, micro_batch_size)
                 metrics |= tried.metrics
                 run.write_samples(tried.confusions)
-                is_best = best.is_better(run.step, tried.metrics, tried.confusions)
+                if best.is_better(run.step, tried.metrics, tried.confusions):
+                    export_model(accelerator, model, tokenizer, run.folder)
+                    tried = evaluate(accelerator, model, test, metric_names, micro_batch_size) if test else tried
+                    metrics |= tried.metrics
+                    best.metrics |= tried.metrics
+                    run.write_predictions(tried.rows, tried.labels, tried.answers)
                 run.is_over = best.has_waited(cfg.patience)
-            if due.evaluate and is_best:
-                export_model(accelerator, model, tokenizer, run.folder)
-                tried = evaluate(accelerator, model, test, metric_names, micro_batch_size) if test else tried
-                metrics |= tried.metrics
-                best.metrics |= tried.metrics
-                run.write_predictions(tried.rows, tried.labels, tried.answers)
+        with run.pause():
             run.write(metrics)
             if due.save or run.is_over:
                 run.save(best.state())

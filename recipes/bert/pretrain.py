@@ -27,8 +27,8 @@ from shared.fields import Amount, Count, Natural, RateOfNewWeights, RateOfNewWei
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.Corpus, fields.RunControl):
-    """Fields of the method; Corpus says where the text is, RunControl what every training stage has."""
+class Config(fields.Corpus, fields.HeldOut, fields.RunControl):
+    """Fields of the method; Corpus and HeldOut say where the text is, RunControl what every training stage has."""
 
     output_dir: Place = "outputs/bert"
     eval_every: Natural = 500
@@ -83,6 +83,10 @@ class Config(fields.Corpus, fields.RunControl):
     schedule_steps: Natural = 0
     """Updates after which the rate is 0, more than max_steps where a next phase goes on. 0 = max_steps."""
 
+    # Evaluation
+    best_metric: Literal["", "loss", "mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy"] = ""
+    """Metric whose best evaluation is kept too, in best/ of the run folder. "" = the last model alone."""
+
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
     with cli.exit_codes():
@@ -101,6 +105,7 @@ from tqdm import tqdm
 from shared.data import left_out
 from shared.data.batches import IGNORED, micro_batches, to_device
 from shared.data.randomness import derive_seed
+from shared.data.subsets import fixed_choice
 from shared.data.updates import load_updates
 from shared.metrics.scores import Accuracy
 from shared.models.export import export_model
@@ -114,10 +119,12 @@ from shared.optim.optimizers import clip_and_step, set_learning_rates, split_wei
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import gather_objects, node_main_first, rank_of
 from shared.runtime.launch import usable_cores
+from shared.runtime.signals import until_stopped
 from shared.text import wordpiece
 from shared.text.documents import Beginning, open_corpora, open_held_out, short_names
 from shared.text.filled_masks import show_answer, show_filled
@@ -323,10 +330,19 @@ def row_to_evaluate(pairs: SentencePairs, pair: int, vocabulary: wordpiece.Vocab
 
 
 def evaluate(
-    accelerator: Any, model: Any, sources: dict[str, SentencePairs], vocabulary: wordpiece.Vocabulary, batch_size: int
+    accelerator: Any,
+    model: Any,
+    sources: dict[str, SentencePairs],
+    vocabulary: wordpiece.Vocabulary,
+    batch_size: int,
+    most: int = 0,
 ) -> dict[str, float]:
-    """Losses (nats) and accuracies of both objectives over every pair once, of all together and of each source."""
-    found = {name: answers_to(accelerator, model, pairs, vocabulary, batch_size) for name, pairs in sources.items()}
+    """Losses (nats) and accuracies of both objectives, of all together and of each source.
+
+    Over every pair once, at most so many of each source, 0 = all.
+    """
+    size = (batch_size, most)
+    found = {name: answers_to(accelerator, model, pairs, vocabulary, *size) for name, pairs in sources.items()}
     nlls = sum(nlls for nlls, *_ in found.values())
     together = (np.concatenate([of_source[kind] for of_source in found.values()], axis=1) for kind in (1, 2))
     results = losses_and_accuracies(nlls, *together)
@@ -350,15 +366,17 @@ def losses_and_accuracies(nlls: np.ndarray, tokens: np.ndarray, answers: np.ndar
 
 @torch.no_grad()
 def answers_to(
-    accelerator: Any, model: Any, pairs: SentencePairs, vocabulary: wordpiece.Vocabulary, batch_size: int
+    accelerator: Any, model: Any, pairs: SentencePairs, vocabulary: wordpiece.Vocabulary, batch_size: int, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both losses (2,), summed over every pair once; of masked tokens and of sentences (2, N) guesses and targets."""
     model.eval()
-    by_length = np.argsort(pairs.lengths(pairs.epoch(0)), kind="stable")
+    chosen = fixed_choice(len(pairs.epoch(0)), most)
+    by_length = chosen[np.argsort(pairs.lengths(pairs.epoch(0)[chosen]), kind="stable")]
     starts = range(0, len(by_length), batch_size * accelerator.num_processes)
     nlls, tokens, answers = np.zeros(2), [], []
     is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
-    for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
+    bar = tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet)
+    for first in until_stopped(accelerator, bar):
         mine = by_length[first + accelerator.process_index * batch_size :][:batch_size]
         rows = [row_to_evaluate(pairs, pair, vocabulary) for pair in mine.tolist()]
         # A process that has no pair left takes one without a target: all must run equally often.
@@ -457,7 +475,7 @@ def main(cfg: Config) -> None:
     order = {"global_batch_size": cfg.global_batch_size, **rank_of(accelerator)}
     updates = MaskedUpdates(cfg, pairs, vocabulary, micro_batch_size, order)
     if cfg.dry_run:
-        report_costs(cfg, accelerator, tokenizer, pairs, to_device(updates[0][0], accelerator.device))
+        report_costs(cfg, accelerator, tokenizer, pairs, eval_pairs, to_device(updates[0][0], accelerator.device))
         return
     model = build_model(cfg, tokenizer)
     facts = describe(cfg, accelerator, model, pairs)
@@ -467,6 +485,7 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, for_engine(accelerator, build_optimizer(cfg, model)))
 
     run = Run(cfg, accelerator, Path(cfg.init) if cfg.init_optimizer else None)
+    best, (due, metrics) = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     data = {"data": cfg.data, "data_fingerprint": [pairs.cache.fingerprint], "init": cfg.init}
     data["eval_data_fingerprint"] = [source.cache.fingerprint for source in eval_pairs.values()]
@@ -474,33 +493,38 @@ def main(cfg: Config) -> None:
     run.record(Path(__file__), {**data, **facts})
     model.train()
     for step, batches in run.updates(loader, facts["flops_per_pair"]):
-        own_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)  # other processes' are nearly as many
-        factor = learning_rate_factor(cfg, step)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [to_device(batch, accelerator.device) for batch in batches]
-        losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
+        if batches:  # else the evaluation alone is left, which a signal had ended
+            # Of this process; others' are nearly as many.
+            own_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            factor = learning_rate_factor(cfg, step)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            losses, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
 
-        tokens = own_tokens * accelerator.num_processes
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=tokens)
-        metrics = {}
-        if due.log:
-            mlm_loss, nsp_loss = losses.tolist()
-            metrics = {"train/loss": mlm_loss + nsp_loss, "train/mlm_loss": mlm_loss, "train/nsp_loss": nsp_loss}
-            metrics |= {"train/learning_rate": cfg.learning_rate * factor, "train/grad_norm": grad_norm.item()}
-            metrics |= run.rates("tokens")
+            tokens = own_tokens * accelerator.num_processes
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=tokens)
+            metrics = {}
+            if due.log:
+                mlm_loss, nsp_loss = losses.tolist()
+                metrics = {"train/loss": mlm_loss + nsp_loss, "train/mlm_loss": mlm_loss, "train/nsp_loss": nsp_loss}
+                metrics |= {"train/learning_rate": cfg.learning_rate * factor, "train/grad_norm": grad_norm.item()}
+                metrics |= run.rates("tokens")
+        if due.evaluate:
+            with run.evaluation(metrics):
+                metrics |= evaluate(accelerator, model, eval_pairs, vocabulary, micro_batch_size, cfg.eval_rows)
+                run.write_samples(shown := sample(accelerator, model, tokenizer, eval_pairs, vocabulary))
+                if best.is_better(run.step, metrics, shown):
+                    export_model(accelerator, model, tokenizer, run.folder / best.FOLDER)
         with run.pause():
-            if due.evaluate:
-                metrics |= evaluate(accelerator, model, eval_pairs, vocabulary, micro_batch_size)
-                run.write_samples(sample(accelerator, model, tokenizer, eval_pairs, vocabulary))
             run.write(metrics)
             if due.save:
-                run.save({})
+                run.save(best.state())
             if due.push:
                 export_model(accelerator, model, tokenizer, run.folder)
                 run.push()
 
     export_model(accelerator, model, tokenizer, run.folder)
-    results = {"training_flops": facts["flops_per_pair"] * cfg.global_batch_size * run.step}
+    results = {"training_flops": facts["flops_per_pair"] * cfg.global_batch_size * run.step, **best.kept()}
     samples = sample(accelerator, model, tokenizer, eval_pairs, vocabulary)
     run.finish("fill-mask", USAGE, results=results, samples=samples, figures={})
 
@@ -520,7 +544,9 @@ def describe(cfg: Config, accelerator: Any, model: Any, pairs: SentencePairs) ->
     }
 
 
-def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, pairs: Any, batch: dict[str, Tensor]) -> None:
+def report_costs(
+    cfg: Config, accelerator: Any, tokenizer: Any, pairs: Any, eval_pairs: dict[str, Any], batch: dict[str, Tensor]
+) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     seconds = None
     with dry_run.without_memory():
@@ -531,6 +557,10 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, pairs: Any, batc
         model = build_model(cfg, tokenizer)
         seconds = dry_run.time_update(accelerator, model, for_engine(accelerator, build_optimizer(cfg, model)), batch)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    numbers = [len(fixed_choice(len(some.epoch(0)), cfg.eval_rows)) for some in eval_pairs.values()]
+    num_batches = dry_run.num_batches(accelerator, numbers, len(batch["input_ids"]))
+    is_least = any(number != cfg.eval_rows for number in numbers)  # of the beginning of the data
+    rows |= dry_run.evaluation_rows(cfg, seconds, num_batches, is_least=is_least)
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 
 

@@ -128,6 +128,7 @@ from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import equal_share, gather_objects, node_main_first, rank_of
 from shared.runtime.launch import usable_cores
+from shared.runtime.signals import until_stopped
 from shared.text import conversations
 from shared.text.conversations import Conversations
 from shared.text.generation import answer_prompts
@@ -312,7 +313,8 @@ def evaluate(
     """Loss a target in nats over every example once; answers given greedily against those expected; some of them."""
     model.eval()
     found = np.zeros(2)
-    for batch in in_batches(rows, size, accelerator.process_index, accelerator.num_processes):
+    share = in_batches(rows, size, accelerator.process_index, accelerator.num_processes)
+    for batch in until_stopped(accelerator, share):
         batch = to_device(batch, accelerator.device)
         found += [nll_sum(forward(model, batch), batch["labels"]).item(), int((batch["labels"] != IGNORED).sum())]
     model.train()
@@ -322,7 +324,7 @@ def evaluate(
         return metrics, "", []
     found_answers: dict[int, str] = {}
     bare = accelerator.unwrap_model(model)
-    for number in equal_share(accelerator, math.ceil(len(answers.prompts) / size)):
+    for number in until_stopped(accelerator, equal_share(accelerator, math.ceil(len(answers.prompts) / size))):
         mine = range(number * size, len(answers.prompts))[:size]
         prompts = [answers.prompts[place] for place in mine or [0]]  # all must run equally often
         texts = answer_prompts(bare, tokenizer, prompts, max_new_tokens=cfg.max_new_tokens)
@@ -458,33 +460,36 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, for_engine(accelerator, build_optimizer(cfg, model)))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
-    best = Best(f"eval/{cfg.best_metric}", run.state)
+    best, (due, metrics) = Best(f"eval/{cfg.best_metric}", run.state), run.owed
     run.is_over = best.has_waited(cfg.patience)
     loader = load_updates(updates, range(run.step, cfg.max_steps), cfg.num_workers, accelerator.device)
     fingerprints = [train.fingerprint(), held_out.fingerprint()]
     run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
-    for step, (batches, _) in run.updates(loader, facts["flops_per_row"]):
-        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, 1.0)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [to_device(batch, accelerator.device) for batch in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
+    for step, update in run.updates(loader, facts["flops_per_row"]):
+        if update:  # else the evaluation alone is left, which a signal had ended
+            batches, _ = update
+            factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, 1.0)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
 
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
-        with run.pause():
-            if due.evaluate:
+            tokens = cfg.global_batch_size * cfg.seq_length
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=tokens)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
+        if due.evaluate:
+            with run.evaluation(metrics):
                 found, shown, texts = evaluate(cfg, accelerator, model, eval_rows, answers, tokenizer, micro_batch_size)
                 metrics |= found
                 run.write_samples(shown)
-                is_best = best.is_better(run.step, found, shown)
+                if best.is_better(run.step, found, shown):
+                    export(cfg, accelerator, model, tokenizer, run.folder)
+                    run.write_predictions(answers.questions, answers.expected, texts)
                 run.is_over = best.has_waited(cfg.patience)
-            if due.evaluate and is_best:
-                export(cfg, accelerator, model, tokenizer, run.folder)
-                run.write_predictions(answers.questions, answers.expected, texts)
+        with run.pause():
             run.write(metrics)
             if due.save or run.is_over:
                 run.save(best.state())

@@ -30,8 +30,8 @@ from shared.fields import Amount, Count, Natural, RateOfNewWeights, RateOfNewWei
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.Corpus, fields.RunControl):
-    """Fields of the method; Corpus says where the text is, RunControl what every training stage has."""
+class Config(fields.Corpus, fields.HeldOut, fields.RunControl):
+    """Fields of the method; Corpus and HeldOut say where the text is, RunControl what every training stage has."""
 
     output_dir: Place = "outputs/gpt"
     eval_every: Natural = 250
@@ -82,6 +82,8 @@ class Config(fields.Corpus, fields.RunControl):
     # Evaluation
     eval_windows: bool = False
     """Also report eval/window_loss, over windows of seq_length tokens in which documents see each other (llm.c)."""
+    best_metric: Literal["", "loss", "perplexity", "bits_per_byte"] = ""
+    """Metric whose best evaluation is kept too, in best/ of the run folder. "" = the last model alone."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -108,10 +110,12 @@ from shared.optim.optimizers import clip_and_step, set_learning_rates, split_wei
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import gather_objects, node_main_first, rank_of
 from shared.runtime.launch import usable_cores
+from shared.runtime.signals import until_stopped
 from shared.text import streaming, tokenization
 from shared.text.documents import entries_of, open_corpora, open_held_out, short_names
 from shared.text.generation import continue_prompt
@@ -284,11 +288,14 @@ def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def nats_of(accelerator: Any, model: Any, rows: PackedRows | Windows, batch_size: int) -> tuple[float, float]:
-    """Negative log-likelihood in nats over every row once, and the number of its targets."""
+def nats_of(
+    accelerator: Any, model: Any, rows: PackedRows | Windows, batch_size: int, most: int
+) -> tuple[float, float]:
+    """Negative log-likelihood in nats over every row once, at most so many (0 = all), and the number of its targets."""
     model.eval()
     found = np.zeros(2)
-    for batch in in_batches(rows, batch_size, accelerator.process_index, accelerator.num_processes):
+    share = in_batches(rows, batch_size, accelerator.process_index, accelerator.num_processes, most)
+    for batch in until_stopped(accelerator, share):
         batch = to_device(batch, accelerator.device)
         nll = causal_lm_loss_sum(forward(model, batch), batch["labels"])
         found += [nll.item(), int((batch["labels"] != IGNORED).sum())]
@@ -297,14 +304,17 @@ def nats_of(accelerator: Any, model: Any, rows: PackedRows | Windows, batch_size
 
 
 def evaluate(
-    accelerator: Any, model: Any, sources: dict[str, PackedRows], batch_size: int, by_windows: bool
+    accelerator: Any, model: Any, sources: dict[str, PackedRows], batch_size: int, by_windows: bool, most: int = 0
 ) -> dict[str, float]:
     """Loss a token in nats, perplexity, and bits a byte of text, over every document once; bits of each source too.
 
-    With `by_windows` also the loss over windows of the stream, see `packing.Windows`.
+    At most so many rows of each source are read, 0 = all; their bytes are then told from their number of tokens. With
+    `by_windows` also the loss over windows of the stream, see `packing.Windows`.
     """
-    nats, numbers = zip(*(nats_of(accelerator, model, rows, batch_size) for rows in sources.values()), strict=True)
-    sizes = [rows.cache.num_bytes for rows in sources.values()]
+    pairs = [nats_of(accelerator, model, rows, batch_size, most) for rows in sources.values()]
+    nats, numbers = zip(*pairs, strict=True)
+    shares = [number / rows.num_targets for number, rows in zip(numbers, sources.values(), strict=True)]
+    sizes = [share * rows.cache.num_bytes for share, rows in zip(shares, sources.values(), strict=True)]
     loss = sum(nats) / sum(numbers)
     results = {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))}
     results["eval/bits_per_byte"] = sum(nats) / math.log(2) / sum(sizes)
@@ -312,7 +322,7 @@ def evaluate(
         bits = (nat / math.log(2) / size for nat, size in zip(nats, sizes, strict=True))
         results |= {f"eval/{name}/bits_per_byte": of_source for name, of_source in zip(sources, bits, strict=True)}
     if by_windows:
-        pairs = [nats_of(accelerator, model, windows(rows), batch_size) for rows in sources.values()]
+        pairs = [nats_of(accelerator, model, windows(rows), batch_size, most) for rows in sources.values()]
         results["eval/window_loss"] = sum(nats for nats, _ in pairs) / sum(number for _, number in pairs)
     return results
 
@@ -401,6 +411,7 @@ def main(cfg: Config) -> None:
 
     rates = [learning_rate_factor(cfg, step) for step in range(cfg.max_steps)]
     run = Run(cfg, accelerator, schedule=(OF_SCHEDULE, rates))  # a run that was stopped goes on here
+    best, (due, metrics) = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed
     saved = run.state.get("streams", [])
     updates = open_updates(cfg, accelerator, tokenizer, train, micro_batch_size, run.step, saved)
     fingerprints = [source.fingerprint for source in train]
@@ -408,30 +419,36 @@ def main(cfg: Config) -> None:
     data["eval_data_fingerprint"] = [rows.fingerprint for rows in held_out.values()]
     run.record(Path(__file__), {**data, **facts})
     model.train()
-    for step, (batches, streams) in run.updates(updates, facts["flops_per_row"]):
-        factor = learning_rate_factor(cfg, step)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [to_device(batch, accelerator.device) for batch in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
+    for step, update in run.updates(updates, facts["flops_per_row"]):
+        if update:  # else the evaluation alone is left, which a signal had ended
+            batches, streams = update
+            factor = learning_rate_factor(cfg, step)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, step)
 
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size * cfg.seq_length)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
+            tokens = cfg.global_batch_size * cfg.seq_length
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=tokens)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("tokens")}
+        if due.evaluate:
+            with run.evaluation(metrics):
+                metrics |= evaluate(accelerator, model, held_out, micro_batch_size, cfg.eval_windows, cfg.eval_rows)
+                run.write_samples(shown := sample(cfg, accelerator, model, tokenizer))
+                if best.is_better(run.step, metrics, shown):
+                    export_model(accelerator, model, tokenizer, run.folder / best.FOLDER)
         with run.pause():
-            if due.evaluate:
-                metrics |= evaluate(accelerator, model, held_out, micro_batch_size, cfg.eval_windows)
-                run.write_samples(sample(cfg, accelerator, model, tokenizer))
             run.write(metrics)
             if due.save:
-                run.save({"streams": gather_objects(accelerator, streams)})
+                run.save({"streams": gather_objects(accelerator, streams), **best.state()})
             if due.push:
                 export_model(accelerator, model, tokenizer, run.folder)
                 run.push()
 
     export_model(accelerator, model, tokenizer, run.folder)
-    results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step}
+    results = {"training_flops": facts["flops_per_row"] * cfg.global_batch_size * run.step, **best.kept()}
     shown = {"samples": sample(cfg, accelerator, model, tokenizer), "figures": {}}
     next_command = NEXT.format(shlex.quote(str(run.folder)))
     room = max(1, cfg.seq_length - len(tokenizer("The")["input_ids"]))  # GPT-2 has no positions beyond a row's
@@ -464,6 +481,12 @@ def report_costs(cfg: Config, accelerator: Any, tokenizer: Any, train: list[Any]
         model = build_model(cfg, tokenizer)
         seconds = dry_run.time_update(accelerator, model, for_engine(accelerator, build_optimizer(cfg, model)), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    if cfg.eval_rows:
+        numbers = [cfg.eval_rows] * (1 + cfg.eval_windows) * len(entries_of(cfg.eval_data or cfg.data))
+        batches = dry_run.num_batches(accelerator, numbers, len(batch["input_ids"]))
+        rows |= dry_run.evaluation_rows(cfg, seconds, batches)
+    else:
+        rows["one evaluation"] = "not known, reads all that is held out; --eval_rows limits it"
     accelerator.print(f"first row: {tokenizer.decode(batch['input_ids'][0])}\n\n{summary.table(rows)}")
 
 

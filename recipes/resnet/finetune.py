@@ -125,6 +125,7 @@ from shared.run.best import Best
 from shared.run.seeds import each_seed, report_seeds
 from shared.run.training_run import Run, start
 from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first, rank_of
+from shared.runtime.signals import until_stopped
 
 NO_CHOICE = "another split than the one that chooses the best model"
 
@@ -295,7 +296,8 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, split: Split, statistics
     """Loss (nats, not weighted) and metrics over every image once, under the name of the split."""
     model.eval()
     loss, found = 0.0, []
-    for batch in classification.load_held_out(accelerator, split.crops, cfg.num_workers):
+    share = classification.load_held_out(accelerator, split.crops, cfg.num_workers)
+    for batch in until_stopped(accelerator, share):
         logits, labels = forward(model, batch["pixel_values"], 1, statistics).float(), batch["labels"]
         loss += loss_sum(logits, labels, 0.0, torch.ones(logits.shape[1], device=logits.device)).item()
         known = labels.reshape(len(labels), -1)[:, 0] != IGNORED
@@ -418,6 +420,18 @@ def train_update(
     return accelerator.reduce(torch.stack(losses).sum(), "sum") / cfg.global_batch_size, grad_norm
 
 
+def prepare(cfg: Config, accelerator: Any, train: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Model and optimizer as the engine takes them, and what is said of them at the start."""
+    model = build_model(cfg, train)
+    facts = describe(cfg, accelerator, model, train)
+    accelerator.print(summary.table(facts))
+    if accelerator.distributed_type.value not in SHARDED_ENGINES:  # which cut weights into flat parts
+        model = model.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        model.compile(dynamic=False)
+    return *accelerator.prepare(model, build_optimizer(cfg, model)), facts
+
+
 def main(cfg: Config) -> None:
     """Train, evaluate, and leave the best model as `from_pretrained` and `pipeline` load it."""
     check_config(cfg)
@@ -427,14 +441,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         report_costs(cfg, accelerator, train, micro_batch_size)
         return
-    model = build_model(cfg, train)
-    facts = describe(cfg, accelerator, model, train)
-    accelerator.print(summary.table(facts))
-    if accelerator.distributed_type.value not in SHARDED_ENGINES:  # which cut weights into flat parts
-        model = model.to(memory_format=torch.channels_last)
-    if cfg.compile:
-        model.compile(dynamic=False)
-    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+    model, optimizer, facts = prepare(cfg, accelerator, train)
     running, statistics = RunningStatistics(model), statistics_of(cfg)
     weights = weights_of_classes(cfg, train).to(accelerator.device)
     crop = (cfg.enlarge * cfg.eval_image_size, cfg.eval_crop_fraction)
@@ -446,7 +453,7 @@ def main(cfg: Config) -> None:
         accelerator.print(summary.table(probed))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
-    best = Best(metric, run.state)
+    best, (due, metrics) = Best(metric, run.state), run.owed
     run.is_over = best.has_waited(cfg.patience)
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step)
@@ -454,32 +461,35 @@ def main(cfg: Config) -> None:
     fingerprints = [some.fingerprint for some in (train, *evals.values())]
     run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
-    for step, (batches, undecoded, _) in run.updates(updates, facts["flops_per_image"]):
-        factor = set_rates(cfg, optimizer, step)
-        batches = [to_device(batch, accelerator.device) for batch in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, running, batches, statistics, weights)
-        bad.add(undecoded)
+    for step, update in run.updates(updates, facts["flops_per_image"]):
+        if update:  # else the evaluation alone is left, which a signal had ended
+            batches, undecoded, _ = update
+            factor = set_rates(cfg, optimizer, step)
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, running, batches, statistics, weights)
+            bad.add(undecoded)
 
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), "train/bad_images": bad.number(), **run.rates("images")}
-        with run.pause():
-            if due.evaluate:
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), "train/bad_images": bad.number()}
+                metrics |= run.rates("images")
+        if due.evaluate:
+            with run.evaluation(metrics):
                 tried = evaluate(cfg, accelerator, model, held_out, statistics)
                 metrics |= tried.metrics
                 run.write_samples(tried.mistakes)
-                is_best = best.is_better(run.step, tried.metrics, tried.mistakes)
+                if best.is_better(run.step, tried.metrics, tried.mistakes):
+                    export_model(accelerator, model, processor, run.folder)
+                    draw_answers(accelerator, tried, held_out, run.folder)
+                    tried = evaluate(cfg, accelerator, model, test, statistics) if test else tried
+                    metrics |= tried.metrics
+                    best.metrics |= tried.metrics
+                    images = (test or held_out).images.files
+                    run.write_predictions(map(images.name, tried.indices.tolist()), *tried.named)
                 run.is_over = best.has_waited(cfg.patience)
-            if due.evaluate and is_best:
-                export_model(accelerator, model, processor, run.folder)
-                draw_answers(accelerator, tried, held_out, run.folder)
-                tried = evaluate(cfg, accelerator, model, test, statistics) if test else tried
-                metrics |= tried.metrics
-                best.metrics |= tried.metrics
-                images = (test or held_out).images.files
-                run.write_predictions(map(images.name, tried.indices.tolist()), *tried.named)
+        with run.pause():
             run.write(metrics)
             if due.save or bad.are_too_many or run.is_over:
                 run.save({"bad_images": bad.gather(), **best.state()})

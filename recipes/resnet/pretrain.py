@@ -29,8 +29,8 @@ from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.Images, fields.RunControl):
-    """Fields of the method; Images says where the images are, RunControl what every training stage has."""
+class Config(fields.Images, fields.HeldOut, fields.RunControl):
+    """Fields of the method; Images and HeldOut say where the images are, RunControl what every training stage has."""
 
     output_dir: Place = "outputs/resnet"
     log_every: Count = 20
@@ -91,6 +91,8 @@ class Config(fields.Images, fields.RunControl):
     eval_image_size: Count = 28  # Side of the middle crop that is evaluated, in pixels.
     eval_crop_fraction: ShareAboveZero = 1.0
     """Share of the shorter side that this crop keeps; 0.875 is usual for ImageNet."""
+    best_metric: Literal["", "loss", "top1", "top5"] = ""
+    """Metric whose best evaluation is kept too, in best/ of the run folder. "" = the last model alone."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -104,6 +106,7 @@ from torch.nn.functional import cross_entropy
 
 from shared.data.batches import IGNORED, to_device
 from shared.data.randomness import derive_seed
+from shared.data.subsets import fixed_choice
 from shared.data.updates import load_updates
 from shared.images import labelled, streaming
 from shared.images.bad_images import BadImages
@@ -120,8 +123,10 @@ from shared.optim import schedules
 from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.training_run import Run, start
 from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first, rank_of
+from shared.runtime.signals import until_stopped
 
 
 def check_config(cfg: Config) -> None:
@@ -147,7 +152,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, labelled.LabelledImag
         train, held_out = open_splits(cfg, cfg.label_column, largest=max(cfg.final_image_size, cfg.eval_image_size))
     if cfg.classes:
         train, held_out = (labelled.of_classes(some, "classes", cfg.classes) for some in (train, held_out))
-    return train, held_out
+    return train, held_out.subset(fixed_choice(len(held_out), cfg.eval_rows))
 
 
 def image_size_at(cfg: Config, step: int) -> int:
@@ -156,6 +161,11 @@ def image_size_at(cfg: Config, step: int) -> int:
     side = cfg.image_size + min(max(grown, 0), 1) * (cfg.final_image_size - cfg.image_size)
     rounded = round(side / cfg.size_multiple) * cfg.size_multiple
     return min(max(rounded, cfg.image_size), cfg.final_image_size)
+
+
+def share_of_cost(cfg: Config, step: int) -> float:
+    """What update `step` costs of one with crops of the final size."""
+    return (image_size_at(cfg, step) / cfg.final_image_size) ** 2
 
 
 def open_updates(
@@ -221,7 +231,7 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> t
     """Loss (nats, labels not smoothed) and accuracies over every image once, and the answer to each."""
     model.eval()
     nll, found = 0.0, []
-    for batch in classification.load_held_out(accelerator, crops, cfg.num_workers):
+    for batch in until_stopped(accelerator, classification.load_held_out(accelerator, crops, cfg.num_workers)):
         logits = forward(model, batch["pixel_values"], enlarge=1)  # as large as they are shown
         nll += loss_sum(logits, batch["labels"], smoothing=0.0).item()
         found.append(classification.answers_of(logits.float().softmax(-1), batch))
@@ -272,11 +282,10 @@ def main(cfg: Config) -> None:
     accelerator, micro_batch_size = start(cfg)
     train, held_out = open_data(cfg, accelerator)
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, micro_batch_size)
+        report_costs(cfg, accelerator, train, len(held_out), micro_batch_size)
         return
     model = build_model(cfg, train.class_names)
-    facts = describe(cfg, accelerator, model, train)
-    accelerator.print(summary.table(facts))
+    accelerator.print(summary.table(facts := describe(cfg, accelerator, model, train)))
     if accelerator.distributed_type.value not in SHARDED_ENGINES:  # which cut weights into flat parts
         model = model.to(memory_format=torch.channels_last)
     if cfg.compile:
@@ -287,6 +296,7 @@ def main(cfg: Config) -> None:
     statistics = RunningStatistics(model)
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    best, (due, metrics), stream = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed, None
     average = AveragedWeights(model, cfg.ema_decay, run.state.get("tensors", {}))
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step, run.state.get("streams", []))
@@ -296,32 +306,35 @@ def main(cfg: Config) -> None:
     data = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     run.record(Path(__file__), {**data, **facts})
     model.train()
-    for step, (batches, undecoded, stream) in run.updates(updates, facts["flops_per_image"]):
-        factor = learning_rate_factor(cfg, step)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [to_device(batch, accelerator.device) for batch in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches)
-        average.update(step + 1)
-        bad.add(undecoded)
+    for step, update in run.updates(updates, facts["flops_per_image"]):
+        if update:  # else the evaluation alone is left, which a signal had ended
+            batches, undecoded, stream = update
+            factor = learning_rate_factor(cfg, step)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches)
+            average.update(step + 1)
+            bad.add(undecoded)
 
-        side = image_size_at(cfg, step)
-        whole = cfg.global_batch_size * (side / cfg.final_image_size) ** 2  # images of the last size that cost as much
-        due = run.count_update(grad_norm, samples=whole, units=cfg.global_batch_size)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
-            metrics |= {"train/image_size": side, "train/bad_images": bad.number()}
-        with run.pause():
-            if due.evaluate:
-                with average.in_place():
-                    evaluation, answers = evaluate(cfg, accelerator, model, crops)
+            whole = cfg.global_batch_size * share_of_cost(cfg, step)  # images of the last size that cost as much
+            due = run.count_update(grad_norm, samples=whole, units=cfg.global_batch_size)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
+                metrics |= {"train/image_size": image_size_at(cfg, step), "train/bad_images": bad.number()}
+        if due.evaluate:
+            with run.evaluation(metrics), average.in_place():
+                evaluation, answers = evaluate(cfg, accelerator, model, crops)
                 metrics |= evaluation
-                run.write_samples(answers.describe_confusions(train.class_names))
+                run.write_samples(shown := answers.describe_confusions(train.class_names))
+                if best.is_better(run.step, evaluation, shown):
+                    export_model(accelerator, model, processor, run.folder / best.FOLDER)
+        with run.pause():
             run.write(metrics)
             if due.save or bad.are_too_many:
                 streams = {"streams": gather_objects(accelerator, stream)} if stream else {}
-                run.save({"bad_images": bad.gather(), "tensors": average.tensors(), **streams})
+                run.save({"bad_images": bad.gather(), "tensors": average.tensors(), **streams, **best.state()})
             if due.push:
                 with average.in_place():
                     export_model(accelerator, model, processor, run.folder)
@@ -331,10 +344,13 @@ def main(cfg: Config) -> None:
     with average.in_place():
         export_model(accelerator, model, processor, run.folder)
         _, answers = evaluate(cfg, accelerator, model, crops)
-    sides = [image_size_at(cfg, earlier) / cfg.final_image_size for earlier in range(run.step)]
-    flops = facts["flops_per_image"] * cfg.global_batch_size * sum(side**2 for side in sides)
+    flops = (
+        facts["flops_per_image"]
+        * cfg.global_batch_size
+        * sum(share_of_cost(cfg, earlier) for earlier in range(run.step))
+    )
     card = classification.make_card(accelerator, answers, train.class_names, crops, run.folder / "figures")
-    run.finish(**card, results={"training_flops": flops})
+    run.finish(**card, results={"training_flops": flops, **best.kept()})
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str, Any]:
@@ -343,7 +359,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str,
     return summary.describe_classifier(accelerator, model, side, train.num_images, cfg.global_batch_size)
 
 
-def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: int) -> None:
+def report_costs(cfg: Config, accelerator: Any, train: Any, num_held_out: int, micro_batch_size: int) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     cfg = replace(cfg, num_workers=0)
     seconds = None
@@ -360,6 +376,8 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
         inputs["labels"] = last["labels"]
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    batches = dry_run.num_batches(accelerator, [num_held_out], len(last["labels"]))
+    rows |= dry_run.evaluation_rows(cfg, seconds, batches * (cfg.eval_image_size / cfg.final_image_size) ** 2)
     if seconds is not None:
         rows["all updates"] = f"at most {rows['all updates']}"  # of the largest crops
     accelerator.print(summary.table(rows))

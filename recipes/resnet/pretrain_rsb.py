@@ -34,8 +34,8 @@ BelowHalf = Annotated[float, cli.Limit(lambda value: 0 <= value < 0.5, "a share 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.Images, fields.RunControl):
-    """Fields of the method; Images says where the images are, RunControl what every training stage has."""
+class Config(fields.Images, fields.HeldOut, fields.RunControl):
+    """Fields of the method; Images and HeldOut say where the images are, RunControl what every training stage has."""
 
     output_dir: Place = "outputs/resnet_rsb"
     log_every: Count = 20
@@ -98,6 +98,8 @@ class Config(fields.Images, fields.RunControl):
     eval_image_size: Count = 28  # Side of the middle crop that is evaluated, in pixels.
     eval_crop_fraction: ShareAboveZero = 1.0
     """Share of the shorter side that this crop keeps; the paper's 0.95 is for ImageNet."""
+    best_metric: Literal["", "loss", "top1", "top5"] = ""
+    """Metric whose best evaluation is kept too, in best/ of the run folder. "" = the last model alone."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -114,6 +116,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from shared.data.batches import IGNORED, to_device
 from shared.data.randomness import derive_seed
+from shared.data.subsets import fixed_choice
 from shared.data.updates import load_updates
 from shared.images import labelled, streaming
 from shared.images.bad_images import BadImages
@@ -130,8 +133,10 @@ from shared.optim.lamb import Lamb
 from shared.optim.optimizers import clip_and_step, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.training_run import Run, start
 from shared.runtime.collectives import SHARDED_ENGINES, gather_objects, node_main_first, rank_of
+from shared.runtime.signals import until_stopped
 
 
 def check_config(cfg: Config) -> None:
@@ -158,7 +163,8 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[Any, labelled.LabelledImag
     """The images to train on, maybe a stream of them, and those to evaluate on."""
     open_splits = streaming.open_splits if cfg.streaming else labelled.open_splits
     with node_main_first(accelerator):
-        return open_splits(cfg, cfg.label_column, largest=max(cfg.image_size, cfg.eval_image_size))
+        train, held_out = open_splits(cfg, cfg.label_column, largest=max(cfg.image_size, cfg.eval_image_size))
+    return train, held_out.subset(fixed_choice(len(held_out), cfg.eval_rows))
 
 
 def open_updates(
@@ -295,7 +301,7 @@ def evaluate(cfg: Config, accelerator: Any, model: Any, crops: CenterCrops) -> t
     """Loss (nats, nothing mixed or smoothed) and accuracies over every image once, and the answer to each."""
     model.eval()
     bce, found = 0.0, []
-    for batch in classification.load_held_out(accelerator, crops, cfg.num_workers):
+    for batch in until_stopped(accelerator, classification.load_held_out(accelerator, crops, cfg.num_workers)):
         logits = forward(model, batch["pixel_values"], enlarge=1)  # as large as they are shown
         kept = batch["labels"] != IGNORED
         targets = one_hot(batch["labels"][kept], logits.shape[1]).to(torch.float32)
@@ -357,7 +363,7 @@ def main(cfg: Config) -> None:
     check_engine(accelerator)
     train, held_out = open_data(cfg, accelerator)
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, micro_batch_size)
+        report_costs(cfg, accelerator, train, len(held_out), micro_batch_size)
         return
     model = build_model(cfg, train.class_names)
     facts = describe(cfg, accelerator, model, train)
@@ -370,6 +376,7 @@ def main(cfg: Config) -> None:
     statistics = RunningStatistics(model)
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    best, (due, metrics), stream = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed, None
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step, run.state.get("streams", []))
     side, fraction = enlargement(cfg) * cfg.eval_image_size, cfg.eval_crop_fraction
@@ -378,27 +385,33 @@ def main(cfg: Config) -> None:
     data = {"data": cfg.data, "data_fingerprint": [train.fingerprint, held_out.fingerprint], "init": cfg.init}
     run.record(Path(__file__), {**data, **facts})
     model.train()
-    for step, (batches, undecoded, stream) in run.updates(updates, facts["flops_per_image"]):
-        factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps)
-        set_learning_rates(optimizer, factor)
-        batches = [to_device(batch, accelerator.device) for batch in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches, step)
-        bad.add(undecoded)
+    for step, update in run.updates(updates, facts["flops_per_image"]):
+        if update:  # else the evaluation alone is left, which a signal had ended
+            batches, undecoded, stream = update
+            factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps)
+            set_learning_rates(optimizer, factor)
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, statistics, batches, step)
+            bad.add(undecoded)
 
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), "train/bad_images": bad.number(), **run.rates("images")}
-        with run.pause():
-            if due.evaluate:
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), "train/bad_images": bad.number()}
+                metrics |= run.rates("images")
+        if due.evaluate:
+            with run.evaluation(metrics):
                 evaluation, answers = evaluate(cfg, accelerator, model, crops)
                 metrics |= evaluation
-                run.write_samples(answers.describe_confusions(train.class_names))
+                run.write_samples(shown := answers.describe_confusions(train.class_names))
+                if best.is_better(run.step, evaluation, shown):
+                    export_model(accelerator, model, processor, run.folder / best.FOLDER)
+        with run.pause():
             run.write(metrics)
             if due.save or bad.are_too_many:
                 streams = {"streams": gather_objects(accelerator, stream)} if stream else {}
-                run.save({"bad_images": bad.gather(), **streams})
+                run.save({"bad_images": bad.gather(), **streams, **best.state()})
             if due.push:
                 export_model(accelerator, model, processor, run.folder)
                 run.push()
@@ -408,7 +421,7 @@ def main(cfg: Config) -> None:
     _, answers = evaluate(cfg, accelerator, model, crops)
     flops = facts["flops_per_image"] * cfg.global_batch_size * run.step
     card = classification.make_card(accelerator, answers, train.class_names, crops, run.folder / "figures")
-    run.finish(**card, results={"training_flops": flops})
+    run.finish(**card, results={"training_flops": flops, **best.kept()})
 
 
 def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str, Any]:
@@ -417,7 +430,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Any) -> dict[str,
     return summary.describe_classifier(accelerator, model, side, train.num_images, cfg.global_batch_size)
 
 
-def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: int) -> None:
+def report_costs(cfg: Config, accelerator: Any, train: Any, num_held_out: int, micro_batch_size: int) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     cfg = replace(cfg, num_workers=0)
     seconds = None
@@ -433,6 +446,8 @@ def report_costs(cfg: Config, accelerator: Any, train: Any, micro_batch_size: in
         inputs["labels"] = last["labels"]
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    batches = dry_run.num_batches(accelerator, [num_held_out], len(last["labels"]))
+    rows |= dry_run.evaluation_rows(cfg, seconds, batches * (cfg.eval_image_size / cfg.image_size) ** 2)
     accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
         (first, *_), *_ = next(open_updates(cfg, accelerator, train, micro_batch_size, 0, []))

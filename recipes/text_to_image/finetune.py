@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
@@ -94,6 +94,8 @@ class Config(fields.LatentData, fields.RunControl):
     """Share of the updates, at the end, over which the rate falls linearly to 0. 0 = it never falls."""
 
     # Evaluation
+    best_metric: Literal["", "loss"] = ""
+    """Metric whose best evaluation is kept too, in best/ of the run folder. "" = the last weights alone."""
     eval_fraction: Share = 0.05
     """Share of the samples held out where there is no split to evaluate on. 0 = none: the loss of the images to train
     on is told, as of a subject of which there are few."""
@@ -133,9 +135,11 @@ from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learni
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import SHARDED_ENGINES, node_main_first
+from shared.runtime.signals import until_stopped
 
 # Of diffusers' train_text_to_image_lora.py (its default), and of train_text_to_image.py (its README).
 ADAPTER_RATE, MODEL_RATE = 1e-4, 1e-5
@@ -426,6 +430,19 @@ def errors(model: Any, noisy: Noisy, batch: dict[str, Tensor]) -> Tensor:
 # Evaluation
 
 
+def fixed_samples(
+    cfg: Config, splits: dict[str, Latents], reading: dict[str, Any], batch_size: int
+) -> dict[str, FixedSamples]:
+    """Samples of each split with noise that is the same at every evaluation."""
+    bands = (cfg.eval_rows, NUM_BANDS, reading)
+    return {name: FixedSamples(split, *bands, batch_size=batch_size) for name, split in splits.items()}
+
+
+def choose_prompts(cfg: Config, splits: list[Latents]) -> list[str]:
+    """Of which images are shown."""
+    return read_prompts(cfg.prompts_file)[:NUM_SHOWN] if cfg.prompts_file else some_captions(splits, NUM_SHOWN)
+
+
 @torch.compiler.set_stance("force_eager")  # else compiled anew for each shape, and for no gradients
 @torch.no_grad()
 def evaluate(
@@ -437,7 +454,7 @@ def evaluate(
     """
     model.eval()
     found = BandErrors(splits)
-    for place, batch in fixed_batches(accelerator, splits, cfg.num_workers):
+    for place, batch in until_stopped(accelerator, fixed_batches(accelerator, splits, cfg.num_workers)):
         batch = captions.embed_captions(accelerator, batch, frozen)
         found.add(place, errors(model, add_even_noise(noise, batch), batch))
     model.train()
@@ -536,7 +553,7 @@ def main(cfg: Config) -> None:
     reading = {"scaling_factor": init.vae.config.scaling_factor, "tokenizer": init.tokenizer}
     reading["empty"] = None if frozen is encoder else empty["text"][0].numpy()  # an encoder that runs wants tokens
     if cfg.dry_run:
-        report_costs(cfg, accelerator, init, splits, reading, micro_batch_size, empty)
+        report_costs(cfg, accelerator, init, splits, held_out, reading, micro_batch_size, empty)
         return
     model = build_model(cfg, init)
     facts = describe(cfg, accelerator, model, splits, empty)
@@ -547,42 +564,45 @@ def main(cfg: Config) -> None:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
     noise = init.noise._replace(signal=None if init.noise.signal is None else init.noise.signal.to(accelerator.device))
-    bands = {"num_bands": NUM_BANDS, "reading": reading, "batch_size": micro_batch_size}
-    fixed = {name: FixedSamples(split, cfg.eval_samples, **bands) for name, split in (splits | held_out).items()}
-    seen = list(held_out.values()) or [splits[cfg.data_split]]
-    prompts = read_prompts(cfg.prompts_file)[:NUM_SHOWN] if cfg.prompts_file else some_captions(seen, NUM_SHOWN)
+    fixed = fixed_samples(cfg, splits | held_out, reading, micro_batch_size)
+    prompts = choose_prompts(cfg, list(held_out.values()) or [splits[cfg.data_split]])
     shown = {"texts": captions.encode_captions(prompts, init.tokenizer, frozen), "empty": empty}
     shown |= {"noise": noise, "vae": init.vae, "shape": splits[cfg.data_split].squarest_shape()}
     before = evaluate(cfg, accelerator, model, encoder, fixed, noise)  # of init, also where the run goes on
     images_before = make_images(cfg, accelerator, model, **shown)
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    best, (due, metrics) = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed
     updates = read_updates(cfg, accelerator, splits, reading, micro_batch_size, run.step)
     facts |= {"eval_loss_before": before["eval/loss"]}
     run.record(Path(__file__), {"data": cfg.data, **fingerprints(manifest), "init": cfg.init, **facts})
     model.train()
+    images = cfg.global_batch_size * len(splits)
     for step, parts in run.updates(updates, facts["flops_per_sample"]):
-        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        parts = [[to_device(batch, accelerator.device) for batch in batches] for batches in parts]
-        parts = [[captions.embed_captions(accelerator, batch, encoder) for batch in batches] for batches in parts]
-        torch.manual_seed(derive_seed(cfg.seed, "dropout", step, accelerator.process_index))
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, parts, noise)
+        if parts:  # else the evaluation alone is left, which a signal had ended
+            factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            parts = [[to_device(batch, accelerator.device) for batch in batches] for batches in parts]
+            parts = [[captions.embed_captions(accelerator, batch, encoder) for batch in batches] for batches in parts]
+            torch.manual_seed(derive_seed(cfg.seed, "dropout", step, accelerator.process_index))
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, parts, noise)
 
-        images = cfg.global_batch_size * len(splits)
-        due = run.count_update(grad_norm, samples=images, units=images)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
-        with run.pause():
-            if due.evaluate:
+            due = run.count_update(grad_norm, samples=images, units=images)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
+        if due.evaluate:
+            with run.evaluation(metrics):
                 metrics |= evaluate(cfg, accelerator, model, encoder, fixed, noise)
                 made = make_images(cfg, accelerator, model, **shown)
                 show(accelerator, images_before, made, prompts, run.folder / "samples" / f"step_{run.step:08d}.png")
+                if best.is_better(run.step, metrics, ""):
+                    export(cfg, accelerator, model, init, run.folder / best.FOLDER)
+        with run.pause():
             run.write(metrics)
             if due.save:
-                run.save({})
+                run.save(best.state())
             if due.push:
                 export(cfg, accelerator, model, init, run.folder)
                 run.push()
@@ -590,7 +610,7 @@ def main(cfg: Config) -> None:
     made = make_images(cfg, accelerator, model, **shown)
     export(cfg, accelerator, model, init, run.folder)
     show(accelerator, images_before, made, prompts, run.folder / "figures" / "images.png")
-    results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * len(splits) * run.step}
+    results = {"training_flops": facts["flops_per_sample"] * images * run.step, **best.kept()}
     card = {"samples": "\n".join(prompts), "figures": {"Images before fine-tuning and after it": "images.png"}}
     run.finish("text-to-image", usage(cfg, init, prompts[0]), results=results, **card, next_command=next_command(cfg))
 
@@ -644,6 +664,7 @@ def report_costs(
     accelerator: Any,
     init: Init,
     splits: dict[str, Latents],
+    held_out: dict[str, Latents],
     reading: dict[str, Any],
     micro_batch_size: int,
     empty: dict[str, Tensor],
@@ -671,6 +692,8 @@ def report_costs(
         model = build_model(cfg, init)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    fixed = fixed_samples(cfg, splits | held_out, reading, micro_batch_size)
+    rows |= dry_run.evaluation_rows(cfg, seconds, dry_run.num_batches(accelerator, map(len, fixed.values()), 1))
     accelerator.print(f"first caption: {splits[cfg.data_split].captions()[0]}\n\n{summary.table(rows)}")
 
 

@@ -94,6 +94,8 @@ class Config(fields.LatentData, fields.RunControl):
     sample_steps: Count = 25  # Steps in which each of the shown images is made.
     guidance_scale: FromOne = 4.0
     """How far shown images follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
+    best_metric: Literal["", "loss"] = ""
+    """Metric whose best evaluation is kept too, in best/ of the run folder. "" = the last model alone."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -123,9 +125,11 @@ from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learni
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
 from shared.runtime.collectives import SHARDED_ENGINES
+from shared.runtime.signals import until_stopped
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 CACHED = Path("outputs/latents")
@@ -321,7 +325,7 @@ def evaluate(
     """
     model.eval()
     found = BandErrors(held_out)
-    for place, batch in fixed_batches(accelerator, held_out, cfg.num_workers):
+    for place, batch in until_stopped(accelerator, fixed_batches(accelerator, held_out, cfg.num_workers)):
         error, _ = errors(cfg, model, captions.embed_captions(accelerator, batch, frozen), signal)
         found.add(place, error)
     model.train()
@@ -349,6 +353,12 @@ def make_images(
         latents = scheduler.step(predicted, timestep, latents).prev_sample
     model.train()
     return decode_images(vae, latents)
+
+
+def draw(accelerator: Any, images: list[np.ndarray], prompts: list[str], file: Path) -> None:
+    """Write images under their prompts into one; the main process draws."""
+    if accelerator.is_main_process:
+        image_grid(images, prompts, file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,10 +422,9 @@ def main(cfg: Config) -> None:
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer}
     reading["empty"] = None if frozen is encoder else empty.numpy()  # an encoder that runs wants tokens
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, reading, frozen, micro_batch_size, empty)
+        report_costs(cfg, accelerator, train, held_out, reading, frozen, micro_batch_size, empty)
         return
-    shape = train.squarest_shape()
-    model = build_model(cfg, tokenizer, frozen, shape)
+    model = build_model(cfg, tokenizer, frozen, train.squarest_shape())
     facts = describe(cfg, accelerator, model, train, empty)
     accelerator.print(summary.table(facts))
     if accelerator.distributed_type.value not in SHARDED_ENGINES:  # which cut weights into flat parts
@@ -425,39 +434,43 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    best, (due, metrics) = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed
     average = AveragedWeights(model, cfg.ema_decay, run.state.get("tensors", {}))
     sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
     updates = open_updates(accelerator, cfg, train, reading, **sizes, step=run.step)
-    splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_samples, NUM_BANDS, reading)
+    splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_rows, NUM_BANDS, reading)
     fixed = {name: FixedSamples(split, *bands, batch_size=micro_batch_size) for name, split in splits.items()}
     prompts = some_captions(held_out.values(), NUM_SHOWN)
     texts = captions.encode_captions(prompts, tokenizer, frozen)["text"]
-    shown = {"vae": vae, "texts": texts, "empty": empty, "latent_shape": shape}
+    shown = {"vae": vae, "texts": texts, "empty": empty, "latent_shape": train.squarest_shape()}
     signal = build_scheduler(cfg).alphas_cumprod.to(accelerator.device)
     run.record(Path(__file__), {"data": cfg.data, **fingerprints(manifest), "init": cfg.init, **facts})
     model.train()
     for step, batches in run.updates(updates, facts["flops_per_sample"]):
-        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [captions.embed_captions(accelerator, to_device(one, accelerator.device), encoder) for one in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, signal)
-        average.update(step + 1)
+        if batches:  # else the evaluation alone is left, which a signal had ended
+            factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            batches = [captions.embed_captions(accelerator, batch, encoder) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches, signal)
+            average.update(step + 1)
 
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
+        if due.evaluate:
+            with run.evaluation(metrics), average.in_place():
+                metrics |= evaluate(cfg, accelerator, model, encoder, fixed, signal)
+                images = make_images(cfg, accelerator, model, **shown)
+                draw(accelerator, images, prompts, run.folder / "samples" / f"step_{run.step:08d}.png")
+                if best.is_better(run.step, metrics, ""):
+                    export(cfg, accelerator, model, frozen, vae, tokenizer, run.folder / best.FOLDER)
         with run.pause():
-            if due.evaluate:
-                with average.in_place():
-                    metrics |= evaluate(cfg, accelerator, model, encoder, fixed, signal)
-                    images = make_images(cfg, accelerator, model, **shown)
-                if accelerator.is_main_process:
-                    image_grid(images, prompts, run.folder / "samples" / f"step_{run.step:08d}.png")
             run.write(metrics)
             if due.save:
-                run.save({"tensors": average.tensors()})
+                run.save({"tensors": average.tensors(), **best.state()})
             if due.push:
                 with average.in_place():
                     export(cfg, accelerator, model, frozen, vae, tokenizer, run.folder)
@@ -466,9 +479,8 @@ def main(cfg: Config) -> None:
     with average.in_place():
         images = make_images(cfg, accelerator, model, **shown)
         export(cfg, accelerator, model, frozen, vae, tokenizer, run.folder)
-    if accelerator.is_main_process:
-        image_grid(images, prompts, run.folder / "figures" / "images.png")
-    results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step}
+    draw(accelerator, images, prompts, run.folder / "figures" / "images.png")
+    results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step, **best.kept()}
     card = {"samples": "\n".join(prompts), "figures": {"Images of held-out captions": "images.png"}}
     usage = USAGE.format(prompts[0], cfg.guidance_scale, cfg.sample_steps)
     run.finish("text-to-image", usage, results=results, **card, next_command=NEXT.format(shlex.quote(str(run.folder))))
@@ -493,6 +505,7 @@ def report_costs(
     cfg: Config,
     accelerator: Any,
     train: Latents,
+    held_out: dict[str, Latents],
     reading: dict[str, Any],
     frozen: Any,
     micro_batch_size: int,
@@ -517,6 +530,9 @@ def report_costs(
         model = build_model(cfg, **parts)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    bands = (cfg.eval_rows, NUM_BANDS, reading)
+    fixed = [FixedSamples(split, *bands, batch_size=micro_batch_size) for split in (train, *held_out.values())]
+    rows |= dry_run.evaluation_rows(cfg, seconds, dry_run.num_batches(accelerator, map(len, fixed), 1))
     accelerator.print(f"first caption: {train.captions()[0]}\n\n{summary.table(rows)}")
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
@@ -90,6 +90,8 @@ class Config(fields.LatentData, fields.RunControl):
     sample_steps: Count = 25  # Steps in which each of the shown images is made.
     guidance_scale: FromOne = 4.0
     """How far shown images follow the caption's prediction beyond the empty caption's. 1 = no guidance."""
+    best_metric: Literal["", "loss"] = ""
+    """Metric whose best evaluation is kept too, in best/ of the run folder. "" = the last model alone."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -122,8 +124,10 @@ from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learni
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.training_run import Run, start
 from shared.runtime.cache_folder import cache_folder
+from shared.runtime.signals import until_stopped
 
 TRAINED, SHIPPED = Path("outputs/vae"), Path(__file__).parent / "assets" / "vae"
 CACHED = Path("outputs/latents")
@@ -179,6 +183,15 @@ def open_updates(
     sizes = {"caption_dropout": cfg.caption_dropout, "micro_batch_size": micro_batch_size}
     updates = latent_updates.open_updates(accelerator, cfg, train, reading, **sizes, step=step)
     return ([choose_kept(cfg, batch) for batch in batches] for batches in updates)
+
+
+def first_inputs(
+    cfg: Config, accelerator: Any, train: Latents, reading: dict[str, Any], micro_batch_size: int, empty: Tensor
+) -> dict[str, Tensor]:
+    """What the model gets in the first micro-batch, with the `empty` caption (1, ...) for every text."""
+    batch, *_ = next(open_updates(replace(cfg, num_workers=0), accelerator, train, reading, micro_batch_size, 0))
+    inputs = {"timesteps": batch["uniform"], **{name: batch[name] for name in batch.keys() - {"noise", "uniform"}}}
+    return {**inputs, "text": empty.expand(len(batch["text"]), *empty.shape[1:])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,7 +344,7 @@ def evaluate(
     """
     model.eval()
     found = BandErrors(held_out)
-    for place, batch in fixed_batches(accelerator, held_out, cfg.num_workers):
+    for place, batch in until_stopped(accelerator, fixed_batches(accelerator, held_out, cfg.num_workers)):
         found.add(place, errors(model, captions.embed_captions(accelerator, batch, frozen), batch["uniform"]))
     model.train()
     return found.metrics(accelerator, [cfg.data_split])
@@ -358,6 +371,12 @@ def make_images(
         latents = scheduler.step(velocity, timestep, latents).prev_sample
     model.train()
     return decode_images(vae, latents)
+
+
+def draw(accelerator: Any, images: list[np.ndarray], prompts: list[str], file: Path) -> None:
+    """Write images under their prompts into one; the main process draws."""
+    if accelerator.is_main_process:
+        image_grid(images, prompts, file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,64 +443,64 @@ def main(cfg: Config) -> None:
     empty = captions.encode_captions([""], reader, frozen)
     reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": reader}
     reading["empty"] = None if frozen is encoder else empty["text"][0].numpy()  # an encoder that runs wants tokens
-    batch, *_ = next(open_updates(replace(cfg, num_workers=0), accelerator, train, reading, micro_batch_size, 0))
-    inputs = {"timesteps": batch["uniform"], **{name: batch[name] for name in batch.keys() - {"noise", "uniform"}}}
-    inputs["text"] = empty["text"].expand(len(batch["text"]), *empty["text"].shape[1:])
+    inputs = first_inputs(cfg, accelerator, train, reading, micro_batch_size, empty["text"])
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, to_device(inputs, accelerator.device), tokenizer, frozen)
+        report_costs(cfg, accelerator, train, held_out, to_device(inputs, accelerator.device), tokenizer, frozen)
         return
     shape = train.squarest_shape()
     model = build_model(cfg, tokenizer, frozen, shape[0])
-    facts = describe(cfg, accelerator, model, train, inputs)
-    accelerator.print(summary.table(facts))
+    accelerator.print(summary.table(facts := describe(cfg, accelerator, model, train, inputs)))
     if cfg.compile:
         model.compile()
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    best, (due, metrics) = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed
     average = AveragedWeights(model, cfg.ema_decay, run.state.get("tensors", {}))
     updates = open_updates(cfg, accelerator, train, reading, micro_batch_size, run.step)
-    splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_samples, NUM_BANDS, reading)
+    splits, bands = {cfg.data_split: train} | held_out, (cfg.eval_rows, NUM_BANDS, reading)
     fixed = {name: FixedSamples(split, *bands, batch_size=micro_batch_size) for name, split in splits.items()}
     prompts = some_captions(held_out.values(), NUM_SHOWN)
     texts = captions.encode_captions(prompts, reader, frozen)
     shown = {"vae": vae, "texts": texts, "empty": empty, "latent_shape": shape}
-    exported = (frozen, vae, tokenizer, shape[1] * 2 ** (len(vae.config.block_out_channels) - 1), run.folder)
+    exported = (frozen, vae, tokenizer, shape[1] * 2 ** (len(vae.config.block_out_channels) - 1))
     run.record(Path(__file__), {"data": cfg.data, **fingerprints(manifest), "init": cfg.init, **facts})
     model.train()
     for step, batches in run.updates(updates, facts["flops_per_sample"]):
-        factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [captions.embed_captions(accelerator, to_device(one, accelerator.device), encoder) for one in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches)
-        average.update(step + 1)
+        if batches:  # else the evaluation alone is left, which a signal had ended
+            factor = schedules.warmup_stable_decay(step, cfg.max_steps, cfg.warmup_steps, cfg.decay_fraction)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            batches = [captions.embed_captions(accelerator, batch, encoder) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, optimizer, batches)
+            average.update(step + 1)
 
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images")}
+        if due.evaluate:
+            with run.evaluation(metrics), average.in_place():
+                metrics |= evaluate(cfg, accelerator, model, encoder, fixed)
+                images = make_images(cfg, accelerator, model, **shown)
+                draw(accelerator, images, prompts, run.folder / "samples" / f"step_{run.step:08d}.png")
+                if best.is_better(run.step, metrics, ""):
+                    export(cfg, accelerator, model, *exported, run.folder / best.FOLDER)
         with run.pause():
-            if due.evaluate:
-                with average.in_place():
-                    metrics |= evaluate(cfg, accelerator, model, encoder, fixed)
-                    images = make_images(cfg, accelerator, model, **shown)
-                if accelerator.is_main_process:
-                    image_grid(images, prompts, run.folder / "samples" / f"step_{run.step:08d}.png")
             run.write(metrics)
             if due.save:
-                run.save({"tensors": average.tensors()})
+                run.save({"tensors": average.tensors(), **best.state()})
             if due.push:
                 with average.in_place():
-                    export(cfg, accelerator, model, *exported)
+                    export(cfg, accelerator, model, *exported, run.folder)
                 run.push()
 
     with average.in_place():
         images = make_images(cfg, accelerator, model, **shown)
-        export(cfg, accelerator, model, *exported)
-    if accelerator.is_main_process:
-        image_grid(images, prompts, run.folder / "figures" / "images.png")
-    results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step}
+        export(cfg, accelerator, model, *exported, run.folder)
+    draw(accelerator, images, prompts, run.folder / "figures" / "images.png")
+    results = {"training_flops": facts["flops_per_sample"] * cfg.global_batch_size * run.step, **best.kept()}
     card = {"samples": "\n".join(prompts), "figures": {"Images of held-out captions": "images.png"}}
     usage = USAGE.format(cfg.text_encoder != "scratch", prompts[0], cfg.guidance_scale, cfg.sample_steps)
     run.finish("text-to-image", usage, results=results, **card, next_command=NEXT.format(shlex.quote(str(run.folder))))
@@ -501,7 +520,13 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: Latents, inputs: 
 
 
 def report_costs(
-    cfg: Config, accelerator: Any, train: Latents, inputs: dict[str, Tensor], tokenizer: Any, frozen: Any
+    cfg: Config,
+    accelerator: Any,
+    train: Latents,
+    held_out: dict[str, Latents],
+    inputs: dict[str, Tensor],
+    tokenizer: Any,
+    frozen: Any,
 ) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes.
 
@@ -517,6 +542,10 @@ def report_costs(
         model = build_model(cfg, tokenizer, frozen, channels)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    fixed = [
+        FixedSamples(split, cfg.eval_rows, NUM_BANDS, {}, batch_size=number) for split in (train, *held_out.values())
+    ]
+    rows |= dry_run.evaluation_rows(cfg, seconds, dry_run.num_batches(accelerator, map(len, fixed), 1))
     accelerator.print(f"first caption: {train.captions()[0]}\n\n{summary.table(rows)}")
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parents if (folder / "shared").is_dir())))
 
@@ -28,8 +28,8 @@ from shared.fields import Amount, Count, Natural, RateOfNewWeights, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(fields.Images, fields.RunControl):
-    """Fields of the method; Images says where the images are, RunControl what every training stage has."""
+class Config(fields.Images, fields.HeldOut, fields.RunControl):
+    """Fields of the method; Images and HeldOut say where the images are, RunControl what every training stage has."""
 
     output_dir: Place = "outputs/vae"
     log_every: Count = 20
@@ -68,6 +68,10 @@ class Config(fields.Images, fields.RunControl):
     ema_decay: Share = 0.995
     """Share of the old average that an update keeps; the averaged weights are evaluated and saved. 0 = no average."""
 
+    # Evaluation
+    best_metric: Literal["", "loss", "psnr", "ssim"] = ""
+    """Metric whose best evaluation is kept too, in best/ of the run folder. "" = the last model alone."""
+
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
     with cli.exit_codes():
@@ -88,6 +92,7 @@ from tqdm import tqdm
 from shared.data import left_out
 from shared.data.batches import to_device
 from shared.data.randomness import derive_seed
+from shared.data.subsets import fixed_choice
 from shared.data.updates import load_updates
 from shared.images import files as image_files
 from shared.images.bad_images import BadImages
@@ -106,8 +111,10 @@ from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learni
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
 from shared.run import summary
+from shared.run.best import Best
 from shared.run.training_run import Run, start
 from shared.runtime.collectives import SHARDED_ENGINES, equal_share, gather_objects, node_main_first, rank_of
+from shared.runtime.signals import until_stopped
 
 NUM_SHOWN = 8
 STATISTICS_FROM = 4096  # images from which the latents' mean and deviation are measured
@@ -142,7 +149,7 @@ def open_data(cfg: Config, accelerator: Any) -> tuple[ImageFiles, ImageFiles]:
         else:
             train, held_out = image_files.hold_out(train, cfg.eval_fraction)
         image_files.check_sides(source, train, cfg.image_size)
-    return train, held_out
+    return train, held_out.subset(fixed_choice(len(held_out), cfg.eval_rows))
 
 
 def latent_shape(cfg: Config) -> tuple[int, int, int]:
@@ -263,7 +270,8 @@ def evaluate(
     batches = load_updates(Squares(held_out, cfg.image_size, batch_size), steps, cfg.num_workers, accelerator.device)
     is_quiet = not accelerator.is_main_process or None  # None: where there is no terminal
     totals, shown = torch.zeros(5, dtype=torch.float64), []
-    for batch in tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet):
+    bar = tqdm(batches, total=len(steps), desc="evaluating", delay=2, leave=False, disable=is_quiet)
+    for batch in until_stopped(accelerator, bar):
         batch = to_device(batch, accelerator.device)
         true, is_image = batch["pixel_values"], batch["indices"] >= 0
         noise = torch.zeros(len(true), *latent_shape(cfg), device=true.device)
@@ -373,7 +381,7 @@ def main(cfg: Config) -> None:
     accelerator, micro_batch_size = start(cfg)
     train, held_out = open_data(cfg, accelerator)
     if cfg.dry_run:
-        report_costs(cfg, accelerator, train, micro_batch_size)
+        report_costs(cfg, accelerator, train, len(held_out), micro_batch_size)
         return
     model = build_model(cfg)
     facts = describe(cfg, accelerator, model, train)
@@ -386,32 +394,42 @@ def main(cfg: Config) -> None:
     model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
+    best, (due, metrics) = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed
     average = AveragedWeights(model, cfg.ema_decay, run.state.get("tensors", {}))
     bad = BadImages(accelerator, len(train), cfg.max_bad_fraction, run.state.get("bad_images", []))
     updates = open_updates(cfg, accelerator, train, micro_batch_size, run.step)
     fingerprints = [train.fingerprint(), held_out.fingerprint()]
     run.record(Path(__file__), {"data": cfg.data, "data_fingerprint": fingerprints, "init": cfg.init, **facts})
     model.train()
-    for step, (batches, undecoded) in run.updates(updates, facts["flops_per_image"]):
-        factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps)
-        set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
-        batches = [to_device(batch, accelerator.device) for batch in batches]
-        loss, grad_norm = train_update(cfg, accelerator, model, judge, optimizer, batches)
-        average.update(step + 1)
-        bad.add(undecoded)
+    for step, update in run.updates(updates, facts["flops_per_image"]):
+        if update:  # else the evaluation alone is left, which a signal had ended
+            batches, undecoded = update
+            factor = schedules.warmup_cosine(step, cfg.max_steps, cfg.warmup_steps)
+            set_learning_rates(optimizer, factor)  # before the backward pass: DeepSpeed steps inside it
+            batches = [to_device(batch, accelerator.device) for batch in batches]
+            loss, grad_norm = train_update(cfg, accelerator, model, judge, optimizer, batches)
+            average.update(step + 1)
+            bad.add(undecoded)
 
-        due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
-        metrics = {}
-        if due.log:
-            metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
-            metrics |= {"train/grad_norm": grad_norm.item(), **run.rates("images"), "train/bad_images": bad.number()}
+            due = run.count_update(grad_norm, samples=cfg.global_batch_size, units=cfg.global_batch_size)
+            metrics = {}
+            if due.log:
+                metrics = {"train/loss": loss.item(), "train/learning_rate": cfg.learning_rate * factor}
+                metrics |= {
+                    "train/grad_norm": grad_norm.item(),
+                    **run.rates("images"),
+                    "train/bad_images": bad.number(),
+                }
+        if due.evaluate:
+            with run.evaluation(metrics), average.in_place():
+                metrics |= evaluate(cfg, accelerator, model, held_out, micro_batch_size)[0]
+                if best.is_better(run.step, metrics, ""):
+                    statistics = latent_statistics(cfg, accelerator, model, train, micro_batch_size)
+                    export(accelerator, cfg, model, *statistics, run.folder / best.FOLDER)
         with run.pause():
-            if due.evaluate:
-                with average.in_place():
-                    metrics |= evaluate(cfg, accelerator, model, held_out, micro_batch_size)[0]
             run.write(metrics)
             if due.save or bad.are_too_many:
-                run.save({"bad_images": bad.gather(), "tensors": average.tensors()})
+                run.save({"bad_images": bad.gather(), "tensors": average.tensors(), **best.state()})
             if due.push:
                 with average.in_place():
                     statistics = latent_statistics(cfg, accelerator, model, train, micro_batch_size)
@@ -429,7 +447,7 @@ def main(cfg: Config) -> None:
         image_grid(pairs, ["original", "reconstruction"] * NUM_SHOWN, run.folder / "figures" / "images.png")
         drawn = {"Held-out images and their reconstructions": "images.png"}
     results = {"training_flops": facts["flops_per_image"] * cfg.global_batch_size * run.step}
-    results |= {"latents_mean": mean.tolist(), "latents_std": deviation}
+    results |= {"latents_mean": mean.tolist(), "latents_std": deviation, **best.kept()}
     samples = f"latents: mean {', '.join(f'{value:.3f}' for value in mean.tolist())}, deviation {deviation:.3f}"
     run.finish("image-to-image", USAGE, results=results, samples=samples, figures=drawn)
 
@@ -449,7 +467,7 @@ def describe(cfg: Config, accelerator: Any, model: Any, train: ImageFiles) -> di
     }
 
 
-def report_costs(cfg: Config, accelerator: Any, train: ImageFiles, micro_batch_size: int) -> None:
+def report_costs(cfg: Config, accelerator: Any, train: ImageFiles, num_held_out: int, micro_batch_size: int) -> None:
     """The dry run: what the model sees, what one device holds and, where an update is quick, how long the run takes."""
     (first, *_), _ = next(open_updates(replace(cfg, num_workers=0), accelerator, train, micro_batch_size, 0))
     batch, seconds = to_device(first, accelerator.device), None
@@ -463,6 +481,8 @@ def report_costs(cfg: Config, accelerator: Any, train: ImageFiles, micro_batch_s
         model = build_model(cfg)
         seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
+    batches = dry_run.num_batches(accelerator, [num_held_out], len(batch["noise"]))
+    rows |= dry_run.evaluation_rows(cfg, seconds, batches)
     accelerator.print(summary.table(rows))
     if accelerator.is_main_process:
         grid = Path(tempfile.mkdtemp(prefix="dry_run_")) / "images.png"

@@ -1,4 +1,4 @@
-"""Subsets of labelled samples, balanced and a function of a seed: few for training, and those held out of it."""
+"""Subsets of samples, a function of a seed: few for training, those held out of it, and those of them evaluated."""
 
 import numpy as np
 
@@ -42,3 +42,20 @@ def held_out_of_each(labels: np.ndarray, fraction: float) -> np.ndarray:
         seed = derive_seed(_HELD_OUT_SEED, "held out", label)
         is_held_out[members[shuffled_indices(np.arange(number), len(members), seed)]] = True
     return is_held_out
+
+
+def fixed_choice(number: int, most: int) -> np.ndarray:
+    """Positions of at most `most` of so many samples, 0 = all, the same at every call and for every seed.
+
+    They are drawn, so samples that are sorted by class give all classes; those of fewer are among those of more.
+
+    Args:
+        number: of the samples.
+        most: that are taken.
+
+    Returns:
+        int64, sorted.
+    """
+    if not 0 < most < number:
+        return np.arange(number)
+    return np.sort(shuffled_indices(np.arange(most), number, derive_seed(_HELD_OUT_SEED, "evaluated")))

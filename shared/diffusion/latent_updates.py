@@ -121,7 +121,7 @@ class FixedSamples(Dataset):
 
     Args:
         latents: of a split.
-        size: samples that are taken, evenly spread; all if there are fewer.
+        size: samples that are taken, evenly spread; 0, or where there are fewer, all.
         num_bands: equal parts of the times from 0 to 1.
         reading: see `LatentUpdates`.
         batch_size: samples of an item, at most.
@@ -134,7 +134,7 @@ class FixedSamples(Dataset):
         self, latents: Latents, size: int, num_bands: int, reading: dict[str, Any], *, batch_size: int
     ) -> None:
         self._latents, self.num_bands, self._reading = latents, num_bands, reading
-        chosen = np.array(spread(len(latents), size))
+        chosen = np.array(spread(len(latents), size or len(latents)))
         buckets = [np.intersect1d(rows, chosen) for _, rows in latents.buckets()]
         self._parts = [
             rows[first : first + batch_size] for rows in buckets for first in range(0, len(rows), batch_size)

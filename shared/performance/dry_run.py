@@ -5,14 +5,16 @@ with without_memory():
     sizes = costs(accelerator, model, {"input_ids": rows, "labels": rows}, optimizer_bytes_per_parameter=8)
 """
 
+import math
 import time
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from shared.fields import RunControl
 from shared.performance.flops import peak
 from shared.runtime import precision
 from shared.runtime.collectives import count_of
@@ -148,8 +150,22 @@ def can_time(accelerator: Any, num_flops: float, num_bytes: int) -> bool:
     return count_of(accelerator, is_slow).read() == 0
 
 
-def time_update(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> float:
-    """Seconds of one update, from the second of two micro-batches with an optimizer step each. Changes the model.
+class Seconds(NamedTuple):
+    """How long it takes.
+
+    Attributes:
+        update: one with all of its micro-batches.
+        forward: the forward pass of one micro-batch, as in an evaluation.
+    """
+
+    update: float
+    forward: float
+
+
+def time_update(
+    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]
+) -> Seconds:
+    """Time the second of two micro-batches with an optimizer step each, and a forward pass. Changes the model.
 
     Args:
         accelerator: knows the accumulation; nothing was prepared with it so far.
@@ -171,7 +187,35 @@ def time_update(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optim
         optimizer.zero_grad()
         next(iter(model.parameters())).sum().item()
     accelerator.gradient_accumulation_steps = accumulation
-    return accumulation * (micro_batch_done - started) + time.perf_counter() - micro_batch_done
+    update_done = time.perf_counter()
+    with torch.no_grad():
+        outputs = model.eval()(**inputs)
+        (outputs.loss if hasattr(outputs, "loss") else outputs[0].float().mean()).item()
+    forward = time.perf_counter() - update_done
+    return Seconds(accumulation * (micro_batch_done - started) + update_done - micro_batch_done, forward)
+
+
+def num_batches(accelerator: Any, numbers: Iterable[int], batch_size: int) -> int:
+    """Batches that each process evaluates, of several sets of so many samples."""
+    return sum(math.ceil(number / (batch_size * accelerator.num_processes)) for number in numbers)
+
+
+def evaluation_rows(control: RunControl, seconds: Seconds | None, batches: float, *, is_least: bool = False) -> Any:
+    """Rows of a table: what evaluations cost, of samples to look at apart.
+
+    Args:
+        control: of the run.
+        seconds: see `time_update`; None = not timed.
+        batches: that each process evaluates, in micro-batches as large as those that were timed.
+        is_least: whether there may be more, since only the beginning of the data was read.
+    """
+    if seconds is None:
+        return {}
+    number = math.ceil(control.max_steps / control.eval_every) if control.eval_every else 1
+    least = "at least " if is_least else ""
+    one = seconds.forward * batches
+    rows = {"one evaluation": one, f"all {number} evaluations" if number > 1 else "": one * number}
+    return {name: least + human_seconds(value) for name, value in rows.items() if name}
 
 
 def free_memory(device: torch.device) -> int:
@@ -195,19 +239,19 @@ def checkpoint_bytes(model: nn.Module, optimizer_bytes_per_parameter: float) -> 
     return _num_bytes(saved.values()) + int(num_trained * optimizer_bytes_per_parameter)
 
 
-def cost_rows(costs: dict[str, int], seconds: float | None, max_steps: int, *, compiles: bool) -> dict[str, str]:
+def cost_rows(costs: dict[str, int], seconds: Seconds | None, max_steps: int, *, compiles: bool) -> dict[str, str]:
     """Rows of a table.
 
     Args:
         costs: see `costs`.
-        seconds: of one update; None = not timed.
+        seconds: see `time_update`; None = not timed.
         max_steps: of the run.
         compiles: whether the run's model is compiled, which the one that was timed is not.
     """
     rows = {name: human_bytes(size) for name, size in costs.items()}
     if seconds is not None:
-        rows["one update"] = human_seconds(seconds) + (", not compiled" if compiles else "")
-        rows["all updates"] = human_seconds(seconds * max_steps)
+        rows["one update"] = human_seconds(seconds.update) + (", not compiled" if compiles else "")
+        rows["all updates"] = human_seconds(seconds.update * max_steps)
     return rows
 
 

@@ -1,11 +1,13 @@
 """Pushing a loadable model to the Hub without ever disturbing the training loop.
 
-`check_push` finds out before training whether a push can work. `HubPusher` copies the loadable files aside and uploads
-them in one background thread, each push as one atomic commit; a newer push replaces one that still waits. What fails
-is tried again, then logged, and said once more by `close` with the command that pushes again. Only files on an
-allow-list leave the machine: safetensors, configuration, tokenizer, model card, metrics, images; never a pickle.
+`check_push` finds out before training whether a push can work. `HubPusher` sets the loadable files aside on their own
+disk and uploads them in one background thread, each push as one atomic commit; a newer push replaces one that still
+waits. What fails is tried again, then logged, and said once more by `close` with the command that pushes again. Only
+files on an allow-list leave the machine: safetensors, configuration, tokenizer, model card, metrics, images; never a
+pickle.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -13,7 +15,6 @@ import re
 import shlex
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ PUSHED = (
     *("recipe.py", "*.png", "*.jpg", "*.svg", "samples/*.txt"),
 )
 KEPT_BACK = ("checkpoints/*", "profile/*", "logs/*", "runs/*", "wandb/*", "mlruns/*", ".*", "*/.*")
+ASIDE = ".push"  # in the run folder: what is being pushed
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 2.0  # doubles after each attempt
@@ -123,7 +125,6 @@ class HubPusher:
         """
         self.repo_id, self._private = repo_id, private
         self._folder = Path()
-        self._copies = tempfile.TemporaryDirectory(prefix="push_to_hub_", ignore_cleanup_errors=True)
         self._newest = 0
         self._problems = {0: ""}  # number of an ended push -> what went wrong
         self._waiting: _Push | None = None
@@ -133,20 +134,23 @@ class HubPusher:
             threading.Thread(target=self._work, name="push_to_hub", daemon=True).start()
 
     def push(self, folder: Path, message: str, tag: str = "") -> None:
-        """Copy the loadable files of `folder` to the temporary folder (TMPDIR) and return; they are uploaded later.
+        """Set the loadable files of `folder` aside in it and return; they are uploaded later.
 
         Args:
-            folder: may be changed or removed as soon as this returns.
+            folder: the run folder, always the same. It may be changed as soon as this returns, but for files of
+                weights, which are replaced and not written into.
             message: of the commit.
             tag: name that the commit gets, such as step-1000. A tag that exists stays where it is. "" = none.
         """
         if not self.repo_id:
             return
+        if not self._newest:
+            shutil.rmtree(folder / ASIDE, ignore_errors=True)  # of a run that was killed
         self._folder = folder
         self._newest += 1
-        push = _Push(self._newest, Path(self._copies.name) / str(self._newest), message, tag)
+        push = _Push(self._newest, folder / ASIDE / str(self._newest), message, tag)
         try:
-            _copy_loadable_files(folder, push.folder)
+            _set_aside(folder, push.folder)
         except Exception as error:  # a full disk, a file that vanished: training goes on
             self._end(push, _one_line(error))
             return
@@ -180,7 +184,6 @@ class HubPusher:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 push, self._waiting = self._waiting, None
             if push is None:
-                self._copies.cleanup()
                 return
             problem = ""
             try:
@@ -191,6 +194,8 @@ class HubPusher:
 
     def _end(self, push: _Push, problem: str) -> None:
         shutil.rmtree(push.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another one waits in it
+            push.folder.parent.rmdir()
         if problem and not self._closed:
             logger.warning("the push %r to %s failed: %s", push.message, self.repo_id, problem)
         with self._changed:
@@ -198,8 +203,11 @@ class HubPusher:
             self._changed.notify_all()
 
 
-def _copy_loadable_files(folder: Path, target: Path) -> None:
-    """Copy what may be pushed; real copies, since metrics and model card are later rewritten in place."""
+def _set_aside(folder: Path, target: Path) -> None:
+    """Keep what may be pushed as it is now: weights by another name of theirs, which takes no room, the rest as copies.
+
+    Metrics and model card are later rewritten in place; an export replaces weights (`models.export.move_files`).
+    """
     from huggingface_hub.utils import filter_repo_objects
 
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -207,8 +215,19 @@ def _copy_loadable_files(folder: Path, target: Path) -> None:
     if not names:
         raise FileNotFoundError(f"nothing to push in {folder}")
     for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, target / name)
+        source, kept = folder / name, target / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix != ".safetensors" or not _is_linked(source, kept):
+            shutil.copyfile(source, kept)
+
+
+def _is_linked(source: Path, target: Path) -> bool:
+    """Give a file a second name; whether its file system has such."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def _upload(repo_id: str, push: _Push) -> None:

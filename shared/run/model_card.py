@@ -58,6 +58,10 @@ def write_model_card(
     made = "Fine-tuned" if Path(str(record["command"][0])).stem == "finetune" else "Pre-trained"
     when = f" after update {record['best_step']:,}, the best evaluation" if "best_step" in record else ""
     commit = f", commit `{record['git_commit'][:12]}`" if record["git_commit"] else ""
+    kept = ""
+    if best := record.get("best"):
+        value = f"`{best['metric']}` {best['evaluation'][best['metric']]:.4f}"
+        kept = f"`{best['folder']}/` holds the model after update {best['step']:,}, of the best evaluation: {value}.\n"
     left_out = f"Of the data were left out: {listed(record['left_out'])}.\n" if record.get("left_out") else ""
     text = f"""---
 {data.to_yaml()}
@@ -82,7 +86,7 @@ Measured on data that was held out of training{when}, each sample counted once.
 |---|---|
 {rows}
 
-{left_out}
+{kept}{left_out}
 ![Loss over the updates](figures/loss.png)
 {images}
 ## Samples

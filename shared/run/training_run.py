@@ -4,13 +4,16 @@
     ...                                                      # data, model, accelerator.prepare
     run = Run(cfg, accelerator)                              # model and optimizer are filled from the checkpoint
     run.record(Path(__file__), facts)                        # from here on there are files
+    due, metrics = run.owed                                  # of an evaluation that a signal ended, if there is one
     for step, batches in run.updates(loader, flops_per_sample):
-        loss, grad_norm = ...                                # one optimizer update
-        due = run.count_update(grad_norm, samples=..., units=...)
-        metrics = {"train/loss": loss.item(), **run.rates("tokens")} if due.log else {}
+        if batches:                                          # none where that evaluation is all there is to do
+            loss, grad_norm = ...                            # one optimizer update
+            due = run.count_update(grad_norm, samples=..., units=...)
+            metrics = {"train/loss": loss.item(), **run.rates("tokens")} if due.log else {}
+        if due.evaluate:
+            with run.evaluation(metrics):                    # a signal ends the block between two batches
+                metrics |= ...                               # of `until_stopped(accelerator, batches)`
         with run.pause():
-            if due.evaluate:
-                metrics |= ...
             run.write(metrics)                               # before the checkpoint: no step is lost, none comes twice
             if due.save:
                 run.save({...})
@@ -25,10 +28,10 @@ Every process makes every call. What is `due` is the same on all of them, so a b
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -54,14 +57,15 @@ from shared.runtime.signals import StopSignals
 Update = TypeVar("Update")
 
 
-class Due(NamedTuple):
+@dataclass
+class Due:
     """What happens after an update, the same on all processes.
 
     Attributes:
         log: metrics of the training.
         evaluate: metrics on held-out data.
-        save: a checkpoint.
-        push: the exported model goes to the Hub.
+        save: a checkpoint; also where a signal ended the evaluation.
+        push: the exported model goes to the Hub; not where a signal ended the evaluation.
     """
 
     log: bool
@@ -114,6 +118,8 @@ class Run:
         folder: of the run.
         step: updates done so far.
         state: what `save` was given, of the run that goes on; empty at the beginning.
+        owed: what is due, and the metrics of the training, after the update at which the run was saved since a signal
+            ended its evaluation; nothing and no metrics where that was not so.
         is_over: set it after an evaluation to make that update the last one.
 
     Raises:
@@ -139,7 +145,12 @@ class Run:
         self._skipped = SkippedUpdates(self.state, control.max_bad_updates)
         self._seconds: float = self.state.get("training_seconds", 0.0)  # at the newest checkpoint
         self.is_over = False
-        self._written = self._saved = self.step  # the newest steps of the metrics and of the checkpoints
+        self._owes = "owed" in self.state
+        pushes = self._owes and _is_due(self.step, control.push_every)
+        self.owed = Due(log=False, evaluate=self._owes, save=False, push=pushes), self.state.pop("owed", {})
+        self._owed: dict[str, float] | None = None  # of this step, once a signal has ended its evaluation
+        self._saved = self.step  # the newest step of the checkpoints, and of the metrics:
+        self._written = self.step - self._owes
 
     def record(self, recipe: Path, facts: dict[str, Any]) -> None:
         """Write what the run is made of, see that it may push, and open its log.
@@ -162,14 +173,16 @@ class Run:
                 facts = {**facts, "data_commits": hub_data.commits(), "license": control.hub_license}
                 run_id = write_run_record(self.folder, to_yaml(control), recipe, facts)["run_id"]
         names = {"project": control.tracker_project, "name": control.run_name, "run_id": run_id}
-        start_trackers(accelerator, self.folder, asdict(control), **names, step=self.step)
-        self._log = RunLog(accelerator, self.folder, self.step, control.max_steps)
+        start_trackers(accelerator, self.folder, asdict(control), **names, step=self._written)
+        self._log = RunLog(accelerator, self.folder, self._written, control.max_steps)
         self._pusher = hub.HubPusher(hub_id, control.hub_private)
 
-    def updates(self, loader: Iterator[Update], flops_per_sample: float) -> Iterator[tuple[int, Update]]:
+    def updates(self, loader: Iterator[Update], flops_per_sample: float) -> Iterator[tuple[int, Update | None]]:
         """What each update sees, with its number from 0, from the next one to the last.
 
-        A signal ends the run after an update, once it is saved; so do too many updates without a finite gradient.
+        First there is None, with the number of the last update, where a signal ended the evaluation after it: the
+        evaluation is then done, and no update. A signal ends the run after an update, once it is saved; so do too many
+        updates without a finite gradient.
 
         Args:
             loader: gives the updates from `step` on.
@@ -184,22 +197,18 @@ class Run:
         self._seconds_before = self._seconds
         self._stop = StopSignals()  # before this one, a signal ends a run that has nothing to save
         self._stops_before: LateNumber | None = None
+        if self._owes:
+            self._due, self._is_stopping, self._were_too_many = self.owed[0], False, self._skipped.are_too_many
+            yield self.step - 1, None
+            self._end_update(self.step - 1)
         while self.step < control.max_steps and not self.is_over:
             number = self.step
             with self._throughput.waiting_for_data():
                 update = next(loader)
             yield number, update
-            assert self.step == self._written == number + 1, "each update is to be counted and written, once"
-            is_saved = self._saved == self.step or not (self._due.save or self.is_over)
-            assert is_saved, "a checkpoint was due and is not there"
             if profiler:
                 profiler.step()
-            if self._were_too_many or self.is_over:  # it is saved, and by now the newest update was looked at too
-                self._skipped.check(self.step)
-            if self._is_stopping and self.step < control.max_steps and not self.is_over:
-                raise RunStopped(
-                    f"saved at step {self.step} of {control.max_steps}; the same command goes on from there"
-                )
+            self._end_update(number)
 
     def count_update(self, grad_norm: Tensor, *, samples: float, units: int) -> Due:
         """Note that an update was done, and say what is due after it.
@@ -239,8 +248,30 @@ class Run:
         """Do not count the block's time as training: evaluation, saving."""
         return self._throughput.pause()
 
+    @contextlib.contextmanager
+    def evaluation(self, metrics: dict[str, float]) -> Iterator[None]:
+        """Do not count the block's time as training. A signal ends the block between two batches of `until_stopped`.
+
+        Then a save is due, and the run leaves; when it goes on, the evaluation comes first, see `owed`.
+
+        Args:
+            metrics: of this update so far, which are written together with those of the evaluation.
+        """
+        so_far = dict(metrics)
+        with self._throughput.pause():
+            try:
+                yield
+            except RunStopped:
+                self._owed = so_far
+                self._due.save, self._due.push = self._saved < self.step, False
+
     def write(self, metrics: dict[str, float]) -> None:
-        """Record this update's metrics, if there are any, and move the bar. Once an update, before `save`."""
+        """Record this update's metrics, if there are any, and move the bar. Once an update, before `save`.
+
+        Where a signal ended the evaluation nothing is recorded yet.
+        """
+        if self._owed is not None:
+            metrics = {}
         self._log.write(self.step, metrics and {**metrics, "perf/training_seconds": self._training_seconds()})
         self._written = self.step
 
@@ -262,11 +293,14 @@ class Run:
         assert self._written == self.step, "metrics are written before the checkpoint, or a kill could lose them"
         self._seconds = self._training_seconds()
         everything = {
+            **(self.state if self._saved == self.step else {}),  # of what no update came after
             "training_seconds": self._seconds,
             "rates": self._rates_so_far(),
             **self._skipped.state(),
             **state,
         }
+        if self._owed is not None:
+            everything["owed"] = self._owed
         checkpoints.save_checkpoint(
             self._accelerator, self.folder, self.step, everything, self._control.keep_checkpoints, self._control.resume
         )
@@ -318,6 +352,21 @@ class Run:
         self._stop.restore()
         if self._lock:
             self._lock.close()
+
+    def _end_update(self, number: int) -> None:
+        """Check that everything was done after update `number`, and end the run where it is to end."""
+        assert self.step == self._written == number + 1, "each update is to be counted and written, once"
+        is_saved = self._saved == self.step or not (self._due.save or self.is_over)
+        assert is_saved, "a checkpoint was due and is not there"
+        where = f"saved at step {self.step} of {self._control.max_steps}"
+        if self._owed is not None:
+            self._stop.leave_off()
+            raise RunStopped(f"{where}, which is evaluated when the same command goes on from there")
+        if self._were_too_many or self.is_over:  # it is saved, and by now the newest update was looked at too
+            self._skipped.check(self.step)
+        if self._is_stopping and self.step < self._control.max_steps and not self.is_over:
+            self._stop.leave_off()
+            raise RunStopped(f"{where}; the same command goes on from there")
 
     def _rates_so_far(self) -> str:
         """Changes when the rates of the updates done so far would have been others; "" where none were given."""

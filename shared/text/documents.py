@@ -31,15 +31,14 @@ from shared.data.local_files import (
 )
 from shared.data.text_lines import read_lines
 from shared.fields import Corpus
+from shared.text.file_contents import contents_of
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".xz", ".zst")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 UNSEPARATED_CHARACTERS = 1 << 16
 _SEPARATOR_WITHIN = 1 << 24  # characters of a .txt in which a separator must come, or it counts as one without
-_READ_FOR_FINGERPRINT = 1 << 26  # bytes of a file up to which all of it is read for the fingerprint
 _TXT_VERSION = 2  # of how a .txt is cut
-_SAMPLED_BLOCKS, _BLOCK = 256, 1 << 14  # that are read of a larger one: 4 MB
 _CORPUS_OPTION = re.compile(r":([a-z_]+)=")
 _SAMPLED_RECORDS = 100  # that tell which columns hold text, where the format does not say
 _SAMPLES = Path(__file__).parents[1] / "samples"
@@ -86,10 +85,11 @@ class LocalTexts:
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, renamed or resized, or when its content changes.
 
-        Content alone tells, so that a copy, a new clone or a file on another disk is the same: all of a small file, of
-        a large one its beginning, its end and places between, so a change that keeps its size may not be seen.
+        Content alone tells, so that a copy, a new clone or a file on another disk is the same; of a large file places
+        of it are looked at, so a change that keeps its size may not be seen. See `contents_of`.
         """
-        versions: list[object] = [(file.name, _version_of(file)) for file in self.files]
+        names = [file.name for file in self.files]
+        versions: list[object] = list(zip(names, contents_of(self.files), strict=True))
         # How these are cut: at blank lines since version 2.
         versions += [_TXT_VERSION] if any(_format_of(file) == ".txt" for file in self.files) else []
         return hashlib.sha256(repr((versions, self.text_column)).encode()).hexdigest()[:16]
@@ -337,18 +337,6 @@ def text_columns(records: Iterable[dict[str, Any]]) -> dict[str, bool]:
             types.setdefault(name, set()).add(type(value))
     alone = {name: found <= {str, type(None)} for name, found in types.items()}
     return alone if any(alone.values()) else {name: str in found for name, found in types.items()}
-
-
-def _version_of(file: Path) -> tuple[int, str]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= _READ_FOR_FINGERPRINT:
-            return size, hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        for place in range(_SAMPLED_BLOCKS):
-            stream.seek((size - _BLOCK) * place // (_SAMPLED_BLOCKS - 1))
-            digest.update(stream.read(_BLOCK))
-        return size, digest.hexdigest()
 
 
 def _format_of(file: Path) -> str:

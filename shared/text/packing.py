@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shared.data.batches import IGNORED, micro_batches
+from shared.data.subsets import fixed_choice
 from shared.runtime.atomic_folder import written_aside
 from shared.text import tokenization
 from shared.text.documents import Texts
@@ -160,6 +161,11 @@ class PackedRows:
         return len(self.row_ends)
 
     @property
+    def num_targets(self) -> int:
+        """Of all rows together: each token but the first of its document."""
+        return len(self.cache.tokens) - len(self.cache.ends)
+
+    @property
     def fingerprint(self) -> str:
         """Name of the cache folder, which changes with data, tokenizer and settings."""
         return self.cache.folder.parent.name
@@ -202,16 +208,17 @@ def windows(rows: PackedRows) -> Windows:
 
 
 def in_batches(
-    rows: PackedRows | Windows, batch_size: int, rank: int, processes: int
+    rows: PackedRows | Windows, batch_size: int, rank: int, processes: int, most: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """A process's share of the rows, in batches of (B, T), with a bar on a terminal.
+    """A process's share of the rows, at most `most` (0 = all), in batches of (B, T), with a bar on a terminal.
 
     All processes get as many batches: where no row is left for one, it has one of padding.
     """
-    starts = range(0, len(rows), batch_size * processes)
+    chosen = fixed_choice(len(rows), most)
+    starts = range(0, len(chosen), batch_size * processes)
     is_quiet = rank > 0 or None  # None: where there is no terminal
     for first in tqdm(starts, desc="evaluating", delay=2, leave=False, disable=is_quiet):
-        mine = range(first + rank * batch_size, len(rows))[:batch_size]
+        mine = chosen[first + rank * batch_size :][:batch_size].tolist()
         found = [rows.read(row) for row in mine] or [fill_row([], rows.seq_length, rows.pad_token_id)]
         yield micro_batches(found, batch_size)[0]
 

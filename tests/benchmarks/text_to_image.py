@@ -58,7 +58,7 @@ RECIPE = ROOT / "recipes" / "text_to_image" / "pretrain.py"
 README = RECIPE.with_name("README.md")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 NO_PAUSES = ["--eval_every=0", "--save_every=0"]
-QUICK_EVALUATION = ["--eval_samples=50", "--sample_steps=1"]
+QUICK_EVALUATION = ["--eval_rows=50", "--sample_steps=1"]
 EVALUATIONS = 20
 TRIAL_SHARE = 1 / 8  # of the time, for a learning rate
 SHORTER = (0.8, 1.0)  # runs tried, as shares of the plain loop's updates
@@ -224,7 +224,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
         reading = {"scaling_factor": vae.config.scaling_factor, "tokenizer": tokenizer, "empty": empty}
         fixed = {
             name: recipe.FixedSamples(
-                latents, cfg.eval_samples, recipe.NUM_BANDS, reading, batch_size=cfg.global_batch_size
+                latents, cfg.eval_rows, recipe.NUM_BANDS, reading, batch_size=cfg.global_batch_size
             )
             for name, latents in held_out.items()
         }

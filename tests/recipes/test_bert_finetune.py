@@ -462,7 +462,7 @@ def test_stopping_two_processes_and_going_on_is_exact(runs: Runs, tmp_path: Path
     fields = {**runs.fields["tags"], "save_every": 0}
     status, output = runs.run("multi_cpu", tmp_path / "run", fields, SIGTERM_AT="2:1")
     assert status == 1, output  # of the launcher
-    assert "stopped: saved at step 4 of 6" in output
+    assert "stopped: saved at step 3 of 6, which is evaluated when" in output
     assert_no_traceback(output)
     status, output = runs.run("multi_cpu", tmp_path / "run", fields)
     assert status == 0, output

@@ -402,7 +402,7 @@ def test_dry_run_leaves_nothing(
     run(bert, config_of(bert, sentences_file, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    for expected in ("first row: [CLS]", "memory: activations", "one checkpoint", "parameters", "one update"):
+    for expected in ("first row: [CLS]", "memory: activations", "one checkpoint", "parameters", "one evaluation"):
         assert expected in printed
 
 

@@ -255,6 +255,10 @@ def test_evaluation_counts_every_document_once(gpt: ModuleType, reference: Path,
         assert both[key] == pytest.approx(nll / math.log(2) / text_bytes, rel=1e-5), key
     assert both["eval/loss"] == pytest.approx(nll / targets, rel=1e-5)
     assert "eval/window_loss" not in both
+    some = gpt.evaluate(Accelerator(cpu=True), model, {"one": rows}, 3, by_windows=False, most=2)
+    bits = some["eval/loss"] / math.log(2) * targets / text_bytes
+    assert some["eval/loss"] != both["eval/loss"]
+    assert some["eval/bits_per_byte"] == pytest.approx(bits)
 
 
 def test_evaluation_by_windows_is_that_of_the_stream(gpt: ModuleType, reference: Path, corpus: Path) -> None:
@@ -483,7 +487,14 @@ def test_dry_run_leaves_nothing(
     run(gpt, config_of(gpt, corpus, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    for expected in ("first row", "memory: activations", "one checkpoint", "parameters", "one update", "all updates"):
+    for expected in (
+        "first row",
+        "memory: activations",
+        "one checkpoint",
+        "parameters",
+        "one update",
+        "one evaluation",
+    ):
         assert expected in printed
 
 

@@ -456,7 +456,7 @@ def test_dry_run_leaves_nothing(
     fields = {"init": str(reference), "learning_rate": 0.01} if goes_on else {}
     run(resnet, config_of(resnet, shapes, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
-    for row in ("parameters", "memory: total", "one checkpoint", "all updates"):
+    for row in ("parameters", "memory: total", "one checkpoint", "all updates", "one evaluation"):
         assert row in printed
     [grid_file] = re.findall("model sees them: (.*)", printed)
     grid = Path(grid_file)

@@ -201,7 +201,7 @@ def test_dry_run_leaves_nothing(
     fields = {"init": str(reference), "learning_rate": 0.01} if goes_on else {}
     run(resnet_rsb, config_of(resnet_rsb, shapes, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
-    for row in ("parameters", "memory: total", "one checkpoint", "all updates", "model sees them"):
+    for row in ("parameters", "memory: total", "one checkpoint", "all updates", "one evaluation", "model sees them"):
         assert row in printed
     assert not (tmp_path / "run").exists()
 

@@ -479,7 +479,14 @@ def test_dry_run_leaves_nothing(
     }[kind]
     run(pretrain, config_of(pretrain, latents, tiny_vae, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
-    for row in ("first caption: train image 0", "parameters", "memory: total", "one checkpoint", "all updates"):
+    for row in (
+        "first caption: train image 0",
+        "parameters",
+        "memory: total",
+        "one checkpoint",
+        "all updates",
+        "one evaluation",
+    ):
         assert row in printed
     assert not (tmp_path / "run").exists()
 

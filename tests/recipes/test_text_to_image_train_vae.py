@@ -296,7 +296,7 @@ def test_dry_run_leaves_nothing(
     fields = {"init": str(reference), "learning_rate": 0.01} if goes_on else {}
     run(vae, config_of(vae, shapes, tmp_path / "run", dry_run=True, **fields))
     printed = capsys.readouterr().out
-    for row in ("parameters", "latents", "memory: total", "one checkpoint", "all updates"):
+    for row in ("parameters", "latents", "memory: total", "one checkpoint", "all updates", "one evaluation"):
         assert row in printed
     [grid_file] = re.findall("model sees them: (.*)", printed)
     assert Image.open(grid_file).size[0] > 100

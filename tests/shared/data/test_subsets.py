@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.data.subsets import few_of_each, held_out_of_each
+from shared.data.subsets import few_of_each, fixed_choice, held_out_of_each
 
 
 @given(st.lists(st.integers(0, 3), min_size=4, max_size=60), st.integers(0, 9), st.integers(1, 9), st.integers(0, 9))
@@ -32,3 +32,18 @@ def test_a_share_of_each_class_is_held_out_and_both_sides_get_some(labels: list[
         assert (of_class > 0) == (number > 1)
         assert of_class < number
         assert abs(of_class - fraction * number) <= 1
+
+
+@given(st.integers(1, 200), st.integers(0, 220), st.integers(0, 20))
+@settings(deadline=None)
+def test_a_fixed_choice_is_among_a_larger_one(number: int, most: int, more: int) -> None:
+    chosen = fixed_choice(number, most).tolist()
+    assert len(chosen) == min(most or number, number)
+    assert chosen == sorted(set(chosen) & set(range(number)))
+    assert most == 0 or set(chosen) <= set(fixed_choice(number, most + more).tolist())
+
+
+def test_a_fixed_choice_of_sorted_classes_has_all_of_them() -> None:
+    """Also where classes take turns, which an even spread would meet in step."""
+    for labels in (np.repeat(np.arange(10), 100), np.tile(np.arange(10), 100)):
+        assert np.bincount(labels[fixed_choice(1000, 100)], minlength=10).min() >= 3

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import resource
 import sys
 import time
@@ -11,13 +12,17 @@ from accelerate import Accelerator
 from safetensors.torch import save_model
 from torch import nn
 
+from shared.fields import RunControl
 from shared.performance.dry_run import (
     SavedForBackward,
+    Seconds,
     checkpoint_bytes,
     costs,
+    evaluation_rows,
     human_bytes,
     human_seconds,
     memory_per_device,
+    num_batches,
     time_update,
     without_memory,
 )
@@ -251,8 +256,20 @@ def test_an_update_is_timed_with_all_its_micro_batches():
     accelerator, model = Accelerator(cpu=True), Slow()
     accelerator.gradient_accumulation_steps = 5
     seconds = time_update(accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1), {})
-    assert 0.5 <= seconds < 2
+    assert 0.5 <= seconds.update < 2
+    assert 0.1 <= seconds.forward < 0.4
     assert accelerator.gradient_accumulation_steps == 5
+
+
+def test_evaluations_are_told_with_how_often_they_come():
+    control = RunControl(global_batch_size=1, max_steps=10, max_grad_norm=0.0, eval_every=4)
+    two = types.SimpleNamespace(num_processes=2)
+    assert num_batches(two, [9, 8], 4) == 3
+    rows = {"one evaluation": "6 s", "all 3 evaluations": "18 s"}
+    assert evaluation_rows(control, Seconds(9.0, 2.0), 3) == rows
+    once = dataclasses.replace(control, eval_every=0)
+    assert evaluation_rows(once, Seconds(9.0, 2.0), 3, is_least=True) == {"one evaluation": "at least 6 s"}
+    assert evaluation_rows(control, None, 3) == {}
 
 
 @pytest.mark.parametrize(

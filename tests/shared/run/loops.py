@@ -22,8 +22,10 @@ import torch
 from shared.command_line import RunStopped, TooManyNonFiniteUpdates
 from shared.fields import RunControl
 from shared.run.training_run import Run
+from shared.runtime.signals import until_stopped
 
 Event = tuple[Any, ...]
+BATCHES = 4  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Case:
 
     Attributes:
         signals: updates in which SIGTERM arrives, at each start of the run that gets so far.
+        eval_signals: updates in whose evaluation it arrives, at the first start that gets so far, before a batch.
         bad: updates whose gradient is not finite.
     """
 
@@ -43,6 +46,7 @@ class Case:
     max_bad_updates: int
     signals: frozenset[int]
     bad: frozenset[int]
+    eval_signals: frozenset[int] = frozenset()
 
 
 def random_case(seed: int) -> Case:
@@ -52,7 +56,9 @@ def random_case(seed: int) -> Case:
     cadences = [draw.randint(1, 4), *(draw.randint(0, 4) for _ in range(3))]
     signals = {step for step in range(max_steps) if draw.random() < 0.15}
     bad = {step for step in range(max_steps) if draw.random() < 0.3}
-    return Case(max_steps, *cadences, draw.randint(1, 3), frozenset(signals), frozenset(bad))
+    bad_updates = draw.randint(1, 3)
+    in_evaluation = {step for step in range(max_steps) if draw.random() < 0.3}
+    return Case(max_steps, *cadences, bad_updates, frozenset(signals), frozenset(bad), frozenset(in_evaluation))
 
 
 def drive(case: Case, folder: Path, accelerator: Any, signalled_rank: int) -> list[Event]:
@@ -74,21 +80,30 @@ def drive(case: Case, folder: Path, accelerator: Any, signalled_rank: int) -> li
     run = Run(control, accelerator)
     run.record(Path(__file__), {"data": "none", "data_fingerprint": [], "init": "scratch"})
     events.append(("start", run.step, run.state.get("number", -1)))
+    due, metrics = run.owed
     try:
         for step, update in run.updates(iter(range(run.step, case.max_steps)), 1.0):
-            assert update == step
-            if step in case.signals and accelerator.process_index == signalled_rank:
-                os.kill(os.getpid(), signal.SIGTERM)
-            grad_norm = torch.tensor(math.nan if step in case.bad else 1.0)
-            due = run.count_update(grad_norm, samples=4, units=8)
-            metrics = {"train/loss": float(step), **run.rates("tokens")} if due.log else {}
-            events.append(("log", run.step, metrics.get("train/skipped_updates", -1)))
-            with run.pause():
-                if due.evaluate:
+            if update is not None:
+                assert update == step
+                if step in case.signals and accelerator.process_index == signalled_rank:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                grad_norm = torch.tensor(math.nan if step in case.bad else 1.0)
+                due = run.count_update(grad_norm, samples=4, units=8)
+                metrics = {"train/loss": float(step), **run.rates("tokens")} if due.log else {}
+                events.append(("log", run.step, metrics.get("train/skipped_updates", -1)))
+            if due.evaluate:
+                with run.evaluation(metrics):
+                    for batch in until_stopped(accelerator, range(BATCHES)):
+                        mark = folder / f"signalled_{step}"
+                        is_here = step in case.eval_signals and batch == 1 and not mark.exists()
+                        if is_here and accelerator.process_index == signalled_rank:
+                            mark.touch()
+                            os.kill(os.getpid(), signal.SIGTERM)
                     metrics |= {"eval/loss": float(step)}
                     events.append(("evaluate", run.step))
+            with run.pause():
                 run.write(metrics)
-                events.append(("write", run.step, bool(metrics)))
+                events.append(("write", run.step, bool(metrics) and due.evaluate <= ("eval/loss" in metrics)))
                 if due.save:
                     run.save({"number": step})
                     events.append(("save", run.step))
@@ -106,32 +121,48 @@ def expected(case: Case, processes: int = 1) -> list[list[Event]]:
     """The same of every start of a run, to its end, said plainly.
 
     Updates without a finite gradient, and where there are several processes signals, are known when the next update is
-    counted; a checkpoint and the last update have the former at once.
+    counted; a checkpoint and the last update have the former at once. A signal that is there when an evaluation begins,
+    or comes in it, ends it, on all processes; then the run is saved and leaves, and evaluates first when it goes on.
     """
-    starts, saved = [], (0, 0, 0, -1)  # step, skipped, in a row, number
+    starts, saved, owed = [], (0, 0, 0, -1), 0  # step, skipped, in a row, number
+    fired: set[int] = set()
     while not starts or starts[-1][-1][0] == "RunStopped":
         step, skipped, in_a_row, number = saved
         events: list[Event] = [("start", step, number)]
         end, signalled = "finished", False
-        while step < case.max_steps and end == "finished":
-            is_stopping, signalled = signalled, step in case.signals
-            if processes == 1:
-                is_stopping = signalled
-            is_bad, too_many = step in case.bad, in_a_row >= case.max_bad_updates
-            step, skipped, in_a_row = step + 1, skipped + is_bad, in_a_row + 1 if is_bad else 0
-            if step == case.max_steps:
-                too_many = in_a_row >= case.max_bad_updates
-            is_last = step == case.max_steps or too_many
-            logs = is_last or step % case.log_every == 0
-            evaluates = step == case.max_steps or (case.eval_every > 0 and step % case.eval_every == 0)
-            events.append(("log", step, skipped if logs else -1))
+        while (step < case.max_steps or owed) and end == "finished":
+            if not owed:
+                is_stopping, signalled = signalled, signalled or step in case.signals
+                if processes == 1:
+                    is_stopping = signalled
+                is_bad, too_many = step in case.bad, in_a_row >= case.max_bad_updates
+                step, skipped, in_a_row = step + 1, skipped + is_bad, in_a_row + 1 if is_bad else 0
+                if step == case.max_steps:
+                    too_many = in_a_row >= case.max_bad_updates
+                is_last = step == case.max_steps or too_many
+                logs = is_last or step % case.log_every == 0
+                evaluates = step == case.max_steps or (case.eval_every > 0 and step % case.eval_every == 0)
+                saves = is_last or is_stopping or (case.save_every > 0 and step % case.save_every == 0)
+                events.append(("log", step, skipped if logs else -1))
+            else:
+                is_stopping, too_many, evaluates, saves = False, in_a_row >= case.max_bad_updates, True, False
+            comes = evaluates and not signalled and step - 1 in case.eval_signals and step - 1 not in fired
+            if comes:
+                fired.add(step - 1)
+            if evaluates and (signalled or comes):
+                events.append(("write", step, False))
+                if not owed:
+                    saved = (step, skipped, in_a_row, step - 1)
+                    events.append(("save", step))
+                owed, end = step, "RunStopped"
+                continue
             if evaluates:
                 events.append(("evaluate", step))
             events.append(("write", step, logs or evaluates))
-            saves = is_last or is_stopping or (case.save_every > 0 and step % case.save_every == 0)
             if saves:
                 saved = (step, skipped, in_a_row, step - 1)
                 events.append(("save", step))
+            owed = 0
             if case.push_every > 0 and step % case.push_every == 0:
                 events.append(("push", step))
             if too_many and in_a_row >= case.max_bad_updates:

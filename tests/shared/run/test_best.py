@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from shared.run.best import Best
 
 
-@pytest.mark.parametrize(("metric", "best_of"), [("eval/accuracy", max), ("eval/loss", min)])
+@pytest.mark.parametrize(
+    ("metric", "best_of"), [("eval/accuracy", max), ("eval/loss", min), ("eval/prose/bits_per_byte", min)]
+)
 @given(values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan]), min_size=1), data=st.data())
 @settings(deadline=None)
 def test_the_first_of_the_best_is_kept_over_any_stop(
@@ -23,6 +25,9 @@ def test_the_first_of_the_best_is_kept_over_any_stop(
             best = Best(metric, json.loads(json.dumps(best.state())))
         if best.is_better(step, {metric: value, "eval/other": 1.0}, f"at {step}"):
             noted.append(step)
+        if step == stop and data.draw(st.booleans()):  # in this evaluation, which is done again
+            best = Best(metric, json.loads(json.dumps(best.state())))
+            assert best.is_better(step, {metric: value, "eval/other": 1.0}, f"at {step}") == (step in noted)
     finite = [value for value in values if not math.isnan(value)]
     expected = values.index(best_of(finite)) + 1 if finite else 0
     assert best.step == expected == (noted[-1] if noted else 0)
@@ -44,3 +49,16 @@ def test_of_equal_values_the_least_loss_is_the_best() -> None:
         waited.append(best.waited)
     assert better == [0, 1, 5, 6]
     assert waited == [0, 1, 2, 3, 4, 5, 0]  # patience is for the metric
+
+
+def test_without_a_metric_none_is_the_best() -> None:
+    best = Best("", {})
+    assert not best.is_better(1, {"eval/loss": 1.0}, "")
+    assert (best.state(), best.kept()) == ({}, {})
+
+
+def test_the_best_is_told_with_its_evaluation_alone() -> None:
+    best = Best("eval/loss", {})
+    assert best.is_better(3, {"train/loss": 1.0, "eval/loss": 2.0}, "")
+    expected = {"folder": "best", "metric": "eval/loss", "step": 3, "evaluation": {"eval/loss": 2.0}}
+    assert best.kept() == {"best": expected}

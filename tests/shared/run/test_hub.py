@@ -57,7 +57,7 @@ KEPT_BACK = (
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A fresh Hub that the clients of this process talk to, with short waits and a temporary folder of its own."""
+    """A fresh Hub that the clients of this process talk to, with short waits."""
     from huggingface_hub import constants
 
     server = start_hub()
@@ -70,8 +70,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setattr(hub_module, "FIRST_WAIT_SECONDS", 0.01)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     yield server
     server.stop()
 
@@ -108,9 +106,16 @@ def push_and_close(folder: Path, *, tag: str = "", timeout_seconds: float = 20) 
     return pusher.close(timeout_seconds)
 
 
-def temporary_files() -> list[str]:
-    """Names of the files in the temporary folder; unlike glob, walk bears that the pusher's thread removes folders."""
-    return [name for _, _, names in os.walk(tempfile.gettempdir()) for name in names]
+def set_aside(folder: Path) -> list[str]:
+    """Names of the files that wait to be pushed; unlike glob, walk bears that the pusher's thread removes folders."""
+    return [name for _, _, names in os.walk(folder / hub_module.ASIDE) for name in names]
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Give a file another content as exports do."""
+    aside = file.with_name(".aside")
+    aside.write_bytes(content)
+    aside.replace(file)
 
 
 def run_client(hub: Hub, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -208,7 +213,7 @@ def test_loadable_files_and_nothing_else_are_pushed_as_one_tagged_commit(hub: Hu
     assert hub.model(REPO).messages == ["initial commit", "step 1"]
     assert hub.model(REPO).tags == {"step-1": hub.model(REPO).head}
     assert TOKEN.encode() not in b"".join(hub.files(REPO).values())
-    assert not temporary_files()  # the copies are gone
+    assert not (run_folder / hub_module.ASIDE).exists()
 
 
 @pytest.mark.slow
@@ -233,10 +238,30 @@ def test_folder_may_change_as_soon_as_push_returns(hub: Hub, run_folder: Path) -
     hub.fail("preupload", delay=0.3)
     pusher = HubPusher(REPO, True)
     pusher.push(run_folder, "step 1")
-    (run_folder / "model.safetensors").write_bytes(b"half of the next wei")
+    replace(run_folder / "model.safetensors", b"the next weights")
+    (run_folder / "metrics.jsonl").write_bytes(b"half of a li")
     (run_folder / "config.json").unlink()
     assert pusher.close(20) == ""
     assert hub.files(REPO) == LOADABLE
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_what_is_pushed_stays_on_its_disk_where_weights_are_named_twice(
+    hub: Hub, run_folder: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """The folder for temporary files is often in memory, and here there is none."""
+    monkeypatch.setattr(tempfile, "tempdir", str(run_folder / "not there"))
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links here")))
+    check_push(REPO, private=True)
+    hub.fail("preupload", delay=0.3)
+    (run_folder / hub_module.ASIDE / "7").mkdir(parents=True)  # of a run that was killed
+    pusher = HubPusher(REPO, True)
+    pusher.push(run_folder, "step 1")
+    assert os.stat(run_folder / "model.safetensors").st_nlink == (2 if has_links else 1)
+    assert pusher.close(20) == ""
+    assert hub.files(REPO) == LOADABLE
+    assert not (run_folder / hub_module.ASIDE).exists()
 
 
 def test_newest_push_replaces_the_one_that_waits(hub: Hub, run_folder: Path) -> None:
@@ -244,12 +269,12 @@ def test_newest_push_replaces_the_one_that_waits(hub: Hub, run_folder: Path) -> 
     hub.fail("/commit/", delay=1.5)
     pusher = HubPusher(REPO, True)
     for step in range(1, 7):
-        (run_folder / "model.safetensors").write_bytes(f"weights of step {step}".encode())
+        replace(run_folder / "model.safetensors", f"weights of step {step}".encode())
         pusher.push(run_folder, f"step {step}")
         if step == 1:
             while not hub.sent("/commit/"):
                 time.sleep(0.01)
-    assert temporary_files().count("model.safetensors") == 2  # the copy under way and the one that waits
+    assert set_aside(run_folder).count("model.safetensors") == 2  # of the push under way and the one that waits
     assert pusher.close(20) == ""
     assert hub.model(REPO).messages == ["initial commit", "step 1", "step 6"]
     assert hub.files(REPO)["model.safetensors"] == b"weights of step 6"
@@ -381,7 +406,7 @@ pusher = HubPusher({REPO!r}, True)
 pusher.push(pathlib.Path({str(new_folder)!r}), "step 2")
 print(pusher.close(20))
 """
-    client = run_client(hub, code, FAULT="mid_upload", TMPDIR=str(tmp_path))
+    client = run_client(hub, code, FAULT="mid_upload")
     assert client.returncode == -signal.SIGKILL, client.stderr
     assert (new_folder / "model.safetensors").read_bytes() in hub.large_files.values()  # uploaded, not committed
     assert hub.files(REPO) == old

@@ -35,6 +35,8 @@ def test_cases_have_all_ends_and_some_go_on() -> None:
     assert {start[-1][0] for case in starts for start in case} == {"finished", "RunStopped", "TooManyNonFiniteUpdates"}
     assert sum(len(case) > 1 for case in starts) >= 10
     assert any(event[0] == "push" for case in starts for start in case for event in start)
+    ends = [(start[-1][0], start[-3 if start[-2][0] == "save" else -2][::2]) for case in starts for start in case]
+    assert sum(end == ("RunStopped", ("write", False)) for end in ends) >= 10  # some of them in an evaluation
 
 
 @pytest.mark.parametrize("seed", range(NUMBER))

@@ -26,7 +26,7 @@ from shared.command_line import UsageError
 from shared.data import left_out
 from shared.data.hub_data import is_hub_id
 from shared.fields import Corpus
-from shared.text import documents
+from shared.text import file_contents
 from shared.text.documents import (
     DOCUMENT_SEPARATOR,
     UNSEPARATED_CHARACTERS,
@@ -546,8 +546,8 @@ def test_a_fingerprint_is_that_of_a_copy_elsewhere_whenever_it_was_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool
 ) -> None:
     if is_large:
-        monkeypatch.setattr(documents, "_READ_FOR_FINGERPRINT", 3)
-        monkeypatch.setattr(documents, "_BLOCK", 16)
+        monkeypatch.setattr(file_contents, "_WHOLE", 3)
+        monkeypatch.setattr(file_contents, "_BLOCK", 16)
     content = "".join(f'{{"text": "{number:06}"}}\n' for number in range(5_000))  # 100 KB
     first = texts(write(tmp_path / "a" / "x.jsonl", content)).fingerprint
     copy = write(tmp_path / "b" / "x.jsonl", content)
