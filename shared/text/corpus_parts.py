@@ -33,8 +33,8 @@ from shared.runtime.atomic_folder import one_at_a_time, one_builder, remove_aban
 
 logger = logging.getLogger(__name__)
 
-# Of text: what a kill loses is less than a minute of a core, and a corpus of a terabyte has no more than 16,000 parts.
-PART_CHARACTERS = 1 << 26
+# Of text: a kill loses half a minute of a core, merging holds 60 MB in memory, and a terabyte has no more than 32,000.
+PART_CHARACTERS = 1 << 25
 _MERGES_A_PART_SECONDS = 60.0  # within which whoever merges has done another part
 
 
