@@ -156,7 +156,7 @@ class Runs:
         """Start the recipe under an engine; through the shim where `options` ask for what only that can do."""
         if engine == "fsdp2":
             options["FSDP_ON_CPU"] = "1"
-        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
+        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT", "KILL_AT"} & options.keys() else []
         flags = [f"--{name}={value}" for name, value in {**fields, **self.common, "output_dir": run_dir}.items()]
         return start(engine, *shim, str(self.recipe.__file__), *flags, python=preloaded_python(), **options)
 

@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -350,6 +351,27 @@ def test_two_hundred_saves_and_resumes_leave_nothing_behind(
     assert np.abs(slopes[1:4]).max() < 1e-3, "descriptors, threads and files in a cycle"
     assert abs(slopes[4]) < 1, "bytes on the disk in a cycle"
     assert os.listdir(for_temporary) == []
+
+
+def test_a_file_system_that_cannot_flush_folders_has_checkpoints_all_the_same(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many of FUSE and over networks; an error of a device is none of these."""
+    fsync, code = os.fsync, errno.EINVAL
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    prepared(accelerator)
+    save_checkpoint(accelerator, tmp_path, 1, {}, 2)
+    assert newest_usable_checkpoint(tmp_path) == checkpoint_of(tmp_path, 1)
+    code = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        save_checkpoint(accelerator, tmp_path, 2, {}, 2)
+    assert newest_usable_checkpoint(tmp_path) == checkpoint_of(tmp_path, 1)
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
