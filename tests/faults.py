@@ -196,6 +196,21 @@ FAULTS = (
         {_FOLDER: ["test_a_file_in_the_way", "test_a_folder_without_permission"]},
     ),
     Fault(
+        "a mount without locks, flushes of folders or hard links (FUSE, NFS)",
+        "a warning that it cannot be locked; trains, stops and goes on, equal to the bit",
+        {
+            _GPT: ["test_a_file_system_like_those_over_a_network_is_trained_on"],
+            _CHECKPOINTS: ["test_a_file_system_that_cannot_flush_folders_has_checkpoints_all_the_same"],
+            "shared/run/test_lock.py": ["test_a_file_system_without_locks_is_said"],
+            "shared/runtime/test_atomic_folder.py": ["test_a_file_system_without_locks_is_no_obstacle"],
+        },
+    ),
+    Fault(
+        "a mount that cannot append, replace files or rename folders",
+        "one line before training that says which",
+        {"shared/runtime/test_collectives.py": ["test_what_the_file_system_of_a_run_folder_lacks_is_said"]},
+    ),
+    Fault(
         "SIGTERM or Ctrl-C to the launcher, to one process or to all (all training pages)",
         "all save after the same update; status 75",
         {
