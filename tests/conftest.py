@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 # Found by the line above, since plain `pytest` does not put the root on sys.path.
 from shared.data import left_out  # noqa: E402
-from tests import core_turns  # noqa: E402
+from tests import core_turns, faults  # noqa: E402
 
 core_turns.pin_worker()
+CASES = pytest.StashKey[Counter[tuple[str, str]]]()
 # Of made-up sentences.
 WORDS = [
     "the",
@@ -55,8 +57,9 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(len(core_turns.CORES), 8)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A file's tests, which share fixtures, run in one worker; each walk through a README where there is one."""
+    config.stash[CASES] = faults.cases_of(items)  # before any is left out
 
     def place(item: pytest.Item) -> int:
         return next((at for at, name in enumerate(LONGEST_FIRST) if name in item.nodeid), len(LONGEST_FIRST))

@@ -4,11 +4,13 @@
 
 Programs run as `python SCRIPT ...` or `python -m MODULE ...` would, with the arguments, environment, folder and streams
 of fork_client.py, which stands in for them. Under `accelerate launch`, which is the library's own, the processes of a
-run are forked here as well. Tests that are about a new interpreter start one.
+run are forked here as well. NETWORK in the environment names a network namespace (`ip netns`) in which a program runs,
+as on a machine of its own. Tests that are about a new interpreter start one.
 """
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -80,6 +82,8 @@ def run(request: dict[str, Any], streams: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if network := os.environ.get("NETWORK"):
+        enter(network)
     arguments = request["arguments"]
     if arguments[0] == "-u":
         arguments = arguments[1:]
@@ -91,6 +95,14 @@ def run(request: dict[str, Any], streams: list[int]) -> None:
     else:
         sys.path[0], sys.argv = str(Path(arguments[0]).resolve().parent), arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def enter(network: str) -> None:
+    """Let this process, and those that it starts, see that network namespace and no other network."""
+    clone_newnet = 0x40000000  # sched.h
+    with open(f"/run/netns/{network}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), clone_newnet):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), network)
 
 
 def serve(path: str) -> tuple[dict[str, Any], list[int]]:

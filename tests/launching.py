@@ -1,17 +1,19 @@
 """Start programs by `accelerate launch` as users do, and leave none behind."""
 
 import atexit
+import contextlib
 import functools
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.conftest import ROOT
 
@@ -92,6 +94,25 @@ def launch(config: str, *program: str | Path, **options: Any) -> tuple[int, str]
 def assert_no_traceback(output: str) -> None:
     """Of the program; the launcher's own comes after the program has ended."""
     assert "Traceback" not in output.partition("torch/distributed/elastic")[0], output
+
+
+@contextlib.contextmanager
+def odd_mount(folder: Path, *lacking: str) -> Iterator[Path]:
+    """A mount of odd_file_system.py, which lacks that; the test is skipped where nobody may make one."""
+    mount, source = folder / "mount", folder / "disk"
+    for made in (mount, source):
+        made.mkdir()
+    command = [*PYTHON, "-S", str(ROOT / "tests/odd_file_system.py"), str(source), str(mount), *lacking]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **pipes) as server:
+        assert server.stdout is not None
+        if server.stdout.readline() != "ready\n":
+            pytest.skip("needs Linux's FUSE and the right to mount")
+        try:
+            yield mount
+        finally:
+            subprocess.run(["umount", "--lazy", str(mount)], check=True)
+            server.kill()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

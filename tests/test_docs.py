@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests import core_turns
-from tests.conftest import ROOT, load_recipe
+from tests import core_turns, faults
+from tests.conftest import CASES, ROOT, load_recipe
 from tests.hub_server import start_hub
 from tests.launching import preloaded_python
 from tests.recipes import engines
@@ -50,6 +51,40 @@ def test_the_table_of_engines_is_what_the_tests_try() -> None:
     for page, of_page in engines.TRIED.items():
         assert (ROOT / "recipes" / page).is_file()
         assert {engine for engine, _ in engines.STOPPED[page]} <= of_page.keys() <= engines.COLUMNS.keys()
+
+
+def test_the_table_of_faults_is_what_the_tests_try(request: pytest.FixtureRequest) -> None:
+    """Numbers of cases are compared where all tests were collected."""
+    assert faults.gone() == []
+    readme, cases = (ROOT / "README.md").read_text(), request.config.stash[CASES]
+    said = faults.with_table(readme, cases)
+    if not all(cases[file, name] for fault in faults.FAULTS for file, names in fault.tests.items() for name in names):
+        readme, said = (re.sub(r"\d+ (\[|cases:)", r"\1", text) for text in (readme, said))
+    assert said == readme, "run python -m tests.faults"
+
+
+def test_the_commands_for_jobs_are_such_as_hf_takes() -> None:
+    """It reads them, and runs nothing; the flags of the recipe are read by the recipe."""
+    import click
+    from huggingface_hub.cli.hf import app
+
+    [block] = re.findall(r"^```shell\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(command) for command in re.split(r"\n(?=hf )", block.replace("\\\n", ""))]
+    read: list[dict[str, Any]] = []
+    for command in commands:
+        at: Any = app
+        context = click.Context(at)
+        words = command[1:]
+        while isinstance(at, click.Group):
+            at = at.get_command(context, words.pop(0))
+        read.append(at.make_context(at.name, words).params)
+    assert read[1]["volume"] == (".:/recipes", "hf://buckets/YOU/runs:/runs")
+    program = read[1]["command"][-1].partition("&& exec ")[2].split()
+    for word in program:
+        assert not word.endswith((".py", ".yaml")) or (ROOT / word).is_file(), word
+    at = program.index("recipes/gpt/pretrain.py")
+    recipe = load_recipe("gpt/pretrain.py")
+    assert recipe.cli.parse(recipe.Config, program[at + 1 :]).output_dir.startswith("/runs/")
 
 
 def test_every_config_says_what_it_stands_for() -> None:

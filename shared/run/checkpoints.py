@@ -35,6 +35,7 @@ TENSORS = "tensors.safetensors"
 # Errors that tell nothing of what is on a disk: of devices, of file systems over a network, of rights.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EACCES, errno.EPERM}
 _PASSING |= {errno.ENOTCONN, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of folders, on FUSE, 9p and others over a network
 _PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between two tries
 SCALER = "scaler.pt"  # as accelerate calls it
 
@@ -396,10 +397,15 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
+    """Make a file, or the names in a folder, survive a power cut, as far as the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _fault(point: str, step: int) -> None:

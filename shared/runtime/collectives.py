@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -105,26 +106,46 @@ def placed_like(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 
 def check_shared_folder(accelerator: Any, folder: Path) -> None:
-    """Refuse an output folder that cannot be written, or that not all nodes see.
+    """Refuse an output folder in which a run cannot write as it must, or that not all nodes see.
 
     Raises:
-        UsageError: naming the folder.
+        UsageError: naming the folder, and what its file system lacks.
     """
     probe = folder / ".probe"
-    problem = ""
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-        except OSError as error:
-            problem = f"expected a folder that can be written, got {error.strerror}"
+    problem = _what_lacks(folder, probe) if accelerator.is_main_process else ""
     problem = gather_objects(accelerator, problem)[0]
     seen = gather_objects(accelerator, _appears(probe)) if not problem else []
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not problem:
-        probe.unlink()
+    if accelerator.is_main_process:
+        shutil.rmtree(probe, ignore_errors=True)
     if problem or not all(seen):
         raise UsageError(f"output_dir: {str(folder)!r}: {problem or 'expected a folder that every node sees'}")
+
+
+def _what_lacks(folder: Path, probe: Path) -> str:
+    """What a run does with files and folders that cannot be done here, in words; "" = nothing, and `probe` is there."""
+    aside = probe.with_name(".probe_aside")
+    first, second = aside / "first", aside / "second"
+    wanted = "a folder that can be written"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in (probe, aside):
+            if left_over.is_dir():
+                shutil.rmtree(left_over)
+        aside.mkdir()
+        first.write_text("1")
+        wanted = "a file system that appends to files"
+        with first.open("a") as file:
+            file.write("2")
+        wanted = "a file system that replaces a file by another"
+        second.write_text("3")
+        second.replace(first)
+        wanted = "a file system that renames folders"
+        aside.rename(probe)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        return f"expected {wanted}, got {error.strerror}"
+    return ""
 
 
 def _wait_for(store: Any, ranks: Sequence[int], watched: Sequence[int]) -> None:

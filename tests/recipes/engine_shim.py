@@ -6,6 +6,7 @@ FSDP_ON_CPU=1     accelerate takes the gloo processes for GPUs, which is all tha
 POISON=2:1        the logits of update 2 are not numbers on rank 1, in the first micro-batch
 SIGTERM_AT=2      in update 2 the launcher gets the SIGTERM that a scheduler sends; 2:1 = rank 1 gets it, and no other.
                   Several processes stop after the update that follows, the fourth
+KILL_AT=2:1       in update 2 rank 1 gets SIGKILL, unless the launcher has started it again before
 """
 
 import importlib.util
@@ -43,6 +44,7 @@ def disturb(recipe: ModuleType) -> None:
     """Wrap `train_update` and `forward`, so that something happens in a given update of this process, from 0."""
     train_update, forward = recipe.train_update, recipe.forward
     (poison_step, poison_rank), (signal_step, signal_rank) = event("POISON"), event("SIGTERM_AT")
+    killed = event("KILL_AT") if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" else (-1, -1)
     own_rank = int(os.environ.get("RANK", "0"))
     is_poisoned, updates = False, 0
 
@@ -59,6 +61,8 @@ def disturb(recipe: ModuleType) -> None:
         nonlocal is_poisoned, updates
         step, updates = updates, updates + 1
         is_poisoned = step == poison_step and poison_rank in (-1, own_rank)
+        if (step, own_rank) == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         if step == signal_step and own_rank == max(signal_rank, 0):
             launcher = int(os.environ.get("LAUNCHER_PID", os.getppid()))  # which fork_client.py knows
             os.kill(launcher if signal_rank < 0 else os.getpid(), signal.SIGTERM)

@@ -167,7 +167,7 @@ class Runs:
         """Start the recipe under an engine; through the shim where `options` ask for what only that can do."""
         if engine == "fsdp2":
             options["FSDP_ON_CPU"] = "1"
-        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT"} & options.keys() else []
+        shim = [SHIM] if {"FSDP_ON_CPU", "POISON", "SIGTERM_AT", "KILL_AT"} & options.keys() else []
         flags = flags_of({**fields, **self.common, "output_dir": run_dir})
         return start(engine, *shim, str(self.recipe.__file__), *flags, python=preloaded_python(), **options)
 

@@ -119,14 +119,3 @@ def test_what_deepspeed_cannot_do_is_refused(runs: Runs, tmp_path: Path, optimiz
     assert output.count(message) == 1
     assert_no_traceback(output)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("point", ["after_state", "before_rename", "mid_prune"])
-def test_sigkill_while_saving_loses_nothing(runs: Runs, tmp_path: Path, point: str) -> None:
-    run_dir = tmp_path / "run"
-    fields = {**FIELDS["muon"], "save_every": 2, "keep_checkpoints": 1}
-    status, output = runs.run("cpu", run_dir, fields, launcher=(), FAULT=f"{point}:4")
-    assert status == 1, output
-    runs.run_here(run_dir, fields)
-    assert_same(run_dir, runs.of_one_process("muon"))

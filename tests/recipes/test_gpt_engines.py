@@ -5,8 +5,14 @@ order, which was measured to move them by 3e-7 (and weights by 2e-7). Resuming i
 engine_shim.py, which says why.
 """
 
+import contextlib
 import json
+import os
+import signal
 import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import ON_CPUS, assert_no_traceback, finish, launch, preloaded_python
+from tests.launching import ON_CPUS, assert_no_traceback, finish, launch, preloaded_python, wait_for
 from tests.recipes import engines, float64_updates
 from tests.recipes.runs import Runs, assert_same, metric, state_at, weights
 
@@ -87,6 +93,78 @@ def test_the_losses_above_would_show_a_wrong_value(runs: Runs, fields: dict[str,
     """With what DeepSpeed clips to by itself, a wrong rate or one micro-batch too few, they differ far more."""
     loss, other = (metric(runs.of_one_process("adamw", **wrong), "train/loss") for wrong in ({}, fields))
     assert abs(loss[-1] / other[-1] - 1) > 1e-3
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """Two network namespaces joined by a cable, and a disk that each of them has mounted in a folder of its own."""
+    folders = {f"{tmp_path.name[-6:]}-{os.getpid()}-{number}": tmp_path / f"machine{number}" for number in (0, 1)}
+    (tmp_path / "disk").mkdir()
+    first, second = folders
+    with contextlib.ExitStack() as undo:
+        try:
+            for name, folder in folders.items():
+                system("ip", "netns", "add", name)
+                undo.callback(system, "ip", "netns", "delete", name)
+                folder.mkdir()
+                system("mount", "--bind", tmp_path / "disk", folder)
+                undo.callback(system, "umount", folder)
+            system(*f"ip link add cable netns {first} type veth peer name cable netns {second}".split())
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("needs the right to make network namespaces and mounts")
+        for number, name in enumerate(folders):
+            system("ip", "-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                system("ip", "-n", name, "link", "set", device, "up")
+        yield folders
+
+
+def system(*words: str | Path) -> str:
+    return subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_a_machine_that_vanishes_ends_the_other_and_both_go_on(
+    runs: Runs, machines: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its cable is pulled and all of it is killed, so that nobody tells the other, which must not wait for ever."""
+    fields = {**TINY, "max_steps": 30, "save_every": 2, "timeout_minutes": 0.25}
+    address = ("--main_process_ip=10.77.0.1", "--main_process_port=29500")
+    _, second = machines
+
+    def start_both() -> list[subprocess.Popen[str]]:
+        return [
+            runs.start(
+                "multi_node",
+                folder / "run",
+                fields,
+                launcher=(*ON_CPUS, *address, f"--machine_rank={rank}"),
+                NETWORK=name,
+                GLOO_SOCKET_IFNAME="cable",
+            )
+            for rank, (name, folder) in enumerate(machines.items())
+        ]
+
+    metrics = tmp_path / "disk" / "run" / "metrics.jsonl"
+    nodes = start_both()
+    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3, 120)
+    system("ip", "-n", second, "link", "set", "cable", "down")
+    for pid in system("ip", "netns", "pids", second).split():
+        os.kill(int(pid), signal.SIGKILL)
+    began = time.monotonic()
+    whole = runs.start("multi_cpu", tmp_path / "whole", fields)
+    output = finish(nodes[0], timeout=90)
+    assert nodes[0].returncode == 1, output
+    assert time.monotonic() - began < 60
+    finish(nodes[1])
+    output = finish(whole)
+    assert whole.returncode == 0, output
+    assert len(metric(tmp_path / "disk" / "run", "step")) < 30
+    system("ip", "-n", second, "link", "set", "cable", "up")
+    nodes = start_both()
+    outputs = [finish(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert_same(tmp_path / "disk" / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -187,6 +265,15 @@ def test_stopping_and_going_on_is_exact(
     status, output = runs.run(engine, run_dir, fields)
     assert status == 0, output
     assert_same(run_dir, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_launcher_starts_both_again(runs: Runs, tmp_path: Path) -> None:
+    launcher = (*ON_CPUS, "--max_restarts=1")
+    status, output = runs.run("multi_cpu", tmp_path / "run", FIELDS["muon"], launcher=launcher, KILL_AT="4:1")
+    assert status == 0, output
+    assert output.count("updates_per_epoch") == 2, output  # of the table at the start
+    assert_same(tmp_path / "run", runs.of_engine("multi_cpu", "muon"))
 
 
 @pytest.mark.slow

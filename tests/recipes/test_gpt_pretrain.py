@@ -23,7 +23,7 @@ from shared.data.batches import IGNORED
 from shared.runtime import launch as launch_shared
 from shared.text import streaming, tokenization
 from tests.conftest import ROOT
-from tests.launching import PYTHON, preloaded_python
+from tests.launching import PYTHON, odd_mount, preloaded_python
 from tests.recipes.runs import (
     assert_same,
     assert_same_weights,
@@ -355,6 +355,27 @@ def test_signal_saves_and_the_same_command_goes_on(
     assert (run_dir / "checkpoints" / f"step_{saved[-1]:08d}" / "manifest.json").is_file()
 
 
+def test_a_signal_between_two_micro_batches_waits_for_the_update(
+    gpt: ModuleType, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of the second update's four; half of an update's gradient is never saved or lost."""
+    fields = {"max_steps": 4, "per_device_batch_size": 1, "eval_every": 0}
+    run(gpt, config_of(gpt, corpus, tmp_path / "whole", **fields))
+    forward, calls = gpt.forward, itertools.count(1)
+
+    def signalled(*values: Any) -> Any:
+        if next(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*values)
+
+    monkeypatch.setattr(gpt, "forward", signalled)
+    with pytest.raises(cli.RunStopped, match="saved at step 2 of 4"):
+        run(gpt, config_of(gpt, corpus, tmp_path / "run", **fields))
+    assert next(calls) == 9
+    run(gpt, config_of(gpt, corpus, tmp_path / "run", **fields))
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_training_ends_the_run_at_once(tmp_path: Path, number: signal.Signals) -> None:
     """While a large corpus is tokenised; a terminal sends Ctrl-C to the tokenising processes too."""
@@ -372,22 +393,6 @@ def test_a_signal_before_training_ends_the_run_at_once(tmp_path: Path, number: s
     assert process.returncode == -number
     assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("point", ["after_state", "before_manifest", "before_rename", "after_rename", "mid_prune"])
-def test_sigkill_while_saving_loses_nothing(corpus: Path, reference: Path, tmp_path: Path, point: str) -> None:
-    run_dir = tmp_path / "run"
-    arguments = flags(**TINY, data=corpus, output_dir=run_dir, dropout=0.1, save_every=4, keep_checkpoints=1)
-    killed = launch(*arguments, FAULT=point)
-    killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    process = launch(*arguments)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert_same_weights(run_dir, reference)
-    assert results_of(run_dir) == results_of(reference)
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000012"]
 
 
 @pytest.mark.slow
@@ -418,6 +423,67 @@ def test_too_many_bad_updates_stop_the_run(
     with pytest.raises(cli.TooManyNonFiniteUpdates, match="4 updates in a row"):  # 3, and what came meanwhile
         run(gpt, config_of(gpt, corpus, tmp_path / "run", max_bad_updates=3))
     assert metrics_of(tmp_path / "run")[-1]["train/skipped_updates"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lacking", [("locks:ENOLCK", "flush:EINVAL", "links"), ("locks:ENOSYS", "flush:EOPNOTSUPP")])
+def test_a_file_system_like_those_over_a_network_is_trained_on(
+    gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any
+) -> None:
+    """Stopped there and resumed, equal to the bit."""
+    train_update, updates = gpt.train_update, itertools.count()
+
+    def stopped_update(*values: Any) -> Any:
+        if next(updates) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_update(*values)
+
+    monkeypatch.setattr(gpt, "train_update", stopped_update)
+    with odd_mount(tmp_path, *lacking) as mount:
+        cfg = config_of(gpt, corpus, mount / "run", dropout=0.1, save_every=2)
+        with pytest.raises(cli.RunStopped, match="saved at step 5"):
+            run(gpt, cfg)
+        run(gpt, cfg)
+        assert_same(mount / "run", reference)
+
+
+def test_a_loss_fifty_times_as_large_once_leaves_no_trace(
+    gpt: ModuleType, corpus: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient is clipped, so the losses after it are those of a run without it, nearly."""
+    loss_sum, calls = gpt.causal_lm_loss_sum, itertools.count()
+    monkeypatch.setattr(gpt, "causal_lm_loss_sum", lambda *values: loss_sum(*values) * (50 if next(calls) == 5 else 1))
+    run(gpt, config_of(gpt, corpus, tmp_path / "run", dropout=0.1, eval_every=0))
+    losses, usual = metric(tmp_path / "run", "train/loss"), metric(reference, "train/loss")
+    assert losses[5] == pytest.approx(50 * usual[5], rel=1e-5)
+    assert losses[6:] == pytest.approx(usual[6:], rel=0.05)
+
+
+JUMPING_CLOCK = """
+import itertools, time
+calls, now = itertools.count(), time.time
+time.time = lambda: now() - 86400 * (next(calls) // 20)
+"""
+
+
+@pytest.mark.slow
+def test_an_odd_machine_gives_the_same_run(corpus: Path, reference: Path, tmp_path: Path) -> None:
+    """A clock that goes back a day again and again, another hash seed, the C locale, no home, no terminal, no Hub."""
+    (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    odd = {"PYTHONPATH": str(tmp_path), "PYTHONHASHSEED": "7", "LC_ALL": "C", "LANG": "C", "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HOME", "XDG_CACHE_HOME")}
+    arguments = flags(**TINY, data=corpus, output_dir=tmp_path / "run", dropout=0.1)
+    done = subprocess.run(
+        [*PYTHON, str(ROOT / "recipes" / "gpt" / "pretrain.py"), *arguments],
+        cwd=tmp_path,
+        env={**environment, **odd, "HOME": "/proc/no_home", "TMPDIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", reference)
 
 
 def test_a_run_is_extended_and_branched_before_its_rate_falls(gpt: ModuleType, corpus: Path, tmp_path: Path) -> None:

@@ -99,6 +99,17 @@ def test_what_goes_wrong_in_a_worker_is_raised_in_the_loop(workers: int) -> None
         list(updates)
 
 
+def test_a_worker_that_is_killed_ends_the_loop() -> None:
+    """As the kernel does for memory; nothing waits for what it would have read."""
+    others = set(multiprocessing.active_children())
+    updates = load_updates(Updates(SOURCES, 4, order()), range(1000), 1, torch.device("cpu"))
+    next(updates)
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.kill()
+    with pytest.raises(RuntimeError, match=rf"DataLoader worker \(pid\(?s?\)? {worker.pid}\)"):
+        list(updates)
+
+
 LEFT_OPEN = """
 import sys, torch
 sys.path[:0] = {path}

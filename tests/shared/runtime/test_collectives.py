@@ -1,6 +1,7 @@
 """What processes do together, with real processes."""
 
 import itertools
+import os
 import re
 import socket
 from ast import literal_eval
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.runtime.collectives import equal_share
+from shared.command_line import UsageError
+from shared.runtime.collectives import check_shared_folder, equal_share
 from tests import launching
 
 PROGRAM = Path(__file__).with_name("launch_program.py")
@@ -76,3 +78,25 @@ def test_error_of_one_machine_ends_the_others_with_its_message(where: str) -> No
         assert machine.returncode == 1, output
         assert output.count("error: data: expected some") == 1
         launching.assert_no_traceback(output)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "expected"),
+    [
+        ("links", ""),
+        ("locks:ENOLCK", ""),
+        ("folders:ENOSYS", "expected a file system that renames folders, got Function not implemented"),
+        ("append", "expected a file system that appends to files, got Operation not supported"),
+        ("replace:EPERM", "expected a file system that replaces a file by another, got Operation not permitted"),
+    ],
+)
+def test_what_the_file_system_of_a_run_folder_lacks_is_said(tmp_path: Path, lacking: str, expected: str) -> None:
+    alone = SimpleNamespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)
+    with launching.odd_mount(tmp_path, lacking) as mount:
+        said = ""
+        try:
+            check_shared_folder(alone, mount / "run")
+        except UsageError as error:
+            said = str(error).removeprefix(f"output_dir: {str(mount / 'run')!r}: ")
+        assert said == expected
+        assert os.listdir(mount / "run") == []
