@@ -14,7 +14,7 @@ from tests.launching import launch
 from tests.shared.run import loops
 from tests.shared.run.loops import drive, expected, random_case
 
-NUMBER = 40
+NUMBER = 28
 NUMBER_ON_TWO = 12
 
 
