@@ -38,8 +38,8 @@ class Config(fields.RunControl):
 
     # Data
     data: Place = "answers"
-    """answers (embedded), a .jsonl, .json or .parquet file, a folder of them, with splits or without, or a Hub data
-    set id, with a column messages, or prompt and completion, or text."""
+    """answers (embedded), a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, with splits or without, or a
+    Hub data set id, with a column messages, or prompt and completion, or text."""
     data_config: str = ""  # Configuration of a Hub data set. "" = its only one.
     data_split: str = "train"  # Split to train on.
     task_column: str = ""
@@ -278,7 +278,7 @@ def build_model(cfg: Config, tokenizer: Any, talks: bool) -> Any:
         options = {"alpha": cfg.lora_alpha or 2 * cfg.lora_rank, "dropout": cfg.lora_dropout}
         options |= {"targets": cfg.lora_targets, "tokens": kept_tokens(tokenizer)}
         add_lora(model, cfg.init, rank=cfg.lora_rank, **options)
-    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, stop})
+    model.generation_config.eos_token_id = conversations.end_tokens(model, tokenizer, stop)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()

@@ -23,8 +23,9 @@ class Config:
     """What to generate."""
 
     # Data
-    prompt: str = "The President of the United States"
-    """Text to continue; may be empty. With chat a question; where it is not given, what is typed, to an empty line."""
+    prompt: str = ""
+    """Text to continue. "" = none, the model begins by itself. With chat a question; "" = what is typed, to an empty
+    line."""
     max_new_tokens: Count = 128  # Tokens to add at most; the end token ends earlier.
     chat: bool = False  # Answer as the model's chat template has it; the conversation goes on.
 
@@ -36,7 +37,8 @@ class Config:
 
     # Run
     config: Place = ""  # YAML file with differences from the defaults; flags override it. "" = none.
-    seed: int = 0  # The same seed gives the same text.
+    seed: Annotated[int, cli.Limit(lambda value: 0 <= value < 1 << 63, "0 or more, and less than 2^63")] = 0
+    """The same seed gives the same text."""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a wrong flag answer at once
@@ -48,7 +50,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 
 from shared.data.randomness import derive_seed
 from shared.models.adapters import load_with_adapter
-from shared.text.conversations import ids_before_answer, stop_token
+from shared.text.conversations import end_tokens, ids_before_answer, stop_token
 from shared.text.generation import continue_ids, continue_prompt, room_for_prompt
 from shared.text.tokenization import load_tokenizer
 
@@ -56,10 +58,10 @@ from shared.text.tokenization import load_tokenizer
 def talk(cfg: Config, model: Any, tokenizer: Any, drawing: dict[str, Any]) -> None:
     """Answer a question, or one after the other; where a conversation has no room its first turns are forgotten."""
     messages: list[dict[str, str]] = []
-    is_typed = cfg.prompt == Config.prompt
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ends = {"eos_token_id": sorted({tokenizer.eos_token_id, stop_token(tokenizer)})}
-    while question := read_line() if is_typed else cfg.prompt:
+    ends = {"eos_token_id": end_tokens(model, tokenizer, stop_token(tokenizer))}
+    while question := cfg.prompt or read_line():
+        question = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no UTF-8
         messages.append({"role": "user", "content": question})
         ids = ids_before_answer(tokenizer, messages)
         while len(ids) > room_for_prompt(model, cfg.max_new_tokens) and len(messages) > 1:
@@ -69,7 +71,7 @@ def talk(cfg: Config, model: Any, tokenizer: Any, drawing: dict[str, Any]) -> No
         seed = derive_seed(cfg.seed, "turn", len(messages))
         answer = continue_ids(model, tokenizer, ids, seed, streamer=streamer, **ends, **drawing)
         messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
-        if not is_typed:
+        if cfg.prompt:
             return
 
 
@@ -94,6 +96,7 @@ def main(cfg: Config) -> None:
     model = model.to(device)
     drawing = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p}
     if cfg.chat:
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no UTF-8 ends no conversation
         talk(cfg, model, tokenizer, drawing)
         return
     continue_prompt(

@@ -109,6 +109,7 @@ def open_split(
     import datasets
 
     path = Path(os.path.expanduser(data))
+    check_config(data, config)
     with _load_errors(data):
         listing = _list_files(data, path) if path.exists() else None
         splits = list(listing.splits) if listing else _hub_splits(data, config)
@@ -139,8 +140,15 @@ def without_decoding(dataset: Any, image: str) -> Any:
 def list_splits(data: str, config: str) -> list[str]:
     """The splits of a data set, in the form of `open_files`, found without loading it."""
     path = Path(os.path.expanduser(data))
+    check_config(data, config)
     with _load_errors(data):
         return list(_list_files(data, path).splits) if path.exists() else _hub_splits(data, config)
+
+
+def check_config(data: str, config: str) -> None:
+    """Refuse a configuration of what is no Hub data set, which would be ignored."""
+    is_local = Path(os.path.expanduser(data)).exists()
+    expect(not (config and is_local), "data_config", config, f'"" for {data!r}, which is no Hub data set')
 
 
 def _hub_splits(data: str, config: str) -> list[str]:

@@ -10,6 +10,7 @@ completion and the end token are learnt, of a text everything.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ _TURNS = """{{- bos_token }}
     {{- ASSISTANT }}
 {%- endif %}"""
 
-_TRIAL = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+# Twice, so that what ends an answer can be told from what ends a conversation.
+_TRIAL = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
 
 
 class Example(NamedTuple):
@@ -190,16 +192,35 @@ def stop_token(tokenizer: Any, field: str = "tokenizer", name: str = "") -> int:
         return tokenizer.eos_token_id
     name = name or str(tokenizer.name_or_path)
     try:
-        asked, whole = ids_before_answer(tokenizer, _TRIAL[:1]), _written(tokenizer, _TRIAL)
+        asked = ids_before_answer(tokenizer, _TRIAL[:1])
+        one, two = _written(tokenizer, _TRIAL[:2]), _written(tokenizer, _TRIAL)
     except Exception as error:  # Jinja's errors, and what templates raise, have no common class
         reason = one_line(error)
         raise UsageError(f"{field}: {name!r}: expected a chat template that can be filled in: {reason}") from error
     only_adds = "a chat template that only adds tokens to a conversation that goes on"
     only_adds += " (what ends in a blank before an answer would become a part of its first token)"
-    expect(whole[: len(asked)] == asked, field, name, only_adds)
-    special = [token for token in whole[len(asked) :] if token in tokenizer.added_tokens_decoder]
-    expect(bool(special), field, name, "a chat template that ends an answer with a special token")
-    return special[-1]
+    expect(one[: len(asked)] == asked, field, name, only_adds)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False))
+    answer = [token for token, _ in same][len(asked) :]
+    known = tokenizer.added_tokens_decoder
+    added = [token for token in answer if token in known and known[token].content.strip()]
+    special = [token for token in added if known[token].special]  # added words, such as a line's end, end nothing
+    ends = (special or added)[-1:]
+    expect(bool(ends), field, name, "a chat template that ends an answer with a special token")
+    return ends[0]
+
+
+def end_tokens(model: Any, tokenizer: Any, stop: int) -> list[int]:
+    """Ids that end what the model writes: its own, the tokenizer's, and the one that ends an answer.
+
+    Args:
+        model: of transformers that generates.
+        tokenizer: its own.
+        stop: see `stop_token`.
+    """
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({stop, tokenizer.eos_token_id, *(token for token in own if token is not None)})
 
 
 def encode_example(tokenizer: Any, record: dict[str, Any], stop: int) -> Example:

@@ -36,6 +36,7 @@ def split_names(data: str, config: str, field: str = "data") -> list[str]:
 
     path = Path(os.path.expanduser(data))
     if path.exists():
+        expect(not config, "data_config", config, f'"" for {data!r}, which is no Hub data set')
         return list(_local(path, field))
     with hub_errors(data, field):
         name, configuration, commit = resolve(data, config)

@@ -2,18 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from shared.command_line import UsageError
 from shared.data import left_out
 from shared.text import conversations, tokenization
 from shared.text.conversations import (
     encode_example,
+    end_tokens,
     ids_before_answer,
     open_conversations,
     prompt_ids,
@@ -136,6 +139,33 @@ def test_a_published_template_is_taken_as_it_is_and_kept(tmp_path: Path) -> None
     assert stop_token(loaded) == loaded.convert_tokens_to_ids("<|im_end|>") != loaded.eos_token_id
     # Texts are not written by it.
     assert learnt(loaded, {"prompt": "the cat", "completion": " sees"}) == [" sees<end>"]
+
+
+# As Phi-3's is written: the end token comes when the conversation ends, and another one ends each turn.
+ENDS_ONCE = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_what_ends_a_conversation_is_not_what_ends_an_answer() -> None:
+    tokenizer = tokenizer_of("plain")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer = with_template(tokenizer, ENDS_ONCE)
+    assert learnt(tokenizer, {"messages": TALK}) == ["a cat sees<|end|>", "it sees too<|end|>"]
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7]))
+    stop = stop_token(tokenizer)
+    assert end_tokens(model, tokenizer, stop) == sorted({7, tokenizer.eos_token_id, stop})
+
+
+def test_an_added_word_ends_no_answer() -> None:
+    """Gemma's tokenizer has lines' ends as added tokens that are not special."""
+    tokenizer = tokenizer_of("plain")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens([AddedToken("\n", special=False, normalized=False)])
+    tokenizer = with_template(tokenizer, CHATML)
+    two_lines = {"messages": [TALK[0], {"role": "assistant", "content": "a cat\nsees"}]}
+    assert learnt(tokenizer, two_lines) == ["a cat\nsees<|im_end|>"]
 
 
 def test_several_answers_of_a_completion_are_learnt(tokenizer: Any) -> None:
