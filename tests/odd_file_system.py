@@ -75,7 +75,7 @@ class OddFileSystem:
         return struct.pack("<QII", 0, 0, 0) + self.attributes(node)
 
     def setattr(self, node: int, body: bytes) -> bytes:
-        valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode = struct.unpack_from("<2I7Q4I", body)
+        valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode = struct.unpack_from("<2I6Q4I", body)
         if valid & SIZE:
             os.truncate(self.path(node), size)
         if valid & MODE:

@@ -476,7 +476,7 @@ def test_an_odd_machine_gives_the_same_run(corpus: Path, reference: Path, tmp_pa
     done = subprocess.run(
         [*PYTHON, str(ROOT / "recipes" / "gpt" / "pretrain.py"), *arguments],
         cwd=tmp_path,
-        env={**environment, **odd, "HOME": "/proc/no_home", "TMPDIR": str(tmp_path)},
+        env={**environment, **odd, "HOME": "/dev/null/home", "TMPDIR": str(tmp_path)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
