@@ -23,7 +23,17 @@ sys.path.insert(0, str(next(folder for folder in Path(__file__).resolve().parent
 from shared import command_line as cli
 from shared import fields
 from shared.command_line import Place
-from shared.fields import Amount, Count, FromOne, Natural, Positive, RateOfNewWeights, Share, ShareToOne
+from shared.fields import (
+    Amount,
+    Count,
+    FromOne,
+    Natural,
+    Positive,
+    RateOfNewWeights,
+    RateOfNewWeightsByMuon,
+    Share,
+    ShareToOne,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -78,7 +88,11 @@ class Config(fields.LatentData, fields.RunControl):
     global_batch_size: Count = 16
     max_steps: Count = 2500
     max_grad_norm: Amount = 1.0
-    learning_rate: RateOfNewWeights = 2e-3  # Peak rate.
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """adamw = AdamW for all; muon = Muon for the matrices of the blocks and of the text encoder's layers, AdamW for the
+    rest."""
+    learning_rate: RateOfNewWeights = 2e-3  # Peak rate of AdamW.
+    muon_learning_rate: RateOfNewWeightsByMuon = 0.02  # Peak rate of Muon.
     weight_decay: Amount = 0.01  # Decoupled decay of matrices, not of embeddings, norms and biases. 0 = none.
     warmup_steps: Natural = 100  # Updates over which the rate rises linearly.
     decay_fraction: ShareToOne = 0.5
@@ -120,6 +134,7 @@ from shared.models.averaged_weights import AveragedWeights
 from shared.models.export import export_pipeline, new_like, whole_weights
 from shared.models.pretrained import check_sizes, load_diffusion_model
 from shared.optim import schedules
+from shared.optim.muon import MuonWithAdamW, for_engine
 from shared.optim.optimizers import clip_and_step, decay_of_matrices, set_learning_rates, state_bytes_per_parameter
 from shared.performance import dry_run
 from shared.performance.flops import training_flops
@@ -384,8 +399,27 @@ def draw(accelerator: Any, images: list[np.ndarray], prompts: list[str], file: P
 
 
 def build_optimizer(cfg: Config, model: Any) -> torch.optim.Optimizer:
-    """AdamW with its usual betas, as micro_diffusion has it (Sehwag et al. 2024), and decay of matrices alone."""
-    return torch.optim.AdamW(decay_of_matrices(model, cfg.weight_decay), lr=cfg.learning_rate, fused=True)
+    """AdamW with its usual betas, as micro_diffusion has it (Sehwag et al. 2024), and decay of matrices alone.
+
+    Or Muon for the matrices of layers and AdamW for the rest (Jordan et al. 2024).
+    """
+    groups = decay_of_matrices(model, cfg.weight_decay)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    # Modulations read one vector a sample and begin at zero: AdamW's, as is all that is outside of layers.
+    named = [(name, weight) for name, weight in model.named_parameters() if ".blocks." in name or ".layers." in name]
+    of_layers = [(name, weight) for name, weight in named if weight.ndim == 2 and "modulation" not in name]
+    of_muon = {"lr": cfg.muon_learning_rate, "weight_decay": cfg.weight_decay, "use_muon": True}
+    taken: set[int] = set()
+    kept = []
+    for part, number in ((".img_qkv_proj.", 3), (".txt_kv_proj.", 2), ("", 1)):  # matrices that are joined in one
+        weights = [weight for name, weight in of_layers if part in name and id(weight) not in taken]
+        taken |= {id(weight) for weight in weights}
+        kept.append({**of_muon, "params": weights, "num_parts": number})
+    for group in groups:
+        rest = [weight for weight in group["params"] if id(weight) not in taken]
+        kept.append({**group, "params": rest, "lr": cfg.learning_rate, "use_muon": False})
+    return MuonWithAdamW(kept, betas=(0.9, 0.999), eps=1e-8)
 
 
 def train_update(
@@ -452,7 +486,7 @@ def main(cfg: Config) -> None:
     accelerator.print(summary.table(facts := describe(cfg, accelerator, model, train, inputs)))
     if cfg.compile:
         model.compile()
-    model, optimizer = accelerator.prepare(model, build_optimizer(cfg, model))
+    model, optimizer = accelerator.prepare(model, for_engine(accelerator, build_optimizer(cfg, model)))
 
     run = Run(cfg, accelerator)  # a run that was stopped goes on here
     best, (due, metrics) = Best(cfg.best_metric and f"eval/{cfg.best_metric}", run.state), run.owed
@@ -540,7 +574,7 @@ def report_costs(
         costs = dry_run.costs(accelerator, model, inputs, state)
     if dry_run.can_time(accelerator, facts["flops_per_sample"] * number, costs["memory: total"]):
         model = build_model(cfg, tokenizer, frozen, channels)
-        seconds = dry_run.time_update(accelerator, model, build_optimizer(cfg, model), inputs)
+        seconds = dry_run.time_update(accelerator, model, for_engine(accelerator, build_optimizer(cfg, model)), inputs)
     rows = {**facts, **dry_run.cost_rows(costs, seconds, cfg.max_steps, compiles=cfg.compile)}
     fixed = [
         FixedSamples(split, cfg.eval_rows, NUM_BANDS, {}, batch_size=number) for split in (train, *held_out.values())

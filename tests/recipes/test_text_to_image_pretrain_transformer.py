@@ -436,6 +436,33 @@ def test_resuming_is_exact_to_the_bit(
     assert_same_weights(run_dir, reference)
 
 
+def test_muon_has_the_matrices_of_layers_and_resumes_to_the_bit(
+    pretrain_transformer: ModuleType, latents: Path, tiny_vae: Path, tmp_path: Path
+) -> None:
+    cfg = pretrain_transformer.Config(**TINY, optimizer="muon")
+    model = new_model(pretrain_transformer, cfg)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups = pretrain_transformer.build_optimizer(cfg, model).param_groups
+    optimized = [names[id(weight)] for group in groups for weight in group["params"]]
+    assert sorted(optimized) == sorted(names.values())
+    parts = {
+        names[id(weight)]: group["num_parts"] for group in groups if group["use_muon"] for weight in group["params"]
+    }
+    block = {"img_qkv_proj": 3, "txt_kv_proj": 2, "to_out.0": 1}
+    expected = {f"transformer.blocks.0.attention.{name}.weight": number for name, number in block.items()}
+    expected |= {f"transformer.blocks.0.{name}_proj.weight": 1 for name in ("gate", "up", "down")}
+    assert {name: number for name, number in parts.items() if ".blocks.0." in name} == expected
+    assert sum("text_encoder" in name for name in parts) == 6  # of its one layer; neither tables nor positions
+    assert len(parts) == 6 * cfg.num_layers + 6
+
+    fields: dict[str, Any] = {"optimizer": "muon", "max_steps": 4, "save_every": 1, "keep_checkpoints": 100}
+    run(pretrain_transformer, config_of(pretrain_transformer, latents, tiny_vae, tmp_path / "whole", **fields))
+    run_dir = state_at(tmp_path / "whole", 2, tmp_path / "run")
+    run(pretrain_transformer, config_of(pretrain_transformer, latents, tiny_vae, run_dir, **fields))
+    assert results_of(run_dir) == results_of(tmp_path / "whole")
+    assert_same_weights(run_dir, tmp_path / "whole")
+
+
 def test_training_goes_on_from_an_exported_pipeline(
     pretrain_transformer: ModuleType, latents: Path, tiny_vae: Path, reference: Path, tmp_path: Path
 ) -> None:
