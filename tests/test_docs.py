@@ -150,7 +150,9 @@ def test_commands_of_the_text_to_image_readme_run_in_order(tmp_path: Path, whole
 def test_commands_of_the_top_readme_run(tmp_path: Path) -> None:
     """Those after the first two, with a small model and few updates; pushes go to a Hub on loopback."""
     hub = start_hub()
-    small = shlex.split("--max_steps 4 --hidden_size 32 --num_layers 1 --data shared/samples/novels/eval.parquet")
+    small = shlex.split(
+        "--max_steps 4 --hidden_size 32 --num_layers 1 --data shared/samples/novels/eval.parquet --best_metric loss"
+    )
     environment = {**environment_for(tmp_path), **hub.environment(), "HF_HUB_OFFLINE": "0"}
     commands = [command for command in commands_of(ROOT / "README.md") if not command.startswith("pip install")]
     assert [command for command in commands if "--push_to_hub" in command]
