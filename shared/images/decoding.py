@@ -2,8 +2,8 @@
 
 A JPEG is decoded at the smallest of the scales 1/1, 1/2, 1/4 and 1/8 that covers the crop, which libjpeg-turbo computes
 straight from the coefficients. Grey, palette, 16-bit, CMYK and transparent images become RGB as transformers'
-`load_image` makes them, except that 16-bit ones are scaled, not clipped; EXIF rotation is applied; of an animation the
-first frame counts. Sizes are checked before anything is allocated.
+`load_image` and its processors make them, except that 16-bit ones are scaled, not clipped; EXIF rotation is applied;
+of an animation the first frame counts. Sizes are checked before anything is allocated.
 """
 
 import contextlib
@@ -168,7 +168,11 @@ class EncodedImage:
             if self.has_16_bits:
                 grey = (np.asarray(self._image, dtype=np.float64) / 257).round().astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
-            return np.array(self._image.convert("RGB"))
+            rgb = self._image.convert("RGB")
+            if rgb.info.get("transparency") is not None:  # one colour of it, which transformers lays on white
+                white = Image.new("RGBA", rgb.size, (255, 255, 255, 255))
+                rgb = Image.alpha_composite(white, rgb.convert("RGBA")).convert("RGB")
+            return np.array(rgb)
 
 
 def _decode_jpeg(data: bytes, **options: Any) -> np.ndarray:

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import load_image
 
 from shared.images import decoding
 from shared.images.decoding import BadImage, EncodedImage
@@ -89,6 +91,19 @@ def test_every_mode_becomes_rgb(name: str) -> None:
     found = EncodedImage(encode(image, form)).center_crop(100, 1.0)
     expected = image.convert("RGB").resize((133, 100), Image.Resampling.BILINEAR).crop((16, 0, 116, 100))
     assert difference(found, expected) < 4
+
+
+@pytest.mark.parametrize(("mode", "form"), [("P", "PNG"), ("P", "GIF"), ("RGB", "PNG"), ("L", "PNG")])
+def test_a_transparent_colour_is_what_a_pipeline_sees(mode: str, form: str) -> None:
+    """The library's loader keeps which colour it is, and its processors lay that on white."""
+    pixels = np.random.default_rng(0).integers(0, 3, (9, 7, 3), dtype=np.uint8) * 100
+    image, stream = Image.fromarray(pixels).convert(mode), io.BytesIO()
+    image.save(stream, form, transparency=image.getpixel((0, 0)))
+    loaded = load_image(Image.open(io.BytesIO(stream.getvalue())))
+    expected = convert_to_rgb(loaded, return_numpy=True)
+    assert (expected == 255).all(-1).any()
+    crop = EncodedImage(stream.getvalue()).cover(9, 7)
+    np.testing.assert_array_equal(crop, expected)
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
