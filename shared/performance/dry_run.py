@@ -188,8 +188,9 @@ def time_update(
         next(iter(model.parameters())).sum().item()
     accelerator.gradient_accumulation_steps = accumulation
     update_done = time.perf_counter()
+    model.eval()  # DeepSpeed's gives nothing back
     with torch.no_grad():
-        outputs = model.eval()(**inputs)
+        outputs = model(**inputs)
         (outputs.loss if hasattr(outputs, "loss") else outputs[0].float().mean()).item()
     forward = time.perf_counter() - update_done
     return Seconds(accumulation * (micro_batch_done - started) + update_done - micro_batch_done, forward)
