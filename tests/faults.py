@@ -91,8 +91,8 @@ FAULTS = (
     ),
     Fault(
         "one of two processes is killed",
-        "the other ends, `--max_restarts` starts both again, equal to the bit",
-        {_ENGINES["gpt"]: ["test_a_killed_process_ends_the_other_and_the_launcher_starts_both_again"]},
+        "the other ends; started again, both go on, equal to the bit",
+        {_ENGINES["gpt"]: ["test_a_killed_process_ends_the_other_and_both_go_on"]},
     ),
     Fault(
         "one of two machines vanishes without a word",

@@ -268,11 +268,11 @@ def test_stopping_and_going_on_is_exact(
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_and_the_launcher_starts_both_again(runs: Runs, tmp_path: Path) -> None:
-    launcher = (*ON_CPUS, "--max_restarts=1")
-    status, output = runs.run("multi_cpu", tmp_path / "run", FIELDS["muon"], launcher=launcher, KILL_AT="4:1")
+def test_a_killed_process_ends_the_other_and_both_go_on(runs: Runs, tmp_path: Path) -> None:
+    status, output = runs.run("multi_cpu", tmp_path / "run", FIELDS["muon"], KILL_AT="4:1")
+    assert status == 1, output
+    status, output = runs.run("multi_cpu", tmp_path / "run", FIELDS["muon"])
     assert status == 0, output
-    assert output.count("updates_per_epoch") == 2, output  # of the table at the start
     assert_same(tmp_path / "run", runs.of_engine("multi_cpu", "muon"))
 
 
