@@ -146,6 +146,7 @@ ADAPTER_RATE, MODEL_RATE = 1e-4, 1e-5
 ADAPTER_SHARE, MODEL_SHARE = 1.0, 0.3  # of the rate of a run folder; three times as much for an adapter learns less
 # A UNet that has one of these wants more than latents, timesteps and text.
 TEXT_ALONE = dict.fromkeys(("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"))
+TEXT_ALONE["dual_cross_attention"] = False
 # For samplers made from the saved scheduler: DDIM's defaults clip latents to [-1, 1], as if they were pixels.
 UNCLIPPED = {"clip_sample": False, "set_alpha_to_one": False}
 PREDICTIONS = ("epsilon", "v_prediction")

@@ -141,6 +141,7 @@ NOISE = {**TRAINED_NOISE, "steps_offset": 1}
 UNCLIPPED = {"clip_sample": False, "set_alpha_to_one": False}
 # A UNet that has one of these wants more than latents, timesteps and text.
 TEXT_ALONE = dict.fromkeys(("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"))
+TEXT_ALONE["dual_cross_attention"] = False
 NUM_BANDS = 4  # of timesteps, which evaluation tells apart
 NUM_SHOWN = 8
 NEXT = "generate: python recipes/text_to_image/generate.py --model {}"

@@ -61,11 +61,20 @@ def load_encoder(model_class: Any, name: str, **options: Any) -> Any:
     missing = f"the weights of an encoder, of which {len(needed)} are not there, such as {sorted(needed)[:1]}"
     expect(not needed, "init", name, missing)
     new = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    head = [key for key in model.state_dict() if not key.startswith(is_inside)]
-    if not new.intersection(head):  # it was fine-tuned already
-        values = type(model)(model.config).state_dict()
-        model.load_state_dict({key: values[key] for key in head}, strict=False)
+    if not new.intersection(_head_of(model)):  # it was fine-tuned already
+        _renew_head(model)
     return model
+
+
+def _head_of(model: Any) -> list[str]:
+    """Names of the weights that are not the encoder's."""
+    return [key for key in model.state_dict() if not key.startswith(model.base_model_prefix)]
+
+
+def _renew_head(model: Any) -> None:
+    """Give the head the weights of a new model."""
+    values = type(model)(model.config).state_dict()
+    model.load_state_dict({key: values[key] for key in _head_of(model)}, strict=False)
 
 
 def load_with_head(model_class: Any, name: str, class_names: Sequence[str], **options: Any) -> Any:
@@ -151,7 +160,9 @@ def label_numbers(class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def load_classifier(model_class: Any, name: str, class_names: Sequence[str]) -> Any:
-    """A model that classifies, in float32; where it knows another number of classes, its head is new.
+    """A model that classifies, in float32; where it knows other classes, by number or by name, its head is new.
+
+    Classes that nobody named, LABEL_0 and so on, are taken for these.
 
     Args:
         model_class: such as `transformers.ResNetForImageClassification`.
@@ -161,7 +172,16 @@ def load_classifier(model_class: Any, name: str, class_names: Sequence[str]) -> 
     Raises:
         UsageError: it is not there, or holds no such model.
     """
-    return load_pretrained(model_class, name, "init", ignore_mismatched_sizes=True, **label_numbers(class_names))
+    from transformers import AutoConfig
+
+    with load_errors("init", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    known = [config.id2label[label] for label in range(config.num_labels)]
+    model = load_pretrained(model_class, name, "init", ignore_mismatched_sizes=True, **label_numbers(class_names))
+    is_unnamed = known == [f"LABEL_{label}" for label in range(len(known))]
+    if len(known) == len(class_names) and known != list(class_names) and not is_unnamed and not is_without_values():
+        _renew_head(model)
+    return model
 
 
 def check_sizes(name: str, network: str, config: Any, sizes: dict[str, Any]) -> None:

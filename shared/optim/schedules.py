@@ -14,7 +14,8 @@ def warmup_stable_decay(
     """Warm up, hold, then fall linearly over the last `decay_fraction` of the updates (Hu et al. 2024, MiniCPM).
 
     The fall ends at `final_fraction` of the peak, and begins at the end of the warm-up at the earliest: the peak
-    is reached. Hagele et al. 2024 measured that a linear fall over the last fifth or more equals a cosine as long.
+    is reached, unless the warm-up is longer than the run. Hagele et al. 2024 measured that a linear fall over the last
+    fifth or more equals a cosine as long.
     """
     decay_steps = max(1, min(round(max_steps * decay_fraction), max_steps - warmup_steps))
     left = max(0.0, (max_steps - step) / decay_steps)

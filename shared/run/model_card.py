@@ -1,5 +1,6 @@
 """The run folder's README.md: a model card written from the run's own measurements."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def write_model_card(
                 metric_value=round(value, 6),
             )
             for key, value in metrics.items()
+            if math.isfinite(value)  # the metadata knows no other numbers
         ],
     )
     rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in metrics.items())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.command_line import UsageError
-from shared.models.pretrained import check_saved_sizes, is_without_values, load_pretrained
+from shared.models.pretrained import check_saved_sizes, is_without_values, load_classifier, load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +173,22 @@ def test_a_dry_run_reads_the_configuration_alone(folder: Path) -> None:
     assert not is_without_values()
     assert (model.config.n_embd, model.config._attn_implementation) == (8, "sdpa")
     assert sum(weight.numel() for weight in model.parameters()) > 1000
+
+
+@pytest.mark.parametrize(
+    ("known", "is_new"), [(["cat", "dog"], False), (["LABEL_0", "LABEL_1"], False), (["cat", "cow"], True)]
+)
+def test_a_head_of_other_classes_is_new_also_where_they_are_as_many(
+    tmp_path: Path, known: list[str], is_new: bool
+) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    config = transformers.ResNetConfig(**sizes, id2label=dict(enumerate(known)))
+    before = transformers.ResNetForImageClassification(config)
+    before.save_pretrained(tmp_path)
+    after = load_classifier(transformers.ResNetForImageClassification, str(tmp_path), ["cat", "dog"])
+    assert after.config.id2label == {0: "cat", 1: "dog"}
+    weights = before.state_dict()
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, weights[name])}
+    assert changed == ({"classifier.1.weight", "classifier.1.bias"} if is_new else set())
