@@ -50,8 +50,8 @@ def start_accelerator(timeout_minutes: float, report_to: str, logging_dir: str, 
         expect(not is_sharded, field, precision, "bf16 or no under DeepSpeed and FSDP2, fp16 is for one GPU and DDP")
     if on_cpu and precision == "bf16" and not (uses_deepspeed or _asked("ACCELERATE_USE_CPU")):
         raise UsageError(
-            "accelerate config: mixed_precision: 'bf16': expected a GPU, none was found; for bf16 on a CPU set "
-            "ACCELERATE_USE_CPU=true, else use accelerate_configs/cpu.yaml"
+            "accelerate config: mixed_precision: 'bf16': expected a GPU, none was found; for bf16 on a CPU give "
+            "accelerate launch --cpu, else use accelerate_configs/cpu.yaml"
         )
     world_size, local_processes = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if on_cpu:
