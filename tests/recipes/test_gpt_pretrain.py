@@ -480,7 +480,7 @@ def test_an_odd_machine_gives_the_same_run(corpus: Path, reference: Path, tmp_pa
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "run", reference)
