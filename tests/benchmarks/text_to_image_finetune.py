@@ -146,7 +146,7 @@ def run_plain(flags: list[str], learning_rate: float, max_steps: int, workers: i
         reading = {"scaling_factor": init.vae.config.scaling_factor, "tokenizer": tokenizer, "empty": None}
         bands = {"num_bands": recipe.NUM_BANDS, "reading": reading, "batch_size": cfg.global_batch_size}
         fixed = {
-            name: recipe.FixedSamples(split, cfg.eval_samples, **bands) for name, split in (splits | held_out).items()
+            name: recipe.FixedSamples(split, cfg.eval_rows, **bands) for name, split in (splits | held_out).items()
         }
         model = recipe.Denoiser(unet, None)
         result |= recipe.evaluate(cfg, accelerator, model, text_encoder, fixed, init.noise)
